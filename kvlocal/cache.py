@@ -1,0 +1,151 @@
+"""The paged cache of one context, as numpy: what it holds, what its window attends to, what to keep."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvlocal import native
+from kvlocal.native import KvlLayerInfo, KvlSeqStats, KvlStats
+from kvlocal.policies.base import CacheView, LayerView
+
+
+def _ints(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+
+
+def _floats(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Shape of one attention layer: ``il`` is its index in the model, ``d_k`` and ``d_v`` are per head."""
+
+    il: int
+    n_head: int
+    n_head_kv: int
+    d_k: int
+    d_v: int
+
+
+class PagedCache:
+    """Reads and evicts the slots of a context made by ``kvl_init_from_model``.
+
+    Layers are counted among the attention layers. Every method raises :class:`~kvlocal.errors.KVError` with the
+    library's reason when it refuses.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        self._native = native.load()
+        self._lib = self._native.lib
+        self._ctx = ctx
+        self.layers: list[Layer] = []
+        for i in range(self._check(self._lib.kvl_n_layer(ctx))):
+            info = KvlLayerInfo()
+            self._check(self._lib.kvl_get_layer(ctx, i, ctypes.byref(info)))
+            self.layers.append(Layer(info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v))
+
+    def _check(self, status: int) -> int:
+        return self._native.check(status)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V bytes of one token held in every head of every layer, f16."""
+        return sum(layer.n_head_kv * (layer.d_k + layer.d_v) * 2 for layer in self.layers)
+
+    #
+    # read
+    #
+
+    def stats(self) -> KvlStats:
+        out = KvlStats()
+        self._check(self._lib.kvl_get_stats(self._ctx, ctypes.byref(out)))
+        return out
+
+    def seq_stats(self, seq: int) -> KvlSeqStats:
+        out = KvlSeqStats()
+        self._check(self._lib.kvl_get_seq_stats(self._ctx, seq, ctypes.byref(out)))
+        return out
+
+    def lengths(self, seq: int, layer: int) -> np.ndarray:
+        """Slots held per KV head, int32 ``[n_head_kv]``."""
+        out = np.empty(self.layers[layer].n_head_kv, np.int32)
+        self._check(self._lib.kvl_lengths(self._ctx, seq, layer, _ints(out)))
+        return out
+
+    def positions(self, seq: int, layer: int) -> list[np.ndarray]:
+        """True positions per KV head, int32 ``[n_slots]``, ascending."""
+        lengths = self.lengths(seq, layer)
+        out = np.empty(int(lengths.sum()), np.int32)
+        self._check(self._lib.kvl_positions(self._ctx, seq, layer, _ints(out)))
+        return np.split(out, np.cumsum(lengths)[:-1])
+
+    def window_scores(self, seq: int, layer: int) -> np.ndarray:
+        """Attention of the remembered window queries, float32 ``[n_head, longest head]`` (see ``kvl_window_scores``)."""
+        out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
+        self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, _floats(out), out.shape[1]))
+        return out
+
+    def keys_values(self, seq: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Stored keys (after RoPE) ``[n_slots, d_k]`` and values ``[n_slots, d_v]`` of one KV head, float32."""
+        n = int(self.lengths(seq, layer)[head])
+        k = np.empty((n, self.layers[layer].d_k), np.float32)
+        v = np.empty((n, self.layers[layer].d_v), np.float32)
+        self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, _floats(k), _floats(v)))
+        return k, v
+
+    def queries(self, seq: int, layer: int, n_window: int) -> np.ndarray:
+        """Remembered queries (after RoPE), oldest first, float32 ``[<= n_window, n_head, d_k]``."""
+        out = np.empty((n_window, self.layers[layer].n_head, self.layers[layer].d_k), np.float32)
+        return out[: self._check(self._lib.kvl_read_queries(self._ctx, seq, layer, _floats(out)))]
+
+    def held(self, seq: int) -> list[np.ndarray]:
+        """Slots held, per layer int32 ``[n_head_kv]``."""
+        return [self.lengths(seq, layer) for layer in range(len(self.layers))]
+
+    def view(self, seq: int, budget: int, n_window: int) -> CacheView:
+        """What a policy sees of a sequence; scores are computed when the policy asks."""
+        n_seen = int(self.seq_stats(seq).n_seen)
+        views = [
+            LayerView(
+                layer=i,
+                n_head=layer.n_head,
+                n_head_kv=layer.n_head_kv,
+                positions=self.positions(seq, i),
+                n_seen=n_seen,
+                read_scores=(lambda i=i: self.window_scores(seq, i)) if n_window > 0 else None,
+                n_window=min(n_window, n_seen),
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+        return CacheView(layers=views, budget=budget)
+
+    #
+    # change
+    #
+
+    def keep(self, seq: int, layer: int, slots: Sequence[np.ndarray]) -> None:
+        """Keep these slot indices of every KV head (ascending) and free the rest."""
+        counts = np.array([len(s) for s in slots], np.int32)
+        flat = np.ascontiguousarray(np.concatenate(slots), np.int32)
+        self._check(self._lib.kvl_keep(self._ctx, seq, layer, _ints(counts), _ints(flat)))
+
+    def branch(self, src: int, dst: int) -> None:
+        """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
+        self._check(self._lib.kvl_branch(self._ctx, src, dst))
+
+    def truncate(self, seq: int, n: int) -> None:
+        """Remove the tokens at positions >= n from every head."""
+        self._check(self._lib.kvl_truncate(self._ctx, seq, n))
+
+    def set_limit(self, seq: int, n_slots: int) -> None:
+        """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""
+        self._check(self._lib.kvl_set_limit(self._ctx, seq, n_slots))
+
+    def reset_peak(self) -> None:
+        self._check(self._lib.kvl_reset_peak(self._ctx))

@@ -1,0 +1,205 @@
+"""A llama.cpp context with paged or stock memory, driven token by token."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from kvlocal import native
+from kvlocal.cache import PagedCache
+from kvlocal.errors import KVError
+from kvlocal.model import Model
+from kvlocal.native import KvlParams, KvlStats
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """How a context is made.
+
+    Attributes:
+        n_ctx: tokens per sequence that the cache has room for.
+        n_batch: most tokens of one :meth:`Context.decode`; n_ubatch: of one pass through the graph.
+        n_threads: 0 = all cores.
+        n_seq_max: number of sequences.
+        n_outputs: most positions of one batch whose logits are read.
+        paged: our memory, or the stock cache.
+        n_window: queries remembered for window scores (paged).
+        n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
+        type_kv: ``f16`` or ``f32`` storage of the stock cache.
+        flash_attn: flash attention over the stock cache.
+    """
+
+    n_ctx: int
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int = 0
+    n_seq_max: int = 1
+    n_outputs: int = 0
+    paged: bool = True
+    n_window: int = 32
+    n_pool_ctx: int = 0
+    type_kv: Literal["f16", "f32"] = "f16"
+    flash_attn: bool = True
+
+
+class Context:
+    """Owns a llama_context. ``cache`` is its :class:`PagedCache`, ``None`` over the stock cache."""
+
+    def __init__(self, model: Model, config: ContextConfig) -> None:
+        self._native = native.load()
+        self._llama = self._native.llama
+        self.model = model
+        self.config = config
+        params = self._llama.llama_context_default_params()
+        params.n_ctx = config.n_ctx
+        params.n_batch = config.n_batch
+        params.n_ubatch = min(config.n_ubatch, config.n_batch)
+        params.n_threads = params.n_threads_batch = config.n_threads or n_cores()
+        params.n_seq_max = config.n_seq_max
+        params.n_outputs_max = max(config.n_outputs, config.n_seq_max)
+        params.kv_unified = True
+        self._native.log.clear()
+        if config.paged:
+            kvl = KvlParams(config.n_window, config.n_pool_ctx, 64 << 20, 0)
+            self.handle: Any = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
+            if not self.handle:
+                self._native.check(native.ERR_UNSUPPORTED)
+        else:
+            # upstream's GGML_TYPE_F32 = 0, GGML_TYPE_F16 = 1
+            params.type_k = params.type_v = 1 if config.type_kv == "f16" else 0
+            params.flash_attn_type = 1 if config.flash_attn else 0
+            self.handle = self._llama.llama_init_from_model(model.handle, params)
+            if not self.handle:
+                raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
+        self.cache = PagedCache(self.handle) if config.paged else None
+        self._memory = self._llama.llama_get_memory(self.handle)
+        self._make_batch(config.n_batch)
+
+    def _why(self) -> str:
+        return self._native.log[-1] if self._native.log else "its log gives no reason"
+
+    def _make_batch(self, n: int) -> None:
+        """One batch for all calls, over numpy arrays: filling it costs no Python loop."""
+        self._tokens = np.zeros(n, np.int32)
+        self._pos = np.zeros(n, np.int32)
+        self._n_seq = np.ones(n, np.int32)
+        self._seq = np.zeros(n, np.int32)
+        self._output = np.zeros(n, np.int8)
+        # seq_id is an array of pointers: the i-th points to the i-th entry of _seq
+        self._seq_ptr = self._seq.ctypes.data + np.arange(n, dtype=np.uint64) * 4
+        batch = self._llama.llama_batch()
+
+        def pointer(array: np.ndarray, field: str) -> Any:
+            kind = dict(self._llama.llama_batch._fields_)[field]
+            return ctypes.cast(array.ctypes.data, kind)
+
+        batch.token = pointer(self._tokens, "token")
+        batch.pos = pointer(self._pos, "pos")
+        batch.n_seq_id = pointer(self._n_seq, "n_seq_id")
+        batch.seq_id = pointer(self._seq_ptr, "seq_id")
+        batch.logits = pointer(self._output, "logits")
+        self._batch = batch
+
+    def close(self) -> None:
+        if self.handle:
+            self._llama.llama_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    #
+    # decode
+    #
+
+    def decode(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        pos: int | np.ndarray,
+        seq: int | np.ndarray = 0,
+        *,
+        outputs: Literal["last", "all", "none"] = "last",
+        event: int = native.EVENT_NONE,
+    ) -> None:
+        """Run one batch. ``pos`` and ``seq`` are per token, or the first position and the sequence of all of them.
+
+        Raises:
+            KVError: no room in the cache, or the computation failed.
+        """
+        n = len(tokens)
+        self._tokens[:n] = tokens
+        self._pos[:n] = np.arange(pos, pos + n) if isinstance(pos, int) else pos
+        self._seq[:n] = seq
+        self._output[:n] = outputs == "all"
+        if outputs == "last":
+            # the last token of every sequence
+            last = {int(s): i for i, s in enumerate(self._seq[:n])} if not isinstance(seq, int) else {seq: n - 1}
+            self._output[list(last.values())] = 1
+        self._batch.n_tokens = n
+        if self.cache is not None:
+            status = self._native.lib.kvl_decode(self.handle, self._batch, event)
+            if status == native.ERR_HOOK:
+                raise KVError(self._native.last_error())
+            if status != 0:
+                reason = self._native.last_error() or f"the batch of {n} tokens could not be computed (code {status})"
+                raise KVError(reason[0].upper() + reason[1:] + ".")
+            return
+        status = self._llama.llama_decode(self.handle, self._batch)
+        if status == 1:
+            raise KVError(
+                f"The context of {self.config.n_ctx} tokens is full; use a larger one (-c) or a policy that evicts."
+            )
+        if status != 0:
+            raise KVError(f"llama.cpp could not decode the batch (code {status}): {self._why()}.")
+
+    def logits(self, n: int = 1) -> np.ndarray:
+        """Logits of the last batch's outputs, float32 ``[n, n_vocab]``, a copy."""
+        pointer = self._llama.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(pointer, (n, self.model.n_vocab)).copy()
+
+    #
+    # sequences
+    #
+
+    def n_seen(self, seq: int) -> int:
+        """Tokens of a sequence: its next position."""
+        return int(self._llama.llama_memory_seq_pos_max(self._memory, seq)) + 1
+
+    def truncate(self, seq: int, n: int) -> None:
+        """Remove the tokens at positions >= n."""
+        if self.cache is not None:
+            self.cache.truncate(seq, n)
+        else:
+            self._llama.llama_memory_seq_rm(self._memory, seq, n, -1)
+
+    def branch(self, src: int, dst: int) -> None:
+        """Make ``dst`` a copy of ``src``; its pages (or cells) are shared."""
+        if self.cache is not None:
+            self.cache.branch(src, dst)
+        else:
+            self._llama.llama_memory_seq_rm(self._memory, dst, -1, -1)
+            self._llama.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
+
+    def stats(self) -> KvlStats:
+        """Bytes of the cache, paged or stock."""
+        out = KvlStats()
+        self._native.check(self._native.lib.kvl_get_stats(self.handle, ctypes.byref(out)))
+        return out
+
+    def set_evict_hook(self, hook: Any) -> None:
+        """Register a callback made by :func:`kvlocal.native.evict_hook`; keeps it alive."""
+        self._hook = hook
+        self._native.check(self._native.lib.kvl_set_evict_hook(self.handle, hook, None))

@@ -1,0 +1,391 @@
+"""Model, cache and policy together: knows when to prefill, evict, decode and evict again."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+
+from kvlocal import native
+from kvlocal.budget import Budget
+from kvlocal.context import Context, ContextConfig
+from kvlocal.errors import KVError, UsageError
+from kvlocal.model import Model
+from kvlocal.policies.base import Policy
+from kvlocal.report import KV, RSS, Budgeted, Report, Timing, Tokens, peak_rss_bytes, rss_bytes
+from kvlocal.sampling import Sampler, Sampling
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is made of.
+
+    Attributes:
+        model: path of a GGUF file.
+        policy: which tokens are kept; one with ``evicts = False`` runs on llama.cpp's own cache.
+        budget: how many.
+        n_ctx: tokens the cache has room for (0 = what the model was trained for).
+        n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
+        n_threads: 0 = all cores.
+        n_gpu_layers: layers on the accelerator.
+        prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
+            memory stays below budget + chunk whatever the length.
+        chunk: tokens per chunk.
+        slack: tokens per head a sequence may grow over its budget while decoding before it is evicted again.
+        n_seq_max: sequences the cache can hold.
+        n_outputs: most positions of a batch whose logits are read (evaluation).
+    """
+
+    model: Path
+    policy: Policy
+    budget: Budget
+    n_ctx: int = 0
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    prefill: Literal["exact", "chunked"] = "exact"
+    chunk: int = 512
+    slack: int = 128
+    n_seq_max: int = 1
+    n_outputs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "n_threads", "n_gpu_layers"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("n_batch", "n_ubatch", "chunk", "slack", "n_seq_max"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.prefill not in ("exact", "chunked"):
+            raise UsageError(f"prefill is {self.prefill!r}; it must be exact or chunked.")
+
+
+class Engine:
+    """One model and its cache. Use as a context manager, or :meth:`close` it.
+
+    Raises:
+        UsageError: the model's architecture or the settings cannot be served.
+        KVError: the model cannot be loaded.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        start = time.perf_counter()
+        self.config = config
+        self.policy = config.policy
+        self.model = Model(config.model, n_gpu_layers=config.n_gpu_layers)
+        try:
+            self._open()
+        except BaseException:
+            self.model.close()
+            raise
+        self._load_s = time.perf_counter() - start
+        self.reset()
+
+    def _open(self) -> None:
+        config = self.config
+        if self.policy.evicts:
+            self.model.check_paged()
+        self.n_ctx = config.n_ctx or self.model.n_ctx_train
+        self.context = Context(
+            self.model,
+            ContextConfig(
+                n_ctx=self.n_ctx,
+                n_batch=max(config.n_batch, config.n_seq_max),
+                n_ubatch=config.n_ubatch,
+                n_threads=config.n_threads,
+                n_seq_max=config.n_seq_max,
+                n_outputs=config.n_outputs,
+                paged=self.policy.evicts,
+                n_window=self.policy.n_window,
+            ),
+        )
+        self.cache = self.context.cache
+        self._hook_errors: list[BaseException] = []
+        if self.cache is not None:
+            try:
+                config.budget.check(
+                    self.policy.min_budget, self.n_ctx, self.cache.bytes_per_token, psutil.virtual_memory().total
+                )
+            except BaseException:
+                self.context.close()
+                raise
+            self.context.set_evict_hook(native.evict_hook(self._on_event, self._hook_errors))
+
+    def close(self) -> None:
+        self.context.close()
+        self.model.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self) -> None:
+        """Forget all sequences and measurements; the model stays loaded."""
+        for seq in range(self.config.n_seq_max):
+            self.context.truncate(seq, 0)
+        if self.cache is not None:
+            self.cache.reset_peak()
+        self.tokens: list[list[int]] = [[] for _ in range(self.config.n_seq_max)]  # position -> token, per sequence
+        self._evicted_at = [0] * self.config.n_seq_max  # below this position slots may be missing
+        self.finish_reason: str | None = None
+        self._text = ""
+        self._n_prompt = self._n_generated = 0
+        self._prefill_s = self._decode_s = self._evict_s = self._ttft_s = 0.0
+        self._n_prefilled = 0
+        self._rss = RSS()
+
+    @property
+    def model_name(self) -> str:
+        return self.model.name
+
+    @property
+    def n_max(self) -> int:
+        """Most tokens a sequence can see: the cache for those that keep everything, positions for the others."""
+        return max(self.n_ctx, self.model.n_ctx_train) if self._bounded else self.n_ctx
+
+    @property
+    def _bounded(self) -> bool:
+        return self.policy.evicts and not self.config.budget.keeps_all
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.model.chat_tokens(messages)
+
+    #
+    # eviction
+    #
+
+    def _on_event(self, seq: int, event: int) -> None:
+        self.evict(seq)
+
+    def budget_tokens(self, seq: int = 0) -> int:
+        """The budget of a sequence now, tokens per head and layer on average."""
+        n_seen = self.context.n_seen(seq)
+        if self.cache is None or self.config.budget.keeps_all:
+            return n_seen
+        return self.config.budget.tokens(n_seen, self.cache.bytes_per_token, self.policy.min_budget)
+
+    def evict(self, seq: int = 0) -> bool:
+        """Bring a sequence down to its budget; ``False`` if it already is within it."""
+        if self.cache is None or self.config.budget.keeps_all:
+            return False
+        start = time.perf_counter()
+        budget = self.budget_tokens(seq)
+        stats = self.cache.seq_stats(seq)
+        self.cache.set_limit(seq, budget + self.config.slack)
+        if stats.n_slots <= budget * stats.n_heads:
+            return False
+        first = self._rss.before_evict_bytes is None
+        if first:
+            self._rss.before_evict_bytes = rss_bytes()
+        view = self.cache.view(seq, budget, self.policy.n_window)
+        budgets = self.policy.allocate(view)
+        for layer, counts in zip(view.layers, budgets, strict=True):
+            self.cache.keep(seq, layer.layer, self.policy.keep(layer, counts))
+            layer.release()
+        self._evicted_at[seq] = int(stats.n_seen)
+        if first:
+            self._rss.after_evict_bytes = rss_bytes()
+        self._evict_s += time.perf_counter() - start
+        return True
+
+    #
+    # prefill
+    #
+
+    def prefill(self, tokens: Sequence[int], *, seq: int = 0, on_progress: Progress | None = None) -> None:
+        """Append a prompt to a sequence and evict at its end (``exact``) or after every chunk (``chunked``).
+
+        Raises:
+            UsageError: the prompt is empty or longer than the context; nothing has changed then.
+            KVError: the cache is full; the sequence is as before.
+        """
+        self._check_prompt(len(tokens), seq)
+        step = self.config.n_batch if self.config.prefill == "exact" else self.config.chunk
+        step = min(step, self.config.n_batch)
+        start, evict_s = time.perf_counter(), self._evict_s
+        begin = len(self.tokens[seq])
+        try:
+            for i in range(0, len(tokens), step):
+                part = tokens[i : i + step]
+                last = i + len(part) == len(tokens)
+                event = native.EVENT_PROMPT if last else native.EVENT_CHUNK
+                if self.config.prefill == "exact" and not last:
+                    event = native.EVENT_NONE
+                    self._set_limit(seq, 0)  # an exact prompt is seen whole, whatever the budget
+                self._decode(part, seq, outputs="last" if last else "none", event=event)
+                if on_progress:
+                    on_progress(i + len(part), len(tokens))
+        except BaseException:
+            self._roll_back(seq, begin)
+            raise
+        self._n_prompt += len(tokens)
+        self._n_prefilled += len(tokens)
+        self._prefill_s += time.perf_counter() - start - (self._evict_s - evict_s)
+
+    def _check_prompt(self, n: int, seq: int) -> None:
+        if n == 0:
+            raise UsageError("The prompt is empty; give some text.")
+        n_seen = len(self.tokens[seq])
+        held = n_seen
+        if self.cache is not None:
+            stats = self.cache.seq_stats(seq)
+            held = -(-stats.n_slots // stats.n_heads)
+        chunked = self._bounded and self.config.prefill == "chunked"
+        before = f" after the {n_seen} already read" if n_seen else ""
+        if n_seen + n >= self.n_max:
+            hint = "" if chunked or not self._bounded else " or use --prefill chunked"
+            raise UsageError(
+                f"The prompt has {n} tokens{before}, the context has room for {self.n_max}; use a larger one (-c){hint}."
+            )
+        if not chunked and held + n >= self.n_ctx:
+            hint = (
+                "use --prefill chunked, which needs room only for the budget"
+                if self.policy.evicts
+                else "use a larger one (-c), or a policy that evicts with --prefill chunked"
+            )
+            raise UsageError(f"The prompt has {n} tokens{before}, the context has room for {self.n_ctx}; {hint}.")
+
+    def _set_limit(self, seq: int, n_slots: int) -> None:
+        if self.cache is not None:
+            self.cache.set_limit(seq, n_slots)
+
+    def _decode(self, tokens: Sequence[int], seq: int, *, outputs: Literal["last", "none"], event: int) -> None:
+        self._hook_errors.clear()
+        try:
+            self.context.decode(tokens, len(self.tokens[seq]), seq, outputs=outputs, event=event)
+        except KVError:
+            if self._hook_errors:
+                raise self._hook_errors[0] from None
+            raise
+        self.tokens[seq].extend(tokens)
+
+    def _roll_back(self, seq: int, n: int) -> None:
+        """Cut a sequence back to n tokens; one that was evicted since then starts anew on its next use."""
+        if self._evicted_at[seq] > n:
+            n = 0
+        self.context.truncate(seq, n)
+        del self.tokens[seq][n:]
+        self._evicted_at[seq] = min(self._evicted_at[seq], n)
+
+    def extend(self, tokens: Sequence[int], *, seq: int = 0, on_progress: Progress | None = None) -> bool:
+        """Make a sequence end in exactly ``tokens``, reading only what is new.
+
+        Returns:
+            Whether it had to be read again from the beginning, because the change lies in what was evicted.
+        """
+        have = self.tokens[seq]
+        common = 0
+        for ours, theirs in zip(have, tokens, strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        common = min(common, len(tokens) - 1)  # the last token must be computed to have logits
+        reread = False
+        if common < len(have):
+            reread = common < self._evicted_at[seq]
+            self._roll_back(seq, 0 if reread else common)
+        self.prefill(tokens[len(self.tokens[seq]) :], seq=seq, on_progress=on_progress)
+        return reread
+
+    #
+    # generate
+    #
+
+    def generate(self, n_predict: int, sampling: Sampling, *, seq: int = 0) -> Iterator[str]:
+        """The answer to what was prefilled, as text pieces; ``n_predict`` < 0: until it ends or the context is full.
+
+        Afterwards :attr:`finish_reason` is ``stop`` (the model ended), ``length`` or ``interrupted`` (closed early).
+        """
+        self._text = ""
+        self.finish_reason = "interrupted"
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        sampler = Sampler(sampling)
+        start, evict_s = time.perf_counter(), self._evict_s
+        first_token = start
+        n = 0
+        try:
+            while n_predict < 0 or n < n_predict:
+                if len(self.tokens[seq]) >= self.n_max:
+                    self.finish_reason = "length"
+                    break
+                token = sampler.sample(self.context.handle)
+                if n == 0:
+                    first_token = time.perf_counter()
+                if self.model.is_end(token):
+                    self.finish_reason = "stop"
+                    break
+                n += 1
+                # the token enters the cache before its text is shown, so that an interruption loses neither
+                self._decode([token], seq, outputs="last", event=native.EVENT_NONE)
+                piece = decoder.decode(self.model.piece(token))
+                self._text += piece
+                if piece:
+                    yield piece
+            else:
+                self.finish_reason = "length"
+            rest = decoder.decode(b"", True)
+            if rest:
+                self._text += rest
+                yield rest
+        finally:
+            sampler.close()
+            self._n_generated += n
+            self._decode_s += time.perf_counter() - start - (self._evict_s - evict_s)
+            self._ttft_s = self._prefill_s + self._evict_s + (first_token - start)
+
+    #
+    # measure
+    #
+
+    def held(self, seq: int = 0) -> list[np.ndarray]:
+        """Tokens held per attention layer and KV head, int32 ``[n_head_kv]`` each; empty over the stock cache."""
+        return self.cache.held(seq) if self.cache is not None else []
+
+    def report(self, seq: int = 0) -> Report:
+        """What was measured since the start or the last :meth:`reset`; bytes come from the pools themselves."""
+        stats = self.context.stats()
+        n_seen = len(self.tokens[seq])
+        budget = self.budget_tokens(seq)
+        tokens = Tokens(prompt=self._n_prompt, generated=self._n_generated)
+        if self.cache is not None:
+            held = self.cache.seq_stats(seq)
+            tokens.held_mean = held.n_slots / held.n_heads
+            tokens.held_min, tokens.held_max = int(held.held_min), int(held.held_max)
+        else:
+            tokens.held_mean = tokens.held_min = tokens.held_max = n_seen
+        self._rss.peak_bytes = peak_rss_bytes()
+        per_token = stats.full_bytes // n_seen if n_seen else 0
+        return Report(
+            text=self._text,
+            model=self.model_name,
+            policy=self.policy.name,
+            policy_args=asdict(self.policy) if is_dataclass(self.policy) and fields(self.policy) else {},
+            budget=Budgeted(budget, min(budget / n_seen, 1.0) if n_seen else 1.0, budget * per_token),
+            tokens=tokens,
+            kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes),
+            rss=self._rss,
+            timing=Timing(
+                load_s=self._load_s,
+                prefill_s=self._prefill_s,
+                prefill_tps=self._n_prefilled / self._prefill_s if self._prefill_s else 0.0,
+                ttft_s=self._ttft_s,
+                evict_s=self._evict_s,
+                decode_s=self._decode_s,
+                decode_tps=self._n_generated / self._decode_s if self._decode_s else 0.0,
+            ),
+            finish_reason=self.finish_reason,
+        )

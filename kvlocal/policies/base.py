@@ -1,0 +1,104 @@
+"""The interface between the engine and a policy: numpy in, numpy out, no model and no ctypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+
+@dataclass
+class LayerView:
+    """What one layer of one sequence holds at the moment of an eviction.
+
+    Heads may be ragged: after an eviction every KV head has its own slots. A *slot index* is a row number inside
+    one KV head, 0-based, in ascending order of position.
+
+    Attributes:
+        layer: index among the attention layers, 0-based.
+        n_head: number of query heads; query head ``h`` reads KV head ``h // (n_head // n_head_kv)``.
+        n_head_kv: number of KV heads.
+        positions: per KV head, int32 ``[n_slots[h]]``: true token positions, ascending.
+        n_seen: number of tokens the sequence has seen; the next token gets this position.
+        read_scores: returns float32 ``[n_head, max(n_slots)]``: attention of the last ``n_window`` queries, fp32
+            softmax over all slots of the head, mean over the window rows; zero beyond ``n_slots[h]``.
+        n_window: number of queries behind ``read_scores`` (at most the ``window`` that the policy asked for).
+    """
+
+    layer: int
+    n_head: int
+    n_head_kv: int
+    positions: Sequence[np.ndarray]
+    n_seen: int
+    read_scores: Callable[[], np.ndarray] | None = None
+    n_window: int = 0
+    _scores: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def n_slots(self) -> np.ndarray:
+        """Slots held per KV head, int64 ``[n_head_kv]``."""
+        return np.array([len(p) for p in self.positions], dtype=np.int64)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Window scores, float32 ``[n_head, max(n_slots)]``; read once and kept until :meth:`release`."""
+        if self._scores is None:
+            if self.read_scores is None:
+                raise ValueError("this view carries no window scores; set `needs = {'scores'}` on the policy")
+            self._scores = self.read_scores()
+        return self._scores
+
+    def release(self) -> None:
+        """Forget the scores (they are the largest thing a view holds)."""
+        self._scores = None
+
+
+@dataclass
+class CacheView:
+    """All layers of one sequence, and the budget they share.
+
+    Attributes:
+        layers: one :class:`LayerView` per attention layer.
+        budget: tokens to hold per KV head and layer, on average, window and sinks included.
+    """
+
+    layers: Sequence[LayerView]
+    budget: int
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.layers)
+
+
+class Policy:
+    """Base of all policies. Subclasses are dataclasses whose fields are their hyper-parameters.
+
+    Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set: ``"scores"``), and
+    ``evicts`` (False only for ``full``).
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    evicts: ClassVar[bool] = True
+
+    @property
+    def min_budget(self) -> int:
+        """Smallest budget (tokens per head) that leaves room for what is always kept."""
+        raise NotImplementedError
+
+    @property
+    def n_window(self) -> int:
+        """Window queries that the cache must remember for this policy (0: none)."""
+        return 0
+
+    def allocate(self, view: CacheView) -> np.ndarray:
+        """Slots to keep, int64 ``[n_layer, n_head_kv]``, window and sinks included, summing to ``L * H * budget``
+        (less where a head holds fewer slots than that)."""
+        raise NotImplementedError
+
+    def keep(self, layer: LayerView, budgets: np.ndarray) -> list[np.ndarray]:
+        """Slot indices to keep per KV head, int64, ascending; ``len(result[h]) == budgets[h]``."""
+        raise NotImplementedError

@@ -1,0 +1,139 @@
+"""Hyper-parameters of policies: how a value is read from text, and which values are allowed.
+
+A policy is a frozen dataclass whose fields are declared with :func:`whole`, :func:`real` or :func:`choice`; its
+``__post_init__`` calls :func:`validate`. The same rules feed the command line's error messages and its policy table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvlocal.errors import UsageError
+
+
+class Rule(Protocol):
+    """What one hyper-parameter may be."""
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values, to be read after "give"."""
+
+    def parse(self, text: str) -> object:
+        """The value that ``text`` stands for; raises ``ValueError``. Does not check the range."""
+
+    def accepts(self, value: object) -> bool:
+        """Whether the value has the right type and lies in the range."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    low: int
+    odd: bool = False
+
+    @property
+    def allowed(self) -> str:
+        return f"{'an odd' if self.odd else 'a'} whole number of at least {self.low}"
+
+    def parse(self, text: str) -> int:
+        return int(text)
+
+    def accepts(self, value: object) -> bool:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            return False
+        return int(value) >= self.low and (not self.odd or int(value) % 2 == 1)
+
+
+@dataclass(frozen=True)
+class Real:
+    low: float
+    high: float
+
+    @property
+    def allowed(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
+
+    def parse(self, text: str) -> float:
+        return float(text)
+
+    def accepts(self, value: object) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        return math.isfinite(value) and self.low <= float(value) <= self.high
+
+
+@dataclass(frozen=True)
+class Choice:
+    options: tuple[str | None, ...]
+
+    @property
+    def allowed(self) -> str:
+        return "one of " + ", ".join(option or "none" for option in self.options)
+
+    def parse(self, text: str) -> str | None:
+        for option in self.options:
+            if text.strip().lower() == (option or "none"):
+                return option
+        raise ValueError(text)
+
+    def accepts(self, value: object) -> bool:
+        return any(value is option or (isinstance(value, str) and value == option) for option in self.options)
+
+
+def whole(default: int, *, low: int, odd: bool = False, help: str) -> Any:
+    """A dataclass field that holds an integer of at least ``low``."""
+    return dataclasses.field(default=default, metadata={"rule": Whole(low, odd), "help": help})
+
+
+def real(default: float, *, low: float, high: float, help: str) -> Any:
+    """A dataclass field that holds a finite number in ``[low, high]``."""
+    return dataclasses.field(default=default, metadata={"rule": Real(low, high), "help": help})
+
+
+def choice(default: str | None, options: Sequence[str | None], *, help: str) -> Any:
+    """A dataclass field that holds one of ``options``; ``None`` is written ``none``."""
+    return dataclasses.field(default=default, metadata={"rule": Choice(tuple(options)), "help": help})
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyper-parameter as a row of the policy table."""
+
+    name: str
+    default: object
+    allowed: str
+    help: str
+
+
+def declared_rules(cls: type) -> dict[str, Rule]:
+    """The rule of every hyper-parameter that a policy class declares, in order."""
+    return {f.name: f.metadata["rule"] for f in dataclasses.fields(cls) if "rule" in f.metadata}
+
+
+def parameters(cls: type) -> list[Parameter]:
+    """The hyper-parameters that a policy class declares, in order."""
+    return [
+        Parameter(f.name, f.default, f.metadata["rule"].allowed, f.metadata["help"])
+        for f in dataclasses.fields(cls)
+        if "rule" in f.metadata
+    ]
+
+
+def refusal(policy: str, name: str, value: object, rule: Rule) -> UsageError:
+    """The error for a value that the rule does not allow."""
+    shown = value if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
+    return UsageError(f"{name}={shown} is not possible for policy {policy}: give {rule.allowed}.")
+
+
+def validate(policy: Any) -> None:
+    """Raises :class:`UsageError` for the first field of a policy whose value its rule does not allow."""
+    for f in dataclasses.fields(policy):
+        rule: Rule | None = f.metadata.get("rule")
+        value = getattr(policy, f.name)
+        if rule is not None and not rule.accepts(value):
+            raise refusal(policy.name, f.name, value, rule)

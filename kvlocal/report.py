@@ -1,0 +1,92 @@
+"""What a run measured; :meth:`Report.as_dict` is the object that ``--json`` prints."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+
+@dataclass
+class Budgeted:
+    """The budget in tokens per head, as a fraction of the tokens seen, and in bytes of K and V."""
+
+    tokens: int = 0
+    fraction: float = 1.0
+    bytes: int = 0
+
+
+@dataclass
+class Tokens:
+    prompt: int = 0
+    generated: int = 0
+    held_mean: float = 0.0
+    held_min: int = 0
+    held_max: int = 0
+
+
+@dataclass
+class KV:
+    """Bytes: what a full f16 cache would take, what is in use, what is taken from the pools, the most ever taken."""
+
+    full_bytes: int = 0
+    used_bytes: int = 0
+    allocated_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass
+class RSS:
+    """Resident memory of the process around the first eviction, and its peak; bytes, ``None`` if nothing was evicted."""
+
+    before_evict_bytes: int | None = None
+    after_evict_bytes: int | None = None
+    peak_bytes: int = 0
+
+
+@dataclass
+class Timing:
+    """Seconds and tokens per second; ``prefill_s`` excludes ``evict_s``, ``decode_s`` is the time of the answer."""
+
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    prefill_tps: float = 0.0
+    ttft_s: float = 0.0
+    evict_s: float = 0.0
+    decode_s: float = 0.0
+    decode_tps: float = 0.0
+
+
+@dataclass
+class Report:
+    text: str = ""
+    model: str = ""
+    policy: str = ""
+    policy_args: dict[str, Any] = field(default_factory=dict)
+    budget: Budgeted = field(default_factory=Budgeted)
+    tokens: Tokens = field(default_factory=Tokens)
+    kv: KV = field(default_factory=KV)
+    rss: RSS = field(default_factory=RSS)
+    timing: Timing = field(default_factory=Timing)
+    finish_reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process ever had."""
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):
+        return int(info.peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

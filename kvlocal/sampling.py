@@ -1,0 +1,78 @@
+"""Choosing the next token, through llama.cpp's own samplers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvlocal import native
+from kvlocal.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the names and defaults are llama.cpp's.
+
+    Attributes:
+        temp: temperature; 0 takes the most likely token.
+        top_k: only the k most likely (0: all).
+        top_p: only the most likely whose probabilities sum to p (1: all).
+        min_p: only those at least this likely relative to the best (0: all).
+        repeat_penalty: divides the logits of the last 64 tokens (1: off).
+        seed: of the random generator (-1: a random one).
+    """
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int = -1
+
+    def __post_init__(self) -> None:
+        if self.temp < 0:
+            raise UsageError(f"The temperature is {self.temp}; it must be 0 or more.")
+        if self.top_k < 0:
+            raise UsageError(f"top-k is {self.top_k}; it must be 0 (all) or more.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p is {self.top_p}; it must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p is {self.min_p}; it must be from 0 to 1.")
+        if self.repeat_penalty <= 0:
+            raise UsageError(f"The repeat penalty is {self.repeat_penalty}; it must be above 0 (1 is off).")
+        if not -1 <= self.seed < 2**32 - 1:
+            raise UsageError(f"The seed is {self.seed}; it must be -1 (random) or from 0 to 4294967294.")
+
+
+class Sampler:
+    """A chain of llama.cpp samplers; :meth:`sample` takes from the last output of a context."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._llama = native.load().llama
+        self._chain: Any = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
+        if sampling.repeat_penalty != 1:
+            self._add("penalties", 64, sampling.repeat_penalty, 0.0, 0.0)
+        if sampling.temp == 0:
+            self._add("greedy")
+            return
+        if sampling.top_k > 0:
+            self._add("top_k", sampling.top_k)
+        if sampling.top_p < 1:
+            self._add("top_p", sampling.top_p, 1)
+        if sampling.min_p > 0:
+            self._add("min_p", sampling.min_p, 1)
+        self._add("temp", sampling.temp)
+        self._add("dist", sampling.seed & 0xFFFFFFFF)
+
+    def _add(self, name: str, *arguments: float) -> None:
+        init = getattr(self._llama, f"llama_sampler_init_{name}")
+        self._llama.llama_sampler_chain_add(self._chain, init(*arguments))
+
+    def sample(self, ctx: Any) -> int:
+        """The next token after the last output of ``ctx``; also told to the penalties."""
+        return int(self._llama.llama_sampler_sample(self._chain, ctx, -1))
+
+    def close(self) -> None:
+        if self._chain is not None:
+            self._llama.llama_sampler_free(self._chain)
+            self._chain = None

@@ -1,0 +1,131 @@
+// kvl: a paged KV cache with its own page table in every (sequence, layer, KV head).
+//
+// Mechanism only: which slots stay is decided by the caller. Plain C, versioned by kvl_abi_version().
+// Every function checks its arguments; on failure it returns a negative kvl_status (or NULL) and
+// kvl_last_error() holds one sentence, per thread. Nothing here ends the process.
+
+#pragma once
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVL_ABI_VERSION 1
+#define KVL_PAGE_SLOTS 32
+
+typedef enum kvl_status {
+    KVL_OK = 0,
+    KVL_ERR_ARGUMENT = -1,    // an argument is out of range
+    KVL_ERR_UNSUPPORTED = -2, // the model or the operation is not supported
+    KVL_ERR_MEMORY = -3,      // the pool or the machine has no room
+    KVL_ERR_COMPUTE = -4,     // a graph failed
+    KVL_ERR_HOOK = -5,        // the evict hook reported a failure
+} kvl_status;
+
+// When the evict hook is called.
+typedef enum kvl_event {
+    KVL_EVENT_NONE = 0,   // nothing special: only the limit is watched
+    KVL_EVENT_CHUNK = 1,  // end of a prompt chunk
+    KVL_EVENT_PROMPT = 2, // end of the prompt
+    KVL_EVENT_LIMIT = 3,  // a sequence has passed its limit
+} kvl_event;
+
+typedef struct kvl_params {
+    int32_t n_window;    // queries remembered per layer and sequence for window scores (0: none)
+    int32_t n_pool_ctx;  // tokens per head and sequence the pool can hold (0: the context size)
+    int32_t score_bytes; // upper bound of the scratch memory of kvl_window_scores, bytes
+    int32_t reserved;
+} kvl_params;
+
+typedef struct kvl_stats {
+    uint64_t used_bytes;      // K and V of the slots held; a page shared by branches counts once
+    uint64_t allocated_bytes; // pages taken from the pools, page waste included
+    uint64_t peak_bytes;      // largest allocated_bytes so far
+    uint64_t full_bytes;      // what a full f16 cache would take for the tokens seen
+    uint64_t reserved_bytes;  // address space of the pools (committed only where used)
+    uint64_t table_bytes;     // page tables and positions
+    uint64_t query_bytes;     // window queries
+    uint64_t n_evict;         // calls of kvl_keep that dropped slots
+    uint64_t score_us;        // time in kvl_window_scores
+    uint64_t keep_us;         // time in kvl_keep
+} kvl_stats;
+
+typedef struct kvl_seq_stats {
+    int64_t n_seen;     // tokens seen: the next token gets this position
+    int64_t n_slots;    // slots held, summed over layers and KV heads
+    int64_t held_min;   // smallest number of slots in a head
+    int64_t held_max;   // largest number of slots in a head
+    int64_t n_heads;    // layers x KV heads
+    uint64_t full_bytes; // what a full f16 cache would take for n_seen tokens
+} kvl_seq_stats;
+
+typedef struct kvl_layer_info {
+    int32_t il;        // layer index in the model
+    int32_t n_head;    // query heads
+    int32_t n_head_kv; // KV heads
+    int32_t d_k;       // key size per head
+    int32_t d_v;       // value size per head
+    int32_t on_device; // 1: the pages live on an accelerator
+} kvl_layer_info;
+
+// Called after a decode step has been computed: it still saw everything. Non-zero: failure.
+typedef int32_t (*kvl_evict_hook)(struct llama_context * ctx, llama_seq_id seq, int32_t event, void * user);
+
+LLAMA_API int32_t kvl_abi_version(void);
+LLAMA_API const char * kvl_llama_commit(void);
+LLAMA_API const char * kvl_last_error(void);
+// Size in bytes of a struct of this ABI by name ("kvl_params", "llama_context_params", ...), 0 if unknown.
+LLAMA_API size_t kvl_struct_size(const char * name);
+
+LLAMA_API kvl_params kvl_default_params(void);
+// 0 if the paged cache can serve this model; else KVL_ERR_UNSUPPORTED, the reason in kvl_last_error().
+LLAMA_API int32_t kvl_model_check(const struct llama_model * model);
+// Like llama_init_from_model, with paged memory. NULL on failure.
+LLAMA_API struct llama_context * kvl_init_from_model(struct llama_model * model, struct llama_context_params params,
+                                                     const kvl_params * kvl);
+LLAMA_API bool kvl_is_paged(const struct llama_context * ctx);
+
+// Attention layers: index 0 .. kvl_n_layer()-1 counts only layers that own a cache.
+LLAMA_API int32_t kvl_n_layer(const struct llama_context * ctx);
+LLAMA_API int32_t kvl_get_layer(const struct llama_context * ctx, int32_t layer, kvl_layer_info * out);
+
+// llama_decode, then the evict hook: with `event` for every sequence of the batch, or with KVL_EVENT_LIMIT for those
+// past their limit. Returns llama_decode's code when that is not 0, else a kvl_status.
+LLAMA_API int32_t kvl_decode(struct llama_context * ctx, struct llama_batch batch, int32_t event);
+LLAMA_API int32_t kvl_set_evict_hook(struct llama_context * ctx, kvl_evict_hook hook, void * user);
+// Slots per head, on average, past which the hook is called with KVL_EVENT_LIMIT (0: never).
+LLAMA_API int32_t kvl_set_limit(struct llama_context * ctx, llama_seq_id seq, int32_t n_slots);
+
+// Slots held per KV head: out[n_head_kv].
+LLAMA_API int32_t kvl_lengths(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
+// Positions of all heads of a layer, head after head: out[sum of lengths].
+LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
+// Attention of the remembered window queries: f32 out[n_head][stride], softmax in f32 over all slots of the head, mean
+// over the window, zero beyond the head's length; stride >= the longest head. Returns the number of queries used.
+LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out,
+                                    int64_t stride);
+// Keys or values as stored, converted to f32: k[len][d_k], v[len][d_v] (either may be NULL).
+LLAMA_API int32_t kvl_read_kv(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k,
+                              float * v);
+// Window queries, oldest first: q[n][n_head][d_k] with room for n_window. Returns n.
+LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * q);
+
+// Keep these slots of every KV head of a layer and give the rest back: n_keep[n_head_kv] counts, slots concatenated,
+// strictly ascending within a head. All or nothing.
+LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep,
+                           const int32_t * slots);
+// Share all pages of src with dst, copy-on-write. dst is emptied first.
+LLAMA_API int32_t kvl_branch(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst);
+// Remove the tokens at positions >= p0 from every head.
+LLAMA_API int32_t kvl_truncate(struct llama_context * ctx, llama_seq_id seq, llama_pos p0);
+
+// Also over a stock context: allocated, reserved and peak are its buffers, used the share of its tokens.
+LLAMA_API int32_t kvl_get_stats(const struct llama_context * ctx, kvl_stats * out);
+LLAMA_API int32_t kvl_get_seq_stats(const struct llama_context * ctx, llama_seq_id seq, kvl_seq_stats * out);
+LLAMA_API int32_t kvl_reset_peak(struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif

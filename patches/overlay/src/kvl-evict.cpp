@@ -1,0 +1,272 @@
+// What removes or shares slots: keep, truncate, branch, clear, and the sequence operations of llama_memory_i.
+
+#include "llama-impl.h"
+#include "llama-kv-paged.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+void llama_kv_paged::trim() {
+    for (auto & pool : pools) {
+        pool->trim();
+    }
+}
+
+void llama_kv_paged::cut(kvl_layer & layer, kvl_head & head, uint32_t n) {
+    const uint32_t n_pages = (n + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS;
+    while (head.pages.size() > n_pages) {
+        layer.pool->drop(head.pages.back());
+        head.pages.pop_back();
+    }
+    head.pos.resize(n);
+}
+
+// Where compaction writes: destination page j must be private unless all its slots stay where they are.
+static bool page_moves(const int32_t * slots, uint32_t n, uint32_t page) {
+    const uint32_t end = std::min(n, (page + 1) * KVL_PAGE_SLOTS);
+    return uint32_t(slots[end - 1]) != end - 1;
+}
+
+bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t * n_keep, const int32_t * slots) {
+    kvl_layer & layer = layers[layer_id];
+    kvl_pool & pool = *layer.pool;
+    std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
+
+    // check everything before the first move: all or nothing
+    uint32_t n_copy = 0;
+    const int32_t * s = slots;
+    for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
+        const kvl_head & head = heads[h];
+        const std::string where = " (layer " + std::to_string(layer_id) + ", KV head " + std::to_string(h) + ")";
+        if (n_keep[h] < 0 || uint32_t(n_keep[h]) > head.n() || (n_keep[h] == 0 && head.n() > 0)) {
+            kvl_set_error("cannot keep " + std::to_string(n_keep[h]) + " of " + std::to_string(head.n()) +
+                          " slots; every head keeps at least one" + where);
+            return false;
+        }
+        for (int32_t i = 0; i < n_keep[h]; i++) {
+            if (s[i] < 0 || uint32_t(s[i]) >= head.n() || (i > 0 && s[i] <= s[i - 1])) {
+                kvl_set_error("slot indices must be ascending and below " + std::to_string(head.n()) + ", got " +
+                              std::to_string(s[i]) + where);
+                return false;
+            }
+        }
+        for (uint32_t p = 0; p * KVL_PAGE_SLOTS < uint32_t(n_keep[h]); p++) {
+            n_copy += page_moves(s, n_keep[h], p) && pool.shared(head.pages[p]) ? 1 : 0;
+        }
+    }
+    if (n_copy > pool.n_free()) {
+        kvl_set_error("no room to separate a shared branch before evicting: " + std::to_string(n_copy) +
+                      " pages needed, " + std::to_string(pool.n_free()) + " free");
+        return false;
+    }
+
+    bool dropped = false;
+    s = slots;
+    for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
+        kvl_head & head = heads[h];
+        const uint32_t n = n_keep[h];
+        if (n == head.n()) {
+            continue;
+        }
+        dropped = true;
+        // sources are never behind their destination, so pages can be rewritten in ascending order; a page that is
+        // still shared is read from the old table after a new page has taken its place
+        const std::vector<uint32_t> old = head.pages;
+        std::vector<uint32_t> replaced;
+        for (uint32_t p = 0; p * KVL_PAGE_SLOTS < n; p++) {
+            if (!page_moves(s, n, p)) {
+                continue;
+            }
+            if (pool.shared(old[p])) {
+                head.pages[p] = pool.take();
+                replaced.push_back(old[p]);
+            }
+            const uint32_t end = std::min(n, (p + 1) * KVL_PAGE_SLOTS);
+            for (uint32_t i = p * KVL_PAGE_SLOTS; i < end;) {
+                // one move for a run of neighbours within one source page
+                uint32_t run = 1;
+                while (i + run < end && s[i + run] == s[i] + int32_t(run) &&
+                       uint32_t(s[i + run]) / KVL_PAGE_SLOTS == uint32_t(s[i]) / KVL_PAGE_SLOTS) {
+                    run++;
+                }
+                const uint64_t src = uint64_t(old[s[i] / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + s[i] % KVL_PAGE_SLOTS;
+                if (src != head.row(i)) {
+                    pool.move_rows(head.row(i), src, run);
+                }
+                i += run;
+            }
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            head.pos[i] = head.pos[s[i]];
+        }
+        note_peak();
+        for (const uint32_t page : replaced) {
+            pool.drop(page);
+        }
+        cut(layer, head, n);
+    }
+    n_evict += dropped ? 1 : 0;
+    pool.trim();
+    return true;
+}
+
+bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
+    kvl_sequence & seq = seqs[seq_id];
+    p0 = std::max(p0, 0);
+    if (p0 >= seq.n_seen) {
+        return true;
+    }
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (kvl_head & head : seq.heads[l]) {
+            const auto it = std::lower_bound(head.pos.begin(), head.pos.end(), p0);
+            cut(layers[l], head, uint32_t(it - head.pos.begin()));
+        }
+    }
+    for (llama_pos & p : seq.window) {
+        p = p >= p0 ? -1 : p;
+    }
+    seq.n_seen = p0;
+    trim();
+    return true;
+}
+
+bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
+    if (src == dst) {
+        return true;
+    }
+    truncate(dst, 0);
+    kvl_sequence & to = seqs[dst];
+    const kvl_sequence & from = seqs[src];
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : from.heads[l]) {
+            for (const uint32_t page : head.pages) {
+                layers[l].pool->share(page);
+            }
+        }
+    }
+    to.heads = from.heads;
+    to.window = from.window;
+    to.n_seen = from.n_seen;
+    if (params.n_window > 0) {
+        std::vector<uint8_t> tmp;
+        for (const kvl_layer & layer : layers) {
+            const size_t size = layer.queries->nb[1] * size_t(params.n_window);
+            tmp.resize(size);
+            ggml_backend_tensor_get(layer.queries, tmp.data(), size * size_t(src), size);
+            ggml_backend_tensor_set(layer.queries, tmp.data(), size * size_t(dst), size);
+        }
+    }
+    return true;
+}
+
+//
+// llama_memory_i
+//
+
+void llama_kv_paged::clear(bool data) {
+    GGML_UNUSED(data);
+    for (size_t s = 0; s < seqs.size(); s++) {
+        truncate(llama_seq_id(s), 0);
+    }
+}
+
+bool llama_kv_paged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id >= 0 && !valid_seq(seq_id)) {
+        return true; // an unknown sequence holds nothing
+    }
+    bool ok = true;
+    for (size_t s = 0; s < seqs.size(); s++) {
+        if (seq_id >= 0 && size_t(seq_id) != s) {
+            continue;
+        }
+        if (p1 >= 0 && p1 < seqs[s].n_seen && std::max(p0, 0) < p1) {
+            kvl_set_error("the paged cache removes only the tail of a sequence: [" + std::to_string(p0) + ", " +
+                          std::to_string(p1) + ") ends before position " + std::to_string(seqs[s].n_seen) +
+                          "; use kvl_keep to drop slots in the middle");
+            ok = false;
+            continue;
+        }
+        if (p1 < 0 || std::max(p0, 0) < p1) {
+            ok = truncate(llama_seq_id(s), p0) && ok;
+        }
+    }
+    return ok;
+}
+
+void llama_kv_paged::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    if (!valid_seq(src) || !valid_seq(dst) || p0 > 0) {
+        kvl_set_error("seq_cp copies a sequence from its beginning into a sequence below n_seq_max = " +
+                      std::to_string(seqs.size()));
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+        return;
+    }
+    if (branch(src, dst) && p1 >= 0 && src != dst) {
+        truncate(dst, p1);
+    }
+}
+
+void llama_kv_paged::seq_keep(llama_seq_id seq_id) {
+    for (size_t s = 0; s < seqs.size(); s++) {
+        if (size_t(seq_id) != s) {
+            truncate(llama_seq_id(s), 0);
+        }
+    }
+}
+
+void llama_kv_paged::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    GGML_UNUSED(shift);
+    kvl_set_error("the paged cache keeps true positions and cannot shift them (seq_add); evict instead");
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+}
+
+void llama_kv_paged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    GGML_UNUSED(d);
+    kvl_set_error("the paged cache keeps true positions and cannot divide them (seq_div)");
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+}
+
+llama_pos llama_kv_paged::seq_pos_min(llama_seq_id seq_id) const {
+    if (!valid_seq(seq_id) || seqs[seq_id].n_seen == 0) {
+        return -1;
+    }
+    llama_pos p = seqs[seq_id].n_seen - 1;
+    for (const auto & heads : seqs[seq_id].heads) {
+        for (const kvl_head & head : heads) {
+            p = head.pos.empty() ? p : std::min(p, head.pos.front());
+        }
+    }
+    return p;
+}
+
+llama_pos llama_kv_paged::seq_pos_max(llama_seq_id seq_id) const {
+    return valid_seq(seq_id) ? seqs[seq_id].n_seen - 1 : -1;
+}
+
+// llama_context turns these into an error return of llama_state_*.
+[[noreturn]] static void refuse_state(const char * what) {
+    kvl_set_error(std::string("a paged cache cannot be ") + what + " through llama_state_*");
+    throw std::runtime_error(kvl_last_error());
+}
+
+void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+    refuse_state("saved");
+}
+
+void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+    refuse_state("restored");
+}

@@ -1,0 +1,240 @@
+#include "kvl-graph.h"
+
+#include "llama-hparams.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <stdexcept>
+
+static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne3,
+                               const char * name, int layer) {
+    ggml_tensor * t = ggml_new_tensor_4d(ctx, type, ne0, ne1, 1, ne3);
+    ggml_set_input(t);
+    ggml_format_name(t, "%s-%d", name, layer);
+    return t;
+}
+
+llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, const llama_kv_paged_context * paged)
+    : llm_graph_input_attn_kv(g.hparams, g.cparams, nullptr), paged(paged), n_seqs(g.ubatch.n_seqs),
+      n_seq_tokens(g.ubatch.n_seq_tokens),
+      n_ring(std::min<uint32_t>(g.ubatch.n_seq_tokens, std::max(paged->kv->params.n_window, 0))) {
+    uint32_t n_kv_max = 0;
+    for (uint32_t l = 0; l < paged->kv->layers.size(); l++) {
+        const kvl_layer & layer = paged->kv->layers[l];
+        const kvl_layer_shape shape = paged->shape(l, n_seq_tokens, g.ubatch);
+        const int64_t n_stream = int64_t(layer.n_head_kv) * n_seqs;
+        layers.push_back({
+            shape,
+            new_input(g.ctx0, GGML_TYPE_I64, layer.n_head_kv * g.n_tokens, 1, 1, "kvl_append", layer.il),
+            new_input(g.ctx0, GGML_TYPE_I32, shape.n_kv * n_stream, 1, 1, "kvl_gather", layer.il),
+            new_input(g.ctx0, GGML_TYPE_F16, shape.n_kv, 1, shape.uniform ? 1 : n_stream, "kvl_live", layer.il),
+        });
+        n_kv_max = std::max(n_kv_max, shape.n_kv);
+    }
+    if (n_seq_tokens > 1) {
+        causal = new_input(g.ctx0, GGML_TYPE_F16, n_kv_max, n_seq_tokens, 1, "kvl_causal", 0);
+    }
+    if (n_ring > 0) {
+        ring = new_input(g.ctx0, GGML_TYPE_I64, int64_t(n_ring) * n_seqs, 1, 1, "kvl_ring", 0);
+    }
+}
+
+void llm_graph_input_kv_paged::set_input(const llama_ubatch * ubatch) {
+    const llama_kv_paged & kv = *paged->kv;
+    const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t minus_inf = ggml_fp32_to_fp16(-INFINITY);
+
+    for (uint32_t l = 0; l < layers.size(); l++) {
+        const layer_input & in = layers[l];
+        const uint32_t n_kv = in.shape.n_kv;
+        const uint32_t n_head_kv = kv.layers[l].n_head_kv;
+        assert(ggml_backend_buffer_is_host(in.append->buffer) && ggml_backend_buffer_is_host(in.gather->buffer));
+        auto * append = static_cast<int64_t *>(in.append->data);
+        auto * gather = static_cast<int32_t *>(in.gather->data);
+        auto * live = static_cast<ggml_fp16_t *>(in.live->data);
+        for (uint32_t s = 0; s < n_seqs; s++) {
+            const auto & heads = kv.seqs[ubatch->seq_id[s * n_seq_tokens][0]].heads[l];
+            for (uint32_t h = 0; h < n_head_kv; h++) {
+                const kvl_head & head = heads[h];
+                const uint32_t n_past = head.n() - n_seq_tokens;
+                int32_t * rows = gather + uint64_t(s * n_head_kv + h) * n_kv;
+                for (uint32_t t = 0; t < n_seq_tokens; t++) {
+                    rows[t] = int32_t(head.row(n_past + t));
+                    append[uint64_t(s * n_seq_tokens + t) * n_head_kv + h] = rows[t];
+                }
+                int32_t * past = rows + n_seq_tokens;
+                for (uint32_t i = 0; i < n_past; i += KVL_PAGE_SLOTS) {
+                    const int32_t row = int32_t(head.row(i));
+                    const uint32_t end = std::min<uint32_t>(n_past - i, KVL_PAGE_SLOTS);
+                    for (uint32_t j = 0; j < end; j++) {
+                        past[i + j] = row + int32_t(j);
+                    }
+                }
+                // padding reads a row that is sure to be finite: the first new token
+                std::fill(rows + head.n(), rows + n_kv, rows[0]);
+                // uniform layers share the mask of the first of them: the others' input is not in the graph
+                if (in.live->buffer && (!in.shape.uniform || (s == 0 && h == 0))) {
+                    ggml_fp16_t * row = live + (in.shape.uniform ? 0 : uint64_t(s * n_head_kv + h) * n_kv);
+                    std::fill(row, row + head.n(), zero);
+                    std::fill(row + head.n(), row + n_kv, minus_inf);
+                }
+            }
+        }
+    }
+    if (causal && causal->buffer) {
+        auto * mask = static_cast<ggml_fp16_t *>(causal->data);
+        for (int64_t t = 0; t < causal->ne[1]; t++, mask += causal->ne[0]) {
+            std::fill(mask, mask + causal->ne[0], zero);
+            std::fill(mask + t + 1, mask + n_seq_tokens, minus_inf);
+        }
+    }
+    if (ring && ring->buffer) {
+        auto * rows = static_cast<int64_t *>(ring->data);
+        const int64_t w = kv.params.n_window;
+        for (uint32_t s = 0; s < n_seqs; s++) {
+            for (uint32_t t = n_seq_tokens - n_ring; t < n_seq_tokens; t++) {
+                const uint32_t i = s * n_seq_tokens + t;
+                *rows++ = ubatch->seq_id[i][0] * w + ubatch->pos[i] % w;
+            }
+        }
+    }
+}
+
+bool llm_graph_input_kv_paged::can_reuse(const llm_graph_params & params) {
+    // the memory of a context never changes its kind
+    paged = static_cast<const llama_kv_paged_context *>(params.mctx);
+    if (params.ubatch.n_seqs != n_seqs || params.ubatch.n_seq_tokens != n_seq_tokens) {
+        return false;
+    }
+    for (uint32_t l = 0; l < layers.size(); l++) {
+        if (!(layers[l].shape == paged->shape(l, n_seq_tokens, params.ubatch))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+ggml_tensor * llm_graph_input_kv_paged::build_mask(const llm_graph_context & g, uint32_t layer) const {
+    const layer_input & in = layers[layer];
+    const uint32_t n_kv = in.shape.n_kv;
+    if (!causal) {
+        return in.live;
+    }
+    if (in.shape.uniform) {
+        for (const auto & [n, mask] : shared_masks) {
+            if (n == n_kv) {
+                return mask;
+            }
+        }
+    }
+    ggml_tensor * order = ggml_view_2d(g.ctx0, causal, n_kv, n_seq_tokens, causal->nb[1], 0);
+    ggml_tensor * mask = ggml_repeat_4d(g.ctx0, in.live, n_kv, n_seq_tokens, 1, in.live->ne[3]);
+    mask = ggml_add(g.ctx0, mask, order);
+    if (in.shape.uniform) {
+        shared_masks.emplace_back(n_kv, mask);
+    }
+    return mask;
+}
+
+//
+// hooks
+//
+
+llm_graph_input_attn_kv * kvl_build_attn_inp(const llm_graph_context & g) {
+    const auto * paged = dynamic_cast<const llama_kv_paged_context *>(g.mctx);
+    if (!paged) {
+        return nullptr;
+    }
+    return static_cast<llm_graph_input_attn_kv *>(
+        g.res->add_input(std::make_unique<llm_graph_input_kv_paged>(g, paged)));
+}
+
+bool kvl_is_paged(const llm_graph_input_attn_kv * inp) {
+    return dynamic_cast<const llm_graph_input_kv_paged *>(inp) != nullptr;
+}
+
+static ggml_tensor * contiguous(ggml_context * ctx, ggml_tensor * t) {
+    return ggml_is_contiguous(t) ? t : ggml_cont(ctx, t);
+}
+
+ggml_tensor * kvl_build_attn(const llm_graph_context & g, const llm_graph_input_attn_kv * inp_base, ggml_tensor * q,
+                             ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale,
+                             int il) {
+    const auto * inp = static_cast<const llm_graph_input_kv_paged *>(inp_base);
+    llama_kv_paged & kv = *inp->paged->kv;
+    const int32_t l = kv.find_layer(il);
+    if (kq_b || sinks || l < 0) {
+        const std::string what = kq_b ? "position biases" : sinks ? "attention sinks" : "a layer without a cache";
+        kvl_set_error("the model uses " + what + " in layer " + std::to_string(il) +
+                      ", which the paged cache does not serve; use --policy full");
+        throw std::runtime_error(kvl_last_error());
+    }
+    kvl_layer & layer = kv.layers[l];
+    const auto & in = inp->layers[l];
+    ggml_context * ctx = g.ctx0;
+
+    layer.kq_scale = kq_scale;
+    layer.soft_cap = g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f;
+
+    const int64_t S = inp->n_seqs;
+    const int64_t T = inp->n_seq_tokens;
+    const int64_t Hq = layer.n_head;
+    const int64_t H = layer.n_head_kv;
+    const int64_t G = Hq / H;
+    const int64_t d_k = layer.pool->d_k;
+    const int64_t d_v = layer.pool->d_v;
+    const int64_t n_kv = in.shape.n_kv;
+    if (q->ne[0] != d_k || q->ne[1] != Hq || k->ne[0] != d_k || k->ne[1] != H || v->ne[0] != d_v || v->ne[1] != H) {
+        kvl_set_error("the attention of layer " + std::to_string(il) + " has shapes that the model file does not name");
+        throw std::runtime_error(kvl_last_error());
+    }
+
+    q = contiguous(ctx, q);
+    k = ggml_reshape_2d(ctx, contiguous(ctx, k), d_k, H * T * S);
+    v = ggml_reshape_2d(ctx, contiguous(ctx, v), d_v, H * T * S);
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.pool->k, k, in.append));
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.pool->v, v, in.append));
+
+    if (inp->ring) {
+        const int64_t R = inp->n_ring;
+        ggml_tensor * last =
+            ggml_view_3d(ctx, q, d_k * Hq, R, S, q->nb[2], q->nb[2] * T, q->nb[2] * size_t(T - R));
+        last = ggml_reshape_2d(ctx, contiguous(ctx, last), d_k * Hq, R * S);
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.queries, last, inp->ring));
+    }
+
+    ggml_tensor * kg = ggml_get_rows(ctx, layer.pool->k, in.gather);
+    ggml_tensor * vg = ggml_get_rows(ctx, layer.pool->v, in.gather);
+    if (!layer.pool->is_host()) {
+        // accelerators have no flash attention over f32 keys
+        kg = ggml_cast(ctx, kg, GGML_TYPE_F16);
+        vg = ggml_cast(ctx, vg, GGML_TYPE_F16);
+    }
+    kg = ggml_reshape_4d(ctx, kg, d_k, n_kv, 1, H * S);
+    vg = ggml_reshape_4d(ctx, vg, d_v, n_kv, 1, H * S);
+
+    // [d_k, Hq, T*S] -> [d_k, T, G, H*S], stream s*H + h
+    ggml_tensor * q4;
+    if (T == 1) {
+        q4 = ggml_reshape_4d(ctx, q, d_k, 1, G, H * S);
+    } else if (S == 1) {
+        q4 = ggml_view_4d(ctx, q, d_k, T, G, H, q->nb[2], q->nb[1], q->nb[1] * G, 0);
+    } else {
+        q4 = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_4d(ctx, q, d_k, Hq, T, S), 0, 2, 1, 3));
+        q4 = ggml_reshape_4d(ctx, q4, d_k, T, G, H * S);
+    }
+
+    ggml_tensor * cur =
+        ggml_flash_attn_ext(ctx, q4, kg, vg, inp->build_mask(g, uint32_t(l)), kq_scale, 0.0f, layer.soft_cap);
+    ggml_prec_set_acc(cur, GGML_PREC_F32);
+
+    // [d_v, G, T, H*S] -> [d_v*Hq, T*S]
+    if (T > 1) {
+        cur = ggml_permute(ctx, ggml_reshape_4d(ctx, cur, d_v * G, T, H, S), 0, 2, 1, 3);
+        cur = ggml_cont(ctx, cur);
+    }
+    cur = ggml_reshape_2d(ctx, cur, d_v * Hq, T * S);
+    ggml_build_forward_expand(g.gf, cur);
+    return cur;
+}

@@ -1,0 +1,48 @@
+// The portable attention path: gathers each head's slots with stock operators and runs stock flash attention with the
+// KV heads as streams. Works on every backend and is the reference for fused kernels.
+
+#pragma once
+
+#include "llama-graph.h"
+#include "llama-kv-paged.h"
+
+class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
+  public:
+    llm_graph_input_kv_paged(const llm_graph_context & g, const llama_kv_paged_context * paged);
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // f16 [n_kv, n_tokens or 1, 1, n_stream or 1]: 0 where a query sees a slot, -inf elsewhere
+    ggml_tensor * build_mask(const llm_graph_context & g, uint32_t layer) const;
+
+    const llama_kv_paged_context * paged;
+    const uint32_t n_seqs;
+    const uint32_t n_seq_tokens;
+    const uint32_t n_ring; // newest tokens per sequence whose queries are remembered
+
+    struct layer_input {
+        kvl_layer_shape shape;
+        ggml_tensor * append; // i64 [n_head_kv*n_tokens]: pool row of each new token and head
+        ggml_tensor * gather; // i32 [n_kv*n_head_kv*n_seqs]: pool rows to read; new tokens first, then past, then padding
+        ggml_tensor * live;   // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
+    };
+    std::vector<layer_input> layers;
+    ggml_tensor * causal = nullptr; // f16 [max n_kv, n_seq_tokens]: order among the new tokens
+    ggml_tensor * ring = nullptr;   // i64 [n_ring*n_seqs]: query row of each remembered token
+
+  private:
+    mutable std::vector<std::pair<uint32_t, ggml_tensor *>> shared_masks; // masks of uniform layers by n_kv
+};
+
+//
+// hooks called from the patched upstream files
+//
+
+// the paged input of this graph, nullptr when its memory is not paged
+llm_graph_input_attn_kv * kvl_build_attn_inp(const llm_graph_context & g);
+bool kvl_is_paged(const llm_graph_input_attn_kv * inp);
+// [d_v*n_head, n_tokens]
+ggml_tensor * kvl_build_attn(const llm_graph_context & g, const llm_graph_input_attn_kv * inp, ggml_tensor * q,
+                             ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale,
+                             int il);

@@ -1,0 +1,201 @@
+#include "kvl-pool.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#define KVL_HAVE_MMAP
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+//
+// kvl_region
+//
+
+static size_t os_page_size() {
+#ifdef KVL_HAVE_MMAP
+    static const size_t size = size_t(sysconf(_SC_PAGESIZE));
+    return size;
+#else
+    return 4096;
+#endif
+}
+
+kvl_region::kvl_region(ggml_backend_buffer_type_t buft, size_t size) {
+    host = ggml_backend_buft_is_host(buft);
+#ifdef KVL_HAVE_MMAP
+    if (host) {
+        mapped = size + os_page_size();
+        void * p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) {
+            throw std::runtime_error("cannot reserve " + std::to_string(mapped >> 20) +
+                                     " MiB of address space for the KV cache; use a smaller context (-c)");
+        }
+        base = p;
+        buf.reset(ggml_backend_cpu_buffer_from_ptr(base, mapped));
+        return;
+    }
+#endif
+    buf.reset(ggml_backend_buft_alloc_buffer(buft, size));
+    if (!buf) {
+        throw std::runtime_error("cannot allocate " + std::to_string(size >> 20) + " MiB on " +
+                                 ggml_backend_buft_name(buft) + " for the KV cache; use a smaller context (-c)");
+    }
+    ggml_backend_buffer_clear(buf.get(), 0);
+}
+
+kvl_region::~kvl_region() {
+    buf.reset();
+#ifdef KVL_HAVE_MMAP
+    if (base) {
+        munmap(base, mapped);
+    }
+#endif
+}
+
+bool kvl_region::place(ggml_tensor * t, size_t offset) {
+    char * addr = static_cast<char *>(ggml_backend_buffer_get_base(buf.get())) + offset;
+    return ggml_backend_tensor_alloc(buf.get(), t, addr) == GGML_STATUS_SUCCESS;
+}
+
+void kvl_region::give_back(size_t begin, size_t end) {
+#ifdef KVL_HAVE_MMAP
+    if (!base) {
+        return;
+    }
+    const size_t page = os_page_size();
+    const size_t lo = (begin + page - 1) / page * page;
+    const size_t hi = end / page * page;
+    if (hi > lo) {
+#ifdef __APPLE__
+        madvise(static_cast<char *>(base) + lo, hi - lo, MADV_FREE);
+#else
+        madvise(static_cast<char *>(base) + lo, hi - lo, MADV_DONTNEED);
+#endif
+    }
+#else
+    (void)begin;
+    (void)end;
+#endif
+}
+
+//
+// kvl_pool
+//
+
+kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages)
+    : d_k(d_k), d_v(d_v), buft(buft), n_pages(n_pages), refs(n_pages, 0),
+      k_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * d_k * sizeof(ggml_fp16_t)),
+      v_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * d_v * sizeof(ggml_fp16_t)) {
+    ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
+    ctx.reset(ggml_init(params));
+    if (!ctx) {
+        throw std::bad_alloc();
+    }
+    const int64_t n_rows = int64_t(n_pages) * KVL_PAGE_SLOTS;
+    k = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d_k, n_rows);
+    v = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d_v, n_rows);
+    ggml_set_name(k, "kvl_pool_k");
+    ggml_set_name(v, "kvl_pool_v");
+    if (!k_mem.place(k, 0) || !v_mem.place(v, 0)) {
+        throw std::runtime_error("cannot place the KV pages in a buffer of " + std::string(ggml_backend_buft_name(buft)));
+    }
+}
+
+bool kvl_pool::matches(ggml_backend_buffer_type_t b, uint32_t dk, uint32_t dv) const {
+    return buft == b && d_k == dk && d_v == dv;
+}
+
+uint32_t kvl_pool::take() {
+    while (hint < n_pages && refs[hint] != 0) {
+        hint++;
+    }
+    if (hint == n_pages) {
+        return NONE;
+    }
+    const uint32_t page = hint++;
+    refs[page] = 1;
+    n_taken++;
+    return page;
+}
+
+void kvl_pool::drop(uint32_t page) {
+    if (--refs[page] > 0) {
+        return;
+    }
+    n_taken--;
+    hint = std::min(hint, page);
+    dropped.push_back(page);
+}
+
+uint32_t kvl_pool::unshare(uint32_t page, uint32_t n) {
+    const uint32_t copy = take();
+    if (copy != NONE) {
+        move_rows(uint64_t(copy) * KVL_PAGE_SLOTS, uint64_t(page) * KVL_PAGE_SLOTS, n);
+        drop(page);
+    }
+    return copy;
+}
+
+void kvl_pool::trim() {
+    if (k_mem.is_host()) {
+        std::sort(dropped.begin(), dropped.end());
+        const size_t k_page = KVL_PAGE_SLOTS * d_k * sizeof(ggml_fp16_t);
+        const size_t v_page = KVL_PAGE_SLOTS * d_v * sizeof(ggml_fp16_t);
+        // a system page may straddle two of ours: let a run grow over free neighbours so that it can go as well
+        const uint32_t reach = uint32_t(os_page_size() / std::min(k_page, v_page)) + 1;
+        for (size_t i = 0; i < dropped.size();) {
+            uint32_t lo = dropped[i];
+            if (refs[lo] != 0) {
+                i++;
+                continue;
+            }
+            uint32_t hi = lo + 1;
+            for (i++; i < dropped.size() && (dropped[i] == hi || dropped[i] == hi - 1) && refs[dropped[i]] == 0; i++) {
+                hi = dropped[i] + 1;
+            }
+            for (uint32_t r = 0; r < reach && lo > 0 && refs[lo - 1] == 0; r++) {
+                lo--;
+            }
+            for (uint32_t r = 0; r < reach && hi < n_pages && refs[hi] == 0; r++) {
+                hi++;
+            }
+            k_mem.give_back(lo * k_page, hi * k_page);
+            v_mem.give_back(lo * v_page, hi * v_page);
+        }
+    }
+    dropped.clear();
+}
+
+void kvl_pool::move_rows(uint64_t dst, uint64_t src, uint32_t n) {
+    std::vector<uint8_t> tmp;
+    for (ggml_tensor * t : {k, v}) {
+        const size_t row = t->nb[1];
+        if (is_host()) {
+            char * data = static_cast<char *>(t->data);
+            memmove(data + dst * row, data + src * row, n * row);
+        } else {
+            tmp.resize(n * row);
+            ggml_backend_tensor_get(t, tmp.data(), src * row, n * row);
+            ggml_backend_tensor_set(t, tmp.data(), dst * row, n * row);
+        }
+    }
+}
+
+void kvl_pool::read_rows(uint64_t row, uint32_t n, float * k_out, float * v_out) const {
+    std::vector<ggml_fp16_t> tmp;
+    for (const auto & [t, out] : {std::pair<ggml_tensor *, float *>{k, k_out}, {v, v_out}}) {
+        if (out) {
+            tmp.resize(n * t->ne[0]);
+            ggml_backend_tensor_get(t, tmp.data(), row * t->nb[1], n * t->nb[1]);
+            ggml_fp16_to_fp32_row(tmp.data(), out, int64_t(tmp.size()));
+        }
+    }
+}

@@ -1,0 +1,183 @@
+#include "kvl-scores.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+// The backends a graph over this layer's pages needs: their device and the CPU.
+struct runner {
+    std::vector<ggml_backend_ptr> backends;
+    ggml_backend_sched_ptr sched;
+
+    runner(const kvl_pool & pool, int n_threads, size_t n_nodes) {
+        if (!pool.is_host()) {
+            backends.emplace_back(ggml_backend_dev_init(ggml_backend_buft_get_device(pool.type()), nullptr));
+        }
+        ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+        backends.emplace_back(cpu);
+        auto * reg = cpu ? ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu)) : nullptr;
+        auto * set_threads = reg ? reinterpret_cast<ggml_backend_set_n_threads_t>(
+                                       ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"))
+                                 : nullptr;
+        if (set_threads) {
+            set_threads(cpu, n_threads);
+        }
+        std::vector<ggml_backend_t> raw;
+        for (const auto & backend : backends) {
+            if (!backend) {
+                return;
+            }
+            raw.push_back(backend.get());
+        }
+        sched.reset(ggml_backend_sched_new(raw.data(), nullptr, int(raw.size()), n_nodes, false, true));
+    }
+};
+
+struct chunk {
+    uint32_t h0, n_heads; // KV heads
+    int64_t n_slots;      // longest head
+};
+
+// Heads that fit the scratch bound together, at least one.
+std::vector<chunk> split_heads(const std::vector<kvl_head> & heads, int64_t bytes_per_slot, int64_t bound) {
+    std::vector<chunk> out;
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        const int64_t n = heads[h].n();
+        if (!out.empty()) {
+            chunk & c = out.back();
+            const int64_t n_max = std::max(c.n_slots, n);
+            if (n_max * (c.n_heads + 1) * bytes_per_slot <= bound) {
+                c.n_heads++;
+                c.n_slots = n_max;
+                continue;
+            }
+        }
+        out.push_back({h, 1, n});
+    }
+    return out;
+}
+
+} // namespace
+
+static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, const chunk & c,
+                             const std::vector<int32_t> & query_rows, int n_threads, float * out, int64_t stride) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const auto & heads = kv.seqs[seq].heads[layer_id];
+    const int64_t n = c.n_slots;
+    const int64_t w = int64_t(query_rows.size());
+    const int64_t G = layer.n_head / layer.n_head_kv;
+    const int64_t d = layer.pool->d_k;
+    const int64_t H = c.n_heads;
+
+    constexpr size_t n_nodes = 64;
+    runner run(*layer.pool, n_threads, n_nodes);
+    if (!run.sched) {
+        kvl_set_error("cannot create the backend for window scores");
+        return KVL_ERR_COMPUTE;
+    }
+    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
+    ggml_context_ptr ctx_owner(ggml_init(ip));
+    ggml_context * ctx = ctx_owner.get();
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
+
+    ggml_tensor * gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * H);
+    ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, w);
+    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n, w, 1, H);
+    ggml_tensor * mean = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, w, G, H);
+    for (ggml_tensor * t : {gather, rows, mask, mean}) {
+        ggml_set_input(t);
+    }
+
+    ggml_tensor * k = ggml_reshape_4d(ctx, ggml_get_rows(ctx, layer.pool->k, gather), d, n, 1, H);
+    ggml_tensor * q = ggml_get_rows(ctx, layer.queries, rows); // [d*n_head, w]
+    q = ggml_view_4d(ctx, q, d, w, G, H, q->nb[1], d * sizeof(float), d * G * sizeof(float),
+                     c.h0 * G * d * sizeof(float));
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cont(ctx, q)); // [n, w, G, H]
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    float scale = layer.kq_scale;
+    if (layer.soft_cap > 0.0f) {
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / layer.soft_cap)), layer.soft_cap);
+        scale = 1.0f;
+    }
+    ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    ggml_tensor * mass = ggml_out_prod(ctx, p, mean); // [n, 1, G, H]: sum over the window
+    ggml_set_output(mass);
+    ggml_build_forward_expand(gf, mass);
+
+    if (!ggml_backend_sched_alloc_graph(run.sched.get(), gf)) {
+        kvl_set_error("no memory for window scores over " + std::to_string(n) + " slots");
+        return KVL_ERR_MEMORY;
+    }
+
+    std::vector<int32_t> gather_data(n * H);
+    std::vector<float> mask_data(n * w * H, -INFINITY);
+    for (int64_t h = 0; h < H; h++) {
+        const kvl_head & head = heads[c.h0 + h];
+        for (int64_t i = 0; i < n; i++) {
+            gather_data[h * n + i] = int32_t(head.row(uint32_t(std::min<int64_t>(i, head.n() - 1))));
+        }
+        for (int64_t i = 0; i < w; i++) {
+            const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
+            const auto end = std::upper_bound(head.pos.begin(), head.pos.end(), pos);
+            std::fill_n(mask_data.begin() + (h * w + i) * n, end - head.pos.begin(), 0.0f);
+        }
+    }
+    const std::vector<float> mean_data(w * G * H, 1.0f / float(w));
+    ggml_backend_tensor_set(gather, gather_data.data(), 0, ggml_nbytes(gather));
+    ggml_backend_tensor_set(rows, query_rows.data(), 0, ggml_nbytes(rows));
+    ggml_backend_tensor_set(mask, mask_data.data(), 0, ggml_nbytes(mask));
+    ggml_backend_tensor_set(mean, mean_data.data(), 0, ggml_nbytes(mean));
+
+    if (ggml_backend_sched_graph_compute(run.sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        kvl_set_error("the graph of the window scores failed in layer " + std::to_string(layer.il));
+        return KVL_ERR_COMPUTE;
+    }
+    std::vector<float> result(n * G * H);
+    ggml_backend_tensor_get(mass, result.data(), 0, result.size() * sizeof(float));
+    for (int64_t h = 0; h < G * H; h++) {
+        float * row = out + (c.h0 * G + h) * stride;
+        const int64_t len = heads[c.h0 + h / G].n();
+        std::copy_n(result.begin() + h * n, len, row);
+        std::fill(row + len, row + stride, 0.0f);
+    }
+    return KVL_OK;
+}
+
+int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int n_threads, float * out,
+                                  int64_t stride) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const auto & heads = kv.seqs[seq].heads[layer_id];
+    const std::vector<int32_t> rows = kv.window_rows(seq);
+    if (rows.empty()) {
+        kvl_set_error("no window queries: the sequence is empty, was cut back past its window, or n_window is 0");
+        return KVL_ERR_ARGUMENT;
+    }
+    for (const kvl_head & head : heads) {
+        if (head.n() == 0 || head.n() > stride) {
+            kvl_set_error("a head holds " + std::to_string(head.n()) + " slots, the output has room for " +
+                          std::to_string(stride));
+            return KVL_ERR_ARGUMENT;
+        }
+        // a query whose slots are all later than itself would have nothing to attend to
+        if (head.pos.front() > kv.seqs[seq].n_seen - llama_pos(rows.size())) {
+            kvl_set_error("the slots of a head begin inside the window; scores are undefined");
+            return KVL_ERR_ARGUMENT;
+        }
+    }
+    const int64_t G = layer.n_head / layer.n_head_kv;
+    // gathered keys, logits and softmax of a group, and the mask
+    const int64_t bytes_per_slot = 4 * (layer.pool->d_k + int64_t(rows.size()) * (2 * G + 1));
+    for (const chunk & c : split_heads(heads, bytes_per_slot, std::max<int64_t>(kv.params.score_bytes, 1))) {
+        const int32_t rc = compute_chunk(kv, seq, layer_id, c, rows, n_threads, out, stride);
+        if (rc != KVL_OK) {
+            return rc;
+        }
+    }
+    return int32_t(rows.size());
+}

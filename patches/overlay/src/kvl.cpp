@@ -1,0 +1,388 @@
+// The C API: argument checks, error codes, and the evict hook around llama_decode.
+
+#include "kvl.h"
+
+#include "kvl-scores.h"
+#include "llama-context.h"
+#include "llama-kv-paged.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <set>
+
+#ifndef KVL_LLAMA_COMMIT
+#define KVL_LLAMA_COMMIT "unknown"
+#endif
+
+static thread_local std::string last_error;
+
+void kvl_set_error(const std::string & what) {
+    last_error = what;
+}
+
+static int32_t fail(kvl_status status, const std::string & what) {
+    kvl_set_error(what);
+    return status;
+}
+
+static llama_kv_paged * memory_of(const llama_context * ctx) {
+    auto * kv = ctx ? dynamic_cast<llama_kv_paged *>(ctx->get_memory()) : nullptr;
+    if (!kv) {
+        kvl_set_error("the context has no paged memory; create it with kvl_init_from_model");
+    }
+    return kv;
+}
+
+static llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq) {
+    auto * kv = memory_of(ctx);
+    if (kv && !kv->valid_seq(seq)) {
+        kvl_set_error("sequence " + std::to_string(seq) + " is not below n_seq_max = " + std::to_string(kv->seqs.size()));
+        return nullptr;
+    }
+    return kv;
+}
+
+static llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq, int32_t layer) {
+    auto * kv = memory_of(ctx, seq);
+    if (kv && (layer < 0 || size_t(layer) >= kv->layers.size())) {
+        kvl_set_error("layer " + std::to_string(layer) + " is not below " + std::to_string(kv->layers.size()));
+        return nullptr;
+    }
+    return kv;
+}
+
+// Runs f and turns an exception (no memory, say) into a status.
+template <typename F> static int32_t guarded(F && f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return fail(KVL_ERR_MEMORY, "out of memory");
+    } catch (const std::exception & e) {
+        return fail(KVL_ERR_COMPUTE, e.what());
+    }
+}
+
+int32_t kvl_abi_version(void) {
+    return KVL_ABI_VERSION;
+}
+
+const char * kvl_llama_commit(void) {
+    return KVL_LLAMA_COMMIT;
+}
+
+const char * kvl_last_error(void) {
+    return last_error.c_str();
+}
+
+size_t kvl_struct_size(const char * name) {
+#define KVL_SIZE(type)                                                                                                 \
+    if (name && strcmp(name, #type) == 0) {                                                                            \
+        return sizeof(struct type);                                                                                    \
+    }
+    KVL_SIZE(kvl_params)
+    KVL_SIZE(kvl_stats)
+    KVL_SIZE(kvl_seq_stats)
+    KVL_SIZE(kvl_layer_info)
+    KVL_SIZE(llama_context_params)
+    KVL_SIZE(llama_model_params)
+    KVL_SIZE(llama_batch)
+#undef KVL_SIZE
+    return 0;
+}
+
+kvl_params kvl_default_params(void) {
+    return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20, /*.reserved =*/0};
+}
+
+int32_t kvl_model_check(const llama_model * model) {
+    if (!model) {
+        return fail(KVL_ERR_ARGUMENT, "no model");
+    }
+    const std::string why = llama_kv_paged::unsupported(*model);
+    return why.empty() ? KVL_OK : fail(KVL_ERR_UNSUPPORTED, why);
+}
+
+llama_context * kvl_init_from_model(llama_model * model, llama_context_params params, const kvl_params * kvl) {
+    if (kvl_model_check(model) != KVL_OK) {
+        return nullptr;
+    }
+    const kvl_params p = kvl ? *kvl : kvl_default_params();
+    if (p.n_window < 0 || p.n_pool_ctx < 0 || p.score_bytes <= 0) {
+        kvl_set_error("n_window and n_pool_ctx must not be negative, score_bytes must be positive");
+        return nullptr;
+    }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.embeddings) {
+        kvl_set_error("the paged cache serves plain decoding contexts only (no drafts, no embeddings)");
+        return nullptr;
+    }
+    // the paged path builds its own attention; these only choose what upstream reserves around it
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.type_k = GGML_TYPE_F16;
+    params.type_v = GGML_TYPE_F16;
+    params.kv_unified = true;
+    kvl_set_error("");
+    kvl_request_memory(&p);
+    llama_context * ctx = llama_init_from_model(model, params);
+    kvl_request_memory(nullptr);
+    if (!ctx && last_error.empty()) {
+        kvl_set_error("llama.cpp could not create the context; its log says why");
+    }
+    return ctx;
+}
+
+bool kvl_is_paged(const llama_context * ctx) {
+    return ctx && dynamic_cast<llama_kv_paged *>(ctx->get_memory()) != nullptr;
+}
+
+int32_t kvl_n_layer(const llama_context * ctx) {
+    const auto * kv = memory_of(ctx);
+    return kv ? int32_t(kv->layers.size()) : KVL_ERR_ARGUMENT;
+}
+
+int32_t kvl_get_layer(const llama_context * ctx, int32_t layer, kvl_layer_info * out) {
+    const auto * kv = memory_of(ctx, 0, layer);
+    if (!kv || !out) {
+        return KVL_ERR_ARGUMENT;
+    }
+    const kvl_layer & l = kv->layers[layer];
+    *out = {int32_t(l.il),        int32_t(l.n_head),    int32_t(l.n_head_kv),
+            int32_t(l.pool->d_k), int32_t(l.pool->d_v), l.pool->is_host() ? 0 : 1};
+    return KVL_OK;
+}
+
+//
+// decode
+//
+
+int32_t kvl_decode(llama_context * ctx, llama_batch batch, int32_t event) {
+    auto * kv = memory_of(ctx);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    if (event < KVL_EVENT_NONE || event > KVL_EVENT_PROMPT || batch.n_tokens <= 0 || !batch.pos || !batch.seq_id) {
+        return fail(KVL_ERR_ARGUMENT, "kvl_decode needs a batch with positions and sequences, and an event of 0 to 2");
+    }
+    if (uint32_t(batch.n_tokens) > ctx->n_batch()) {
+        return fail(KVL_ERR_ARGUMENT, "a batch of " + std::to_string(batch.n_tokens) + " tokens exceeds n_batch = " +
+                                          std::to_string(ctx->n_batch()));
+    }
+    kvl_set_error("");
+    const int32_t rc = guarded([&] { return llama_decode(ctx, batch); });
+    if (rc != 0 || !kv->hook) {
+        return rc;
+    }
+    std::set<llama_seq_id> seqs;
+    for (int32_t i = 0; i < batch.n_tokens; i++) {
+        for (int32_t s = 0; s < batch.n_seq_id[i]; s++) {
+            seqs.insert(batch.seq_id[i][s]);
+        }
+    }
+    for (const llama_seq_id seq : seqs) {
+        int32_t what = event;
+        if (what == KVL_EVENT_NONE) {
+            const int32_t limit = kv->seqs[seq].limit;
+            kvl_seq_stats st;
+            kv->get_seq_stats(seq, st);
+            if (limit <= 0 || st.n_slots <= int64_t(limit) * st.n_heads) {
+                continue;
+            }
+            what = KVL_EVENT_LIMIT;
+        }
+        if (kv->hook(ctx, seq, what, kv->hook_user) != 0) {
+            return fail(KVL_ERR_HOOK, "the evict hook failed for sequence " + std::to_string(seq));
+        }
+    }
+    return KVL_OK;
+}
+
+int32_t kvl_set_evict_hook(llama_context * ctx, kvl_evict_hook hook, void * user) {
+    auto * kv = memory_of(ctx);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    kv->hook = hook;
+    kv->hook_user = user;
+    return KVL_OK;
+}
+
+int32_t kvl_set_limit(llama_context * ctx, llama_seq_id seq, int32_t n_slots) {
+    auto * kv = memory_of(ctx, seq);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    kv->seqs[seq].limit = std::max(n_slots, 0);
+    return KVL_OK;
+}
+
+//
+// read
+//
+
+int32_t kvl_lengths(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out) {
+    const auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !out) {
+        return KVL_ERR_ARGUMENT;
+    }
+    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
+        *out++ = int32_t(head.n());
+    }
+    return KVL_OK;
+}
+
+int32_t kvl_positions(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out) {
+    const auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !out) {
+        return KVL_ERR_ARGUMENT;
+    }
+    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
+        out = std::copy(head.pos.begin(), head.pos.end(), out);
+    }
+    return KVL_OK;
+}
+
+int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, float * out, int64_t stride) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !out) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        const int64_t t0 = ggml_time_us();
+        ctx->synchronize();
+        const int n_threads = int(ctx->n_threads_batch());
+        const int32_t rc = kvl_compute_window_scores(*kv, seq, uint32_t(layer), n_threads, out, stride);
+        kv->score_us += uint64_t(ggml_time_us() - t0);
+        return rc;
+    });
+}
+
+int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k, float * v) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    if (head < 0 || uint32_t(head) >= kv->layers[layer].n_head_kv) {
+        return fail(KVL_ERR_ARGUMENT, "KV head " + std::to_string(head) + " does not exist");
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        const kvl_pool & pool = *kv->layers[layer].pool;
+        const kvl_head & hd = kv->seqs[seq].heads[layer][head];
+        for (uint32_t i = 0; i < hd.n(); i += KVL_PAGE_SLOTS) {
+            const uint32_t n = std::min<uint32_t>(hd.n() - i, KVL_PAGE_SLOTS);
+            pool.read_rows(hd.row(i), n, k ? k + uint64_t(i) * pool.d_k : nullptr,
+                           v ? v + uint64_t(i) * pool.d_v : nullptr);
+        }
+        return int32_t(KVL_OK);
+    });
+}
+
+int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, float * q) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !q) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        const ggml_tensor * t = kv->layers[layer].queries;
+        const std::vector<int32_t> rows = kv->window_rows(seq);
+        for (const int32_t row : rows) {
+            ggml_backend_tensor_get(t, q, t->nb[1] * size_t(row), t->nb[1]);
+            q += t->ne[0];
+        }
+        return int32_t(rows.size());
+    });
+}
+
+//
+// change
+//
+
+int32_t kvl_keep(llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep, const int32_t * slots) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !n_keep || !slots) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        const int64_t t0 = ggml_time_us();
+        ctx->synchronize();
+        const bool ok = kv->keep(seq, uint32_t(layer), n_keep, slots);
+        kv->keep_us += uint64_t(ggml_time_us() - t0);
+        return int32_t(ok ? KVL_OK : KVL_ERR_ARGUMENT);
+    });
+}
+
+int32_t kvl_branch(llama_context * ctx, llama_seq_id src, llama_seq_id dst) {
+    auto * kv = memory_of(ctx, src);
+    if (!kv || !memory_of(ctx, dst)) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        return int32_t(kv->branch(src, dst) ? KVL_OK : KVL_ERR_ARGUMENT);
+    });
+}
+
+int32_t kvl_truncate(llama_context * ctx, llama_seq_id seq, llama_pos p0) {
+    auto * kv = memory_of(ctx, seq);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        return int32_t(kv->truncate(seq, p0) ? KVL_OK : KVL_ERR_ARGUMENT);
+    });
+}
+
+// The stock cache takes everything at once; what is in use follows from the tokens it has seen.
+static void stock_stats(const llama_context & ctx, kvl_stats & out) {
+    const llama_hparams & hp = ctx.get_model().hparams;
+    uint64_t full = 0;
+    for (uint32_t il = 0; il < hp.n_layer(); il++) {
+        full += hp.has_kv(il) ? (hp.n_embd_k_gqa(il) + hp.n_embd_v_gqa(il)) * sizeof(ggml_fp16_t) : 0;
+    }
+    out = {};
+    for (const auto & [buft, size] : ctx.get_memory()->memory_breakdown()) {
+        out.allocated_bytes += size;
+    }
+    uint64_t n_seen = 0;
+    for (uint32_t s = 0; s < ctx.n_seq_max(); s++) {
+        n_seen += uint64_t(ctx.get_memory()->seq_pos_max(llama_seq_id(s)) + 1);
+    }
+    out.full_bytes = n_seen * full;
+    out.used_bytes = std::min(out.allocated_bytes, n_seen * (out.allocated_bytes / std::max(ctx.n_ctx(), 1u)));
+    out.peak_bytes = out.reserved_bytes = out.allocated_bytes;
+}
+
+int32_t kvl_get_stats(const llama_context * ctx, kvl_stats * out) {
+    if (!ctx || !out || !ctx->get_memory()) {
+        return fail(KVL_ERR_ARGUMENT, "no context, or one without a cache");
+    }
+    return guarded([&] {
+        if (const auto * kv = dynamic_cast<const llama_kv_paged *>(ctx->get_memory())) {
+            kv->get_stats(*out);
+        } else {
+            stock_stats(*ctx, *out);
+        }
+        return int32_t(KVL_OK);
+    });
+}
+
+int32_t kvl_get_seq_stats(const llama_context * ctx, llama_seq_id seq, kvl_seq_stats * out) {
+    const auto * kv = memory_of(ctx, seq);
+    if (!kv || !out) {
+        return KVL_ERR_ARGUMENT;
+    }
+    kv->get_seq_stats(seq, *out);
+    return KVL_OK;
+}
+
+int32_t kvl_reset_peak(llama_context * ctx) {
+    auto * kv = memory_of(ctx);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    kv->reset_peak();
+    return KVL_OK;
+}

@@ -1,0 +1,425 @@
+#include "llama-kv-paged.h"
+
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <stdexcept>
+
+static uint32_t pages_for(uint32_t n_slots) {
+    return (n_slots + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS;
+}
+
+//
+// construction
+//
+
+std::string llama_kv_paged::unsupported(const llama_model & model) {
+    const llama_hparams & hp = model.hparams;
+    const std::string instead = "; use --policy full, which runs it on llama.cpp's own cache";
+    const std::string arch = "the architecture '" + model.arch_name() + "' ";
+    if (llm_arch_is_recurrent(model.arch)) {
+        return arch + "is recurrent and has no KV cache to page" + instead;
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return arch + "mixes attention with recurrent layers, which the paged cache does not serve yet" + instead;
+    }
+    if (hp.is_mla()) {
+        return arch + "uses multi-head latent attention (MLA), which the paged cache does not serve yet" + instead;
+    }
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return arch + "uses sliding-window attention, which the paged cache does not serve yet" + instead;
+    }
+    if (hp.use_mrope() || hp.n_pos_per_embd() != 1) {
+        return arch + "uses multi-dimensional positions (M-RoPE), which the paged cache does not serve yet" + instead;
+    }
+    if (llama_model_has_encoder(&model) || !hp.causal_attn) {
+        return arch + "has no causal decoder that the paged cache could serve" + instead;
+    }
+    if (hp.f_max_alibi_bias > 0.0f) {
+        return arch + "uses ALiBi position biases, which the paged cache does not serve yet" + instead;
+    }
+    if (hp.n_layer_nextn > 0) {
+        return arch + "carries multi-token-prediction layers, which the paged cache does not serve yet" + instead;
+    }
+    switch (model.arch) {
+        case LLM_ARCH_GROK:      // scales its logits outside the attention operator
+        case LLM_ARCH_EAGLE3:    // drafts, not models
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_DREAM:     // diffusion: no causal cache
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1:
+        case LLM_ARCH_DEEPSEEK4: // attention of their own
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+            return arch + "computes attention in a way of its own, which the paged cache does not serve" + instead;
+        default:
+            return "";
+    }
+}
+
+llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params)
+    : hparams(model.hparams), params(params),
+      n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), seqs(cparams.n_seq_max) {
+    const uint32_t n_layer = hparams.n_layer();
+    layer_of.assign(n_layer, -1);
+
+    // pools are sized by what their layers can hold, so count the heads of each shape first
+    struct shape {
+        ggml_backend_buffer_type_t buft;
+        uint32_t d_k, d_v, n_heads;
+    };
+    std::vector<shape> shapes;
+    std::vector<size_t> pool_of(n_layer, 0);
+    for (uint32_t il = 0; il < n_layer; il++) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+            continue;
+        }
+        ggml_backend_buffer_type_t buft =
+            cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        const uint32_t d_k = hparams.n_embd_head_k(il);
+        const uint32_t d_v = hparams.n_embd_head_v(il);
+        auto it = std::find_if(shapes.begin(), shapes.end(),
+                               [&](const shape & s) { return s.buft == buft && s.d_k == d_k && s.d_v == d_v; });
+        if (it == shapes.end()) {
+            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0});
+        }
+        it->n_heads += hparams.n_head_kv(il);
+        pool_of[il] = size_t(it - shapes.begin());
+        layer_of[il] = int32_t(layers.size());
+        layers.push_back({il, hparams.n_head(il), hparams.n_head_kv(il), nullptr, nullptr});
+    }
+    if (layers.empty()) {
+        throw std::runtime_error("the model has no attention layers");
+    }
+    for (const shape & s : shapes) {
+        // one page per head beyond the context: an unshared tail
+        const uint64_t n_pages = uint64_t(s.n_heads) * seqs.size() * (pages_for(n_ctx) + 1);
+        if (n_pages * KVL_PAGE_SLOTS > INT32_MAX) {
+            throw std::runtime_error("a context of " + std::to_string(n_ctx) + " tokens x " +
+                                     std::to_string(seqs.size()) +
+                                     " sequences needs more slots than an index can address; use a smaller -c");
+        }
+        pools.push_back(std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages)));
+    }
+
+    if (params.n_window > 0) {
+        ggml_init_params ip = {(layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
+        query_ctx.reset(ggml_init(ip));
+    }
+    for (kvl_layer & layer : layers) {
+        layer.pool = pools[pool_of[layer.il]].get();
+        if (params.n_window > 0) {
+            layer.queries = ggml_new_tensor_2d(query_ctx.get(), GGML_TYPE_F32, layer.pool->d_k * layer.n_head,
+                                               int64_t(params.n_window) * int64_t(seqs.size()));
+            query_mem.push_back(std::make_unique<kvl_region>(layer.pool->type(), ggml_nbytes(layer.queries)));
+            if (!query_mem.back()->place(layer.queries, 0)) {
+                throw std::runtime_error("cannot place the window queries");
+            }
+            query_bytes += ggml_nbytes(layer.queries);
+        }
+    }
+    for (kvl_sequence & seq : seqs) {
+        seq.window.assign(params.n_window, -1);
+        for (const kvl_layer & layer : layers) {
+            seq.heads.emplace_back(layer.n_head_kv);
+        }
+    }
+    LLAMA_LOG_INFO("%s: %zu layers, %zu pools, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
+                   layers.size(), pools.size(), n_ctx, seqs.size(), [this] {
+                       kvl_stats s;
+                       get_stats(s);
+                       return double(s.reserved_bytes) / 1048576.0;
+                   }());
+}
+
+//
+// batches
+//
+
+llama_memory_context_ptr llama_kv_paged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+    balloc.split_reset();
+    std::vector<llama_ubatch> ubatches;
+    for (;;) {
+        llama_ubatch ubatch = balloc.split_equal(n_ubatch, false, 0);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        for (uint32_t i = 0; i < ubatch.n_tokens; i++) {
+            if (ubatch.n_seq_id[i] != 1 || !valid_seq(ubatch.seq_id[i][0])) {
+                kvl_set_error("every token must belong to exactly one sequence below n_seq_max = " +
+                              std::to_string(seqs.size()) + "; use kvl_branch to share a prefix");
+                return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+            }
+        }
+        ubatches.push_back(std::move(ubatch));
+    }
+    if (balloc.get_n_used() < balloc.get_n_tokens() || !pages_fit(ubatches)) {
+        return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+    return std::make_unique<llama_kv_paged_context>(this, std::move(ubatches));
+}
+
+llama_memory_context_ptr llama_kv_paged::init_full() {
+    return std::make_unique<llama_kv_paged_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_paged::init_update(llama_context * lctx, bool optimize) {
+    GGML_UNUSED(lctx);
+    GGML_UNUSED(optimize);
+    return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
+}
+
+// A page is needed for every 32 new slots of a head, and for a tail that is still shared with a branch.
+static uint32_t pages_needed(const kvl_pool & pool, const kvl_head & head, uint32_t n) {
+    uint32_t need = pages_for(head.n() + n) - uint32_t(head.pages.size());
+    if (n > 0 && head.n() % KVL_PAGE_SLOTS != 0 && pool.shared(head.pages.back())) {
+        need++;
+    }
+    return need;
+}
+
+bool llama_kv_paged::pages_fit(const std::vector<llama_ubatch> & ubatches) {
+    std::map<llama_seq_id, uint32_t> n_new;
+    for (const llama_ubatch & ub : ubatches) {
+        for (uint32_t i = 0; i < ub.n_tokens; i++) {
+            n_new[ub.seq_id[i][0]]++;
+        }
+    }
+    std::map<const kvl_pool *, uint64_t> need;
+    for (const auto & [seq, n] : n_new) {
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (const kvl_head & head : seqs[seq].heads[l]) {
+                need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
+            }
+        }
+    }
+    for (const auto & [pool, n] : need) {
+        if (n > pool->n_free()) {
+            kvl_set_error("the KV pool is full: the batch needs " + std::to_string(n) + " pages, " +
+                          std::to_string(pool->n_free()) + " of " +
+                          std::to_string(pool->reserved_bytes() / (KVL_PAGE_SLOTS * pool->slot_bytes())) +
+                          " are free; use a larger context (-c), a smaller budget or --prefill chunked");
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t n) {
+    kvl_sequence & seq = seqs[seq_id];
+    std::map<const kvl_pool *, uint64_t> need;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
+        }
+    }
+    for (const auto & [pool, n_pages] : need) {
+        if (n_pages > pool->n_free()) {
+            return false;
+        }
+    }
+    for (uint32_t done = 0; done < n;) {
+        // block by block over all heads: pages of one stretch of text lie together, so what eviction frees is contiguous
+        uint32_t step = n - done;
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (const kvl_head & head : seq.heads[l]) {
+                step = std::min(step, KVL_PAGE_SLOTS - (head.n() % KVL_PAGE_SLOTS));
+            }
+        }
+        for (size_t l = 0; l < layers.size(); l++) {
+            kvl_pool & pool = *layers[l].pool;
+            for (kvl_head & head : seq.heads[l]) {
+                if (head.n() % KVL_PAGE_SLOTS == 0) {
+                    head.pages.push_back(pool.take());
+                } else if (pool.shared(head.pages.back())) {
+                    head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS);
+                }
+                head.pos.insert(head.pos.end(), pos + done, pos + done + step);
+            }
+        }
+        done += step;
+    }
+    seq.n_seen = pos[n - 1] + 1;
+    const uint32_t w = params.n_window;
+    for (uint32_t i = n > w ? n - w : 0; i < n; i++) {
+        seq.window[pos[i] % w] = pos[i];
+    }
+    note_peak();
+    return true;
+}
+
+std::vector<int32_t> llama_kv_paged::window_rows(llama_seq_id seq_id) const {
+    const kvl_sequence & seq = seqs[seq_id];
+    const int32_t w = params.n_window;
+    std::vector<int32_t> rows;
+    for (llama_pos p = seq.n_seen - 1; p >= 0 && int32_t(rows.size()) < w && seq.window[p % w] == p; p--) {
+        rows.push_back(seq_id * w + p % w);
+    }
+    std::reverse(rows.begin(), rows.end());
+    return rows;
+}
+
+//
+// accounting
+//
+
+uint64_t llama_kv_paged::allocated_bytes() const {
+    uint64_t n = 0;
+    for (const auto & pool : pools) {
+        n += pool->allocated_bytes();
+    }
+    return n;
+}
+
+void llama_kv_paged::note_peak() {
+    peak_bytes = std::max(peak_bytes, allocated_bytes());
+}
+
+bool llama_kv_paged::all_host() const {
+    return std::all_of(pools.begin(), pools.end(), [](const auto & pool) { return pool->is_host(); });
+}
+
+void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
+    const kvl_sequence & seq = seqs[seq_id];
+    out = {};
+    out.n_seen = seq.n_seen;
+    out.held_min = INT64_MAX;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            out.n_slots += head.n();
+            out.n_heads++;
+            out.held_min = std::min<int64_t>(out.held_min, head.n());
+            out.held_max = std::max<int64_t>(out.held_max, head.n());
+            out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
+        }
+    }
+}
+
+void llama_kv_paged::get_stats(kvl_stats & out) const {
+    out = {};
+    out.peak_bytes = peak_bytes;
+    out.n_evict = n_evict;
+    out.score_us = score_us;
+    out.keep_us = keep_us;
+    // slots in use per page: a page shared by branches counts once, with its fullest owner
+    std::map<const kvl_pool *, std::vector<uint8_t>> fill;
+    for (const auto & pool : pools) {
+        out.allocated_bytes += pool->allocated_bytes();
+        out.reserved_bytes += pool->reserved_bytes();
+        fill[pool.get()].resize(pool->size());
+    }
+    for (size_t s = 0; s < seqs.size(); s++) {
+        kvl_seq_stats st;
+        get_seq_stats(llama_seq_id(s), st);
+        out.full_bytes += st.full_bytes;
+        out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
+        for (size_t l = 0; l < layers.size(); l++) {
+            std::vector<uint8_t> & fill_l = fill[layers[l].pool];
+            for (const kvl_head & head : seqs[s].heads[l]) {
+                for (uint32_t p = 0; p < head.pages.size(); p++) {
+                    const uint32_t n = std::min<uint32_t>(head.n() - p * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
+                    fill_l[head.pages[p]] = uint8_t(std::max<uint32_t>(fill_l[head.pages[p]], n));
+                }
+                out.table_bytes += head.pages.size() * sizeof(uint32_t) + head.pos.size() * sizeof(llama_pos);
+            }
+        }
+    }
+    for (const auto & [pool, n] : fill) {
+        out.used_bytes += std::accumulate(n.begin(), n.end(), uint64_t(0)) * pool->slot_bytes();
+    }
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> out;
+    for (const auto & pool : pools) {
+        // host pools are address space until they are used; a device buffer is taken whole
+        out[pool->type()] += pool->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
+    }
+    for (const kvl_layer & layer : layers) {
+        if (layer.queries) {
+            out[layer.pool->type()] += ggml_nbytes(layer.queries);
+        }
+    }
+    return out;
+}
+
+//
+// llama_kv_paged_context
+//
+
+llama_kv_paged_context::llama_kv_paged_context(llama_memory_status status) : status(status) {}
+
+llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv)
+    : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), worst_case(true) {}
+
+llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches)
+    : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(ubatches)) {}
+
+bool llama_kv_paged_context::next() {
+    return ++i_cur < ubatches.size();
+}
+
+bool llama_kv_paged_context::apply() {
+    if (worst_case || status != LLAMA_MEMORY_STATUS_SUCCESS) {
+        return status == LLAMA_MEMORY_STATUS_SUCCESS;
+    }
+    const llama_ubatch & ub = ubatches[i_cur];
+    for (uint32_t s = 0; s < ub.n_seqs; s++) {
+        const uint32_t i0 = s * ub.n_seq_tokens;
+        if (!kv->append(ub.seq_id[i0][0], ub.pos + i0, ub.n_seq_tokens)) {
+            kvl_set_error("the KV pool is full in the middle of a batch");
+            return false;
+        }
+    }
+    return true;
+}
+
+kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ub) const {
+    // a graph is used again until a head crosses a multiple of this; accelerators want it larger
+    const uint32_t pad = kv->all_host() ? 2 * KVL_PAGE_SLOTS : 256;
+    if (worst_case) {
+        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false};
+    }
+    uint32_t n_min = UINT32_MAX;
+    uint32_t n_max = 0;
+    for (uint32_t s = 0; s < ub.n_seqs; s++) {
+        for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer]) {
+            n_min = std::min(n_min, head.n());
+            n_max = std::max(n_max, head.n());
+        }
+    }
+    return {GGML_PAD(n_max, pad), n_min == n_max};
+}
+
+//
+// creation hook
+//
+
+static thread_local const kvl_params * requested = nullptr;
+
+void kvl_request_memory(const kvl_params * params) {
+    requested = params;
+}
+
+llama_memory_i * kvl_create_memory(const llama_model & model, const llama_cparams & cparams) {
+    if (!requested) {
+        return nullptr;
+    }
+    try {
+        return new llama_kv_paged(model, cparams, *requested);
+    } catch (const std::exception & e) {
+        kvl_set_error(e.what()); // upstream only logs it
+        throw;
+    }
+}

@@ -1,0 +1,172 @@
+// The paged memory: page tables per (sequence, layer, KV head) over shared page pools.
+
+#pragma once
+
+#include "kvl-pool.h"
+#include "kvl.h"
+#include "llama-batch.h"
+#include "llama-memory.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_cparams;
+struct llama_hparams;
+struct llama_model;
+class llama_kv_paged_context;
+
+// Last error of this thread, as read by kvl_last_error().
+void kvl_set_error(const std::string & what);
+
+// One KV head of one layer of one sequence. Slot i lives in page pages[i / 32], row i % 32.
+struct kvl_head {
+    std::vector<uint32_t> pages;
+    std::vector<llama_pos> pos; // ascending, true positions
+
+    uint32_t n() const { return uint32_t(pos.size()); }
+    uint64_t row(uint32_t slot) const {
+        return uint64_t(pages[slot / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + slot % KVL_PAGE_SLOTS;
+    }
+};
+
+struct kvl_layer {
+    uint32_t il;
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    kvl_pool * pool;
+    ggml_tensor * queries; // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
+
+    // recorded when the graph is built: window scores must use the same
+    float kq_scale = 0.0f;
+    float soft_cap = 0.0f;
+};
+
+struct kvl_sequence {
+    llama_pos n_seen = 0;                           // next position
+    int32_t limit = 0;                              // slots per head past which the hook is called, 0: none
+    std::vector<std::vector<kvl_head>> heads;       // [layer][KV head]
+    std::vector<llama_pos> window;                  // position of each remembered query, -1: none
+};
+
+class llama_kv_paged : public llama_memory_i {
+  public:
+    llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params);
+
+    // the reason why the paged memory cannot serve this model, empty if it can
+    static std::string unsupported(const llama_model & model);
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
+    llama_memory_context_ptr init_full() override;
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override { return false; }
+
+    void clear(bool data) override;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
+    void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+
+    //
+    // paged
+    //
+
+    // append n positions from p0 to every head; false when a pool is exhausted (nothing is changed then)
+    bool append(llama_seq_id seq, const llama_pos * pos, uint32_t n);
+    // compact to the given slots; false with the error set, and nothing changed
+    bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
+    bool branch(llama_seq_id src, llama_seq_id dst);
+    bool truncate(llama_seq_id seq, llama_pos p0);
+    // remembered queries of the newest tokens without a gap: ring rows, oldest first
+    std::vector<int32_t> window_rows(llama_seq_id seq) const;
+
+    void get_stats(kvl_stats & out) const;
+    void get_seq_stats(llama_seq_id seq, kvl_seq_stats & out) const;
+    void reset_peak() { peak_bytes = allocated_bytes(); }
+
+    bool valid_seq(llama_seq_id seq) const { return seq >= 0 && size_t(seq) < seqs.size(); }
+    int32_t find_layer(int32_t il) const { return il < int32_t(layer_of.size()) ? layer_of[il] : -1; }
+    bool all_host() const;
+
+    const llama_hparams & hparams;
+    const kvl_params params;
+    const uint32_t n_ctx; // tokens per sequence the pool was sized for
+
+    std::vector<kvl_layer> layers;
+    std::vector<kvl_sequence> seqs;
+
+    kvl_evict_hook hook = nullptr;
+    void * hook_user = nullptr;
+
+    uint64_t n_evict = 0;
+    uint64_t score_us = 0;
+    uint64_t keep_us = 0;
+
+  private:
+    uint64_t allocated_bytes() const;
+    void note_peak();
+    void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on
+    void trim();
+    bool pages_fit(const std::vector<llama_ubatch> & ubatches);
+
+    std::vector<int32_t> layer_of; // model layer -> index in layers, -1: no cache
+    std::vector<std::unique_ptr<kvl_pool>> pools;
+    std::vector<std::unique_ptr<kvl_region>> query_mem;
+    ggml_context_ptr query_ctx;
+    uint64_t query_bytes = 0;
+    uint64_t peak_bytes = 0;
+};
+
+// What the graph needs to know about one layer in the current ubatch.
+struct kvl_layer_shape {
+    uint32_t n_kv;  // rows gathered per head, padding included
+    bool uniform;   // every head of every stream holds the same number of slots
+
+    bool operator==(const kvl_layer_shape & o) const { return n_kv == o.n_kv && uniform == o.uniform; }
+};
+
+class llama_kv_paged_context : public llama_memory_context_i {
+  public:
+    explicit llama_kv_paged_context(llama_memory_status status);                           // error or no update
+    explicit llama_kv_paged_context(llama_kv_paged * kv);                                  // worst case
+    llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches);       // a batch
+
+    bool next() override;
+    bool apply() override;
+    const llama_ubatch & get_ubatch() const override { return ubatches[i_cur]; }
+    llama_memory_status get_status() const override { return status; }
+
+    kvl_layer_shape shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ubatch) const;
+
+    llama_kv_paged * kv = nullptr;
+
+  private:
+    llama_memory_status status;
+    bool worst_case = false;
+    size_t i_cur = 0;
+    std::vector<llama_ubatch> ubatches;
+};
+
+//
+// hooks called from the patched upstream files
+//
+
+// the paged memory asked for by kvl_init_from_model on this thread, nullptr for the stock one
+llama_memory_i * kvl_create_memory(const llama_model & model, const llama_cparams & cparams);
+// set by kvl_init_from_model around the construction of a context
+void kvl_request_memory(const kvl_params * params);
