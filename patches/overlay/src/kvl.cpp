@@ -168,6 +168,14 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch, int32_t event) {
         return fail(KVL_ERR_ARGUMENT, "a batch of " + std::to_string(batch.n_tokens) + " tokens exceeds n_batch = " +
                                           std::to_string(ctx->n_batch()));
     }
+    // upstream asserts on these instead of returning an error
+    const uint32_t n_outputs = batch.logits ? uint32_t(std::count_if(batch.logits, batch.logits + batch.n_tokens,
+                                                                     [](int8_t output) { return output != 0; }))
+                                            : 1;
+    if (n_outputs > ctx->get_cparams().n_outputs_max) {
+        return fail(KVL_ERR_ARGUMENT, "a batch asks for " + std::to_string(n_outputs) + " outputs, the context has room for " +
+                                          std::to_string(ctx->get_cparams().n_outputs_max));
+    }
     kvl_set_error("");
     const int32_t rc = guarded([&] { return llama_decode(ctx, batch); });
     if (rc != 0 || !kv->hook) {

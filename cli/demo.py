@@ -1,0 +1,51 @@
+"""`kvlocal demo`: one question about one document, with the whole cache and with a quarter of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from kvlocal.errors import UsageError
+
+from . import backend, prompt
+from .options import GroupedCommand, SamplingSettings, Settings, model_options, option, predict_option
+from .run import complete, messages
+from .stream import INTERRUPTED, Answer
+
+CACHES = (("full", "100%"), ("ada-snapkv", "25%"))
+
+
+@click.command(cls=GroupedCommand)
+@option("Prompt", "--document", required=True, metavar="FILE", help="A long UTF-8 text.")
+@option("Prompt", "--question", required=True, metavar="FILE", help="A UTF-8 file with a question about it.")
+@model_options
+@predict_option(48)
+def demo(settings: Settings, document: str, question: str, n_predict: int) -> None:
+    """Ask one question with the full cache, then a quarter.
+
+    Prints both answers and a table of the memory and the speed that were measured, to standard output.
+
+    \b
+    kvlocal demo --document expedition.txt --question question.txt
+    """
+    from .render import Screen, comparison_table, out
+
+    texts = [prompt.read_file(path).strip() for path in (document, question)]
+    for path, text in zip((document, question), texts, strict=True):
+        if not text:
+            raise UsageError(f"'{path}' is empty.")
+    greedy = backend.new_sampling(SamplingSettings(temp=0))
+    screen = Screen()
+    click.echo(f"Question: {texts[1]}")
+    reports: list[dict[str, Any]] = []
+    # One engine after the other: two caches in memory at once would spoil what is measured.
+    for policy, budget in CACHES:
+        with backend.open_engine(replace(settings, policy=policy, budget=budget), screen) as engine:
+            tokens = engine.chat_tokens(messages("\n\n".join(texts)))
+            click.echo(f"\n--policy {policy} --budget {budget}")
+            if complete(engine, tokens, n_predict, greedy, screen, Answer()):
+                raise click.exceptions.Exit(INTERRUPTED)
+            reports.append(engine.report().as_dict())
+    out(comparison_table(reports))

@@ -1,0 +1,96 @@
+"""The ``kvlocal`` command: the group, and the one place where a failure becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import click
+
+from kvlocal.errors import KVError
+
+from . import backend
+from .chat import chat
+from .demo import demo
+from .options import GroupedCommand
+from .policies import policies
+from .run import run
+from .stream import INTERRUPTED
+
+
+class Cli(click.Group):
+    """A group that ends every failure with one sentence on stderr and an exit code, without a traceback."""
+
+    command_class = GroupedCommand
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        standalone = extra.get("standalone_mode", True)
+        extra["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **extra)
+        try:
+            # Without standalone mode click returns the code of `ctx.exit()`; commands themselves return None.
+            code = super().main(*args, **extra) or 0
+        except KVError as error:
+            code = fail(str(error), error.exit_code)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            code = error.exit_code
+        except click.UsageError as error:
+            code = fail(f"{error.format_message().rstrip('.')}; see `{_command_path(error)} --help`.", error.exit_code)
+        except click.ClickException as error:
+            code = fail(error.format_message(), error.exit_code)
+        except click.Abort:  # click turns Ctrl-C into this
+            code = INTERRUPTED
+        except MemoryError:
+            code = fail("out of memory; a smaller --budget, --ctx-size or model needs less.", 1)
+        except OSError as error:
+            code = fail(str(error), 1)
+        sys.exit(code)
+
+
+def fail(sentence: str, code: int) -> int:
+    """Print `Error: sentence` on stderr as one line and return the exit code."""
+    text = " ".join(sentence.split())
+    click.echo(f"Error: {text}{'' if text.endswith(('.', '?', '!')) else '.'}", err=True)
+    return code
+
+
+def _command_path(error: click.UsageError) -> str:
+    return error.ctx.command_path if error.ctx else "kvlocal"
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        version, build = backend.versions()
+        click.echo(f"kvlocal {version} (llama.cpp {build['llama_cpp_commit']}, KVL ABI {build['abi_version']})")
+        ctx.exit()
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the versions of kvlocal, llama.cpp and the KVL ABI.",
+)
+def main() -> None:
+    """Local LLMs with a KV cache that stays as small as you say.
+
+    A policy chooses which tokens the cache keeps, a budget says how many.
+
+    \b
+    kvlocal run -f report.txt -p "Who signed it?" --budget 25%
+    kvlocal chat --policy ada-snapkv --budget 2048
+    kvlocal policies
+    """
+    # Text of a model can hold what a terminal's encoding lacks; a question mark is better than a dead process.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+for command in (run, chat, policies, demo):
+    main.add_command(command)

@@ -1,0 +1,269 @@
+"""Options that several commands share, as decorators, and the settings they are gathered into."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import click
+from click.core import ParameterSource
+
+from kvlocal.errors import UsageError
+
+DEFAULT_POLICY = "ada-snapkv"
+DEFAULT_BUDGET = "2048"
+
+Callback = Callable[..., Any]
+Decorator = Callable[[Callback], Callback]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine is opened with, as it was typed."""
+
+    model: str | None = None
+    policy: str = DEFAULT_POLICY
+    policy_args: Mapping[str, str] = field(default_factory=dict)
+    budget: str = DEFAULT_BUDGET
+    n_ctx: int = 0
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    prefill: Literal["exact", "chunked"] = "exact"
+    chunk: int = 512
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn, as it was typed."""
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int = -1
+
+
+class Whole(click.IntRange):
+    name = "whole number"
+
+
+class Real(click.FloatRange):
+    name = "number"
+
+
+class GroupedOption(click.Option):
+    """An option that names the section of the help page it is listed in."""
+
+    def __init__(self, *args: Any, section: str = "Options", **attrs: Any) -> None:
+        super().__init__(*args, **attrs)
+        self.section = section
+
+
+class GroupedCommand(click.Command):
+    """A command whose help page lists its options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            # Arguments are explained in the text above the options.
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def option(section: str, *names: str, **attrs: Any) -> Decorator:
+    """`click.option` with a section; defaults are shown."""
+    return click.option(*names, cls=GroupedOption, section=section, **{"show_default": True, **attrs})
+
+
+def count(section: str, *names: str, default: int, minimum: int, help: str) -> Decorator:
+    """An option that takes a whole number not below `minimum`."""
+    return option(section, *names, type=Whole(min=minimum), default=default, metavar="N", help=help)
+
+
+def _stack(*decorators: Decorator) -> Decorator:
+    def decorate(function: Callback) -> Callback:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_MODEL = _stack(
+    click.argument("model", required=False, metavar="[MODEL]"),
+    option("Model", "-hf", "--hf", "hf", metavar="USER/REPO[:FILE]", help="Model on Hugging Face; as MODEL hf:…"),
+)
+_THREADS = _stack(
+    count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: all cores."),
+    count("Model", "-ngl", "--n-gpu-layers", "n_gpu_layers", default=0, minimum=0, help="Layers on the GPU."),
+)
+_BATCH = _stack(
+    count(
+        "Model", "-c", "--ctx-size", "n_ctx", default=0, minimum=0, help="Context; 0: the model's, if memory allows."
+    ),
+    count("Model", "-b", "--batch-size", "n_batch", default=2048, minimum=1, help="Tokens per logical batch."),
+    count("Model", "-ub", "--ubatch-size", "n_ubatch", default=512, minimum=1, help="Tokens per physical batch."),
+)
+_CACHE = _stack(
+    option(
+        "KV cache",
+        "--policy",
+        default=DEFAULT_POLICY,
+        metavar="NAME",
+        help="Which tokens are kept; `kvlocal policies` lists them.",
+    ),
+    option(
+        "KV cache",
+        "--policy-arg",
+        "policy_args",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set a parameter of the policy; may be repeated.",
+    ),
+    option(
+        "KV cache",
+        "--budget",
+        default=DEFAULT_BUDGET,
+        metavar="SIZE",
+        help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the prompt) or 512MiB.",
+    ),
+    option(
+        "KV cache",
+        "--kv-sink",
+        type=Whole(min=0),
+        metavar="N",
+        help="First tokens that always stay: the policy's `sink`.",
+    ),
+    option(
+        "KV cache",
+        "--kv-window",
+        type=Whole(min=0),
+        metavar="N",
+        help="Latest tokens that always stay: the policy's `window`.",
+    ),
+    option(
+        "KV cache",
+        "--prefill",
+        type=click.Choice(["exact", "chunked"]),
+        default="exact",
+        help="exact: evict once, after the whole prompt; chunked: after every chunk, so that the peak is bounded.",
+    ),
+    count("KV cache", "--chunk", default=512, minimum=1, help="Tokens per chunk of --prefill chunked."),
+)
+_SAMPLING = _stack(
+    option("Sampling", "--temp", type=Real(min=0), default=0.8, metavar="T", help="0: always the likeliest."),
+    count("Sampling", "--top-k", default=40, minimum=0, help="Draw from the K likeliest; 0: from all."),
+    option("Sampling", "--top-p", type=Real(0, 1, min_open=True), default=0.95, metavar="P", help="Nucleus; 1: off."),
+    option("Sampling", "--min-p", type=Real(0, 1), default=0.05, metavar="P", help="0: off."),
+    option(
+        "Sampling",
+        "--repeat-penalty",
+        type=Real(min=0, min_open=True),
+        default=1.0,
+        metavar="X",
+        help="1: off.",
+    ),
+    count(
+        "Sampling",
+        "-s",
+        "--seed",
+        default=-1,
+        minimum=-1,
+        help="The same seed gives the same text; -1: another one every time.",
+    ),
+)
+
+
+def model_options(command: Callback) -> Callback:
+    """MODEL, -hf, threads and GPU layers, gathered into `settings`."""
+    return _stack(_MODEL, _THREADS)(_gather(command))
+
+
+def engine_options(command: Callback) -> Callback:
+    """Everything an engine is opened with, gathered into `settings`."""
+    return _stack(_MODEL, _BATCH, _THREADS, _CACHE)(_gather(command))
+
+
+def sampling_options(command: Callback) -> Callback:
+    """Everything about drawing tokens, gathered into `sampling`."""
+    names = SamplingSettings.__dataclass_fields__
+
+    @functools.wraps(command)
+    def gather(**options: Any) -> Any:
+        sampling = SamplingSettings(**{name: options.pop(name) for name in names})
+        return command(sampling=sampling, **options)
+
+    return _SAMPLING(gather)
+
+
+def predict_option(default: int) -> Decorator:
+    """-n / --n-predict."""
+    return count(
+        "Sampling",
+        "-n",
+        "--n-predict",
+        "n_predict",
+        default=default,
+        minimum=-1,
+        help="Tokens to generate at most; -1: until the end of the context.",
+    )
+
+
+def system_option(command: Callback) -> Callback:
+    """-sys / --system-prompt."""
+    return option("Prompt", "-sys", "--system-prompt", "system", metavar="TEXT", help="System prompt.")(command)
+
+
+def _gather(command: Callback) -> Callback:
+    names = set(Settings.__dataclass_fields__) - {"model", "policy_args"}
+
+    @functools.wraps(command)
+    def gather(**options: Any) -> Any:
+        values = {name: options.pop(name) for name in names & options.keys()}
+        model = pick_model(options.pop("model"), options.pop("hf"))
+        args = parse_policy_args(
+            options.pop("policy_args", ()), sink=options.pop("kv_sink", None), window=options.pop("kv_window", None)
+        )
+        source = click.get_current_context().get_parameter_source("chunk")
+        if source is ParameterSource.COMMANDLINE and values["prefill"] != "chunked":
+            raise UsageError("--chunk has no effect without --prefill chunked; give both or neither.")
+        return command(settings=Settings(model=model, policy_args=args, **values), **options)
+
+    return gather
+
+
+def pick_model(model: str | None, hf: str | None) -> str | None:
+    """The model to resolve: MODEL, or `hf:` and the value of -hf; None is the default model."""
+    if hf is None:
+        return model
+    if model is not None:
+        raise UsageError(f"two models are named, MODEL '{model}' and -hf '{hf}'; give one of them.")
+    return hf if hf.startswith("hf:") else f"hf:{hf}"
+
+
+def parse_policy_args(pairs: tuple[str, ...], *, sink: int | None, window: int | None) -> dict[str, str]:
+    """`name=value` pairs as a dict; --kv-sink and --kv-window are other spellings of two of them."""
+    args: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--policy-arg '{pair}' is not name=value, for example --policy-arg window=32.")
+        if name in args:
+            raise UsageError(f"--policy-arg sets '{name}' twice; give it once.")
+        args[name] = value
+    for name, number in (("sink", sink), ("window", window)):
+        if number is None:
+            continue
+        if name in args:
+            raise UsageError(f"--kv-{name} and --policy-arg {name}=… set the same parameter; give one of them.")
+        args[name] = str(number)
+    return args

@@ -1,0 +1,22 @@
+"""`kvlocal policies`: what --policy and --policy-arg take."""
+
+from __future__ import annotations
+
+import click
+
+from . import backend
+from .options import GroupedCommand
+
+
+@click.command(cls=GroupedCommand)
+def policies() -> None:
+    """List the policies, their parameters and papers.
+
+    \b
+    kvlocal policies
+    kvlocal run --policy snapkv --policy-arg window=64 -p "Hello"
+    """
+    from .render import out, parameters_table, policies_table
+
+    rows = backend.describe_policies()
+    out(policies_table(rows), parameters_table(rows))

@@ -1,0 +1,114 @@
+"""`kvlocal run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from kvlocal.errors import UsageError
+
+from . import backend, prompt
+from .options import (
+    GroupedCommand,
+    SamplingSettings,
+    Settings,
+    engine_options,
+    option,
+    predict_option,
+    sampling_options,
+    system_option,
+)
+from .stream import INTERRUPTED, Answer, Interrupt, stream
+
+if TYPE_CHECKING:
+    from kvlocal.engine import Engine
+    from kvlocal.sampling import Sampling
+
+    from .render import Screen
+
+
+@click.command(cls=GroupedCommand)
+@option("Prompt", "-p", "--prompt", "text", metavar="TEXT", help="The prompt.")
+@option("Prompt", "-f", "--file", metavar="FILE", help="A UTF-8 file with the prompt; - reads standard input.")
+@system_option
+@option("Prompt", "--no-chat-template", "raw", is_flag=True, help="Continue the text as it is: no roles, no template.")
+@engine_options
+@predict_option(512)
+@sampling_options
+@option("Output", "--stream/--no-stream", "live", default=True, help="Write the answer piece by piece, or at its end.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object: the answer and all measured figures.")
+def run(
+    settings: Settings,
+    sampling: SamplingSettings,
+    text: str | None,
+    file: str | None,
+    system: str | None,
+    raw: bool,
+    n_predict: int,
+    live: bool,
+    as_json: bool,
+) -> None:
+    """Answer one prompt.
+
+    MODEL is a GGUF file or hf:USER/REPO[:FILE]; without it, a small default model is used. The prompt comes from -p,
+    from -f or through a pipe; text of a file or a pipe comes first, then a blank line, then the text of -p.
+
+    The answer goes to standard output, everything else to standard error.
+
+    \b
+    kvlocal run -p "Name three rivers."
+    kvlocal run -f report.txt -p "Who signed it?" --budget 25%
+    kvlocal run model.gguf --policy snapkv --kv-window 64 --json < prompt.txt
+    """
+    from .render import Screen, figures
+
+    if system is not None:
+        prompt.check_text(system, "the text of -sys")
+        if raw:
+            raise UsageError("-sys needs the chat template; leave out --no-chat-template, or put the text into -p.")
+    question = prompt.gather(text, file)
+    drawing = backend.new_sampling(sampling)
+    screen = Screen()
+    with backend.open_engine(settings, screen) as engine:
+        tokens = engine.tokenize(question) if raw else engine.chat_tokens(messages(question, system))
+        answer = None if as_json else Answer(live=live)
+        interrupted = complete(engine, tokens, n_predict, drawing, screen, answer)
+        report = engine.report().as_dict()
+    if as_json:
+        click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
+    else:
+        screen.line(figures(report), "dim")
+    if interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+def messages(question: str, system: str | None = None) -> list[dict[str, str]]:
+    """A conversation that waits for its first answer."""
+    start = [] if system is None else [{"role": "system", "content": system}]
+    return [*start, {"role": "user", "content": question}]
+
+
+def complete(
+    engine: Engine, tokens: list[int], n_predict: int, sampling: Sampling, screen: Screen, answer: Answer | None
+) -> bool:
+    """Process `tokens`, then write what follows them to `answer`; True if Ctrl-C ended it early."""
+    with Interrupt() as interrupt:
+        with screen.prefill() as bar:
+
+            def on_progress(done: int, total: int) -> None:
+                bar.update(done, total)
+                interrupt.check()
+
+            engine.prefill(tokens, on_progress=on_progress)
+        try:
+            stream(engine.generate(n_predict, sampling), answer.write if answer else _ignore, interrupt)
+        finally:
+            if answer:
+                answer.end()
+    return interrupt.requested
+
+
+def _ignore(_piece: str) -> None:
+    """For --json: the engine's report holds the text."""

@@ -1,0 +1,218 @@
+"""`kvlocal chat`: transcripts with a fake engine, and the line editor on a fake terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from fake_engine import ANSWER, FIGURES, Fake, call, fail, install, press_ctrl_c
+from kvlocal_cli import chat as chat_module
+from kvlocal_cli import prompt
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from kvlocal.errors import KVError
+
+BANNER = "fake · context 4,096 · policy ada-snapkv, budget 2048 · /help lists the commands"
+COMMANDS = "/kv, /stats, /clear, /help, /exit"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    return install(monkeypatch)
+
+
+def piped(stdin: str | bytes, *args: str) -> Result:
+    """A chat whose standard input is no terminal."""
+    return call("chat", *args, stdin=stdin)
+
+
+@pytest.fixture
+def typed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """A chat with somebody at the keyboard, who types these lines."""
+
+    def run(*lines: str) -> Result:
+        monkeypatch.setattr(prompt, "stdin_is_terminal", lambda: True)
+        monkeypatch.setattr(chat_module, "terminal_lines", lambda: iter(lines))
+        return piped("")
+
+    return run
+
+
+def test_every_line_is_a_turn_on_one_engine(fake: Fake) -> None:
+    result = piped("Which rivers?\n\n  \nAnd where?", "-sys", "Be short.", "--temp", "0")
+    assert result.exit_code == 0
+    assert result.stdout == f"{ANSWER}\n{ANSWER}\n"
+    assert result.stderr == f"{FIGURES}\n{FIGURES}\n"
+    assert len(fake.engines) == 1 and fake.engine.closed
+    (chat,) = fake.chats
+    assert (chat.system, fake.engine.sampling.temp, fake.engine.n_predict) == ("Be short.", 0, 1024)
+    assert [message["content"] for message in chat.messages] == ["Which rivers?", ANSWER, "And where?", ANSWER]
+
+
+def test_answers_are_ended_by_one_newline_each(fake: Fake) -> None:
+    fake.options = {"words": ("yes", "\n")}
+    assert piped("a\nb\n").stdout == "yes\nyes\n"
+    fake.options = {"words": ()}
+    assert piped("a\nb\n").stdout == "\n\n"
+
+
+def test_commands_go_to_stderr_and_are_no_turns(fake: Fake) -> None:
+    result = piped("/help\n/stats\n/kv\n/dance now\n/clear\n/exit\nnever asked\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines() == [
+        "/kv     draw how many tokens every layer and head holds",
+        "/stats  show all measured figures",
+        "/clear  forget the conversation",
+        "/help   show this list",
+        "/exit   leave (or Ctrl-D)",
+        "There is no answer yet, so nothing was measured.",
+        "The cache is empty.",
+        f"There is no command /dance; the commands are {COMMANDS}.",
+        "The conversation is cleared.",
+    ]
+    assert fake.chats[0].messages == []
+
+
+def test_kv_draws_the_held_tokens(fake: Fake) -> None:
+    lines = piped("Hello\n/kv\n").stderr.splitlines()
+    assert lines == [
+        FIGURES,
+        "Tokens held per layer (row) and KV head (column): 40 to 1,024, mean 458",
+        "0 █                          40  ██████                    256",
+        "1 ████████████              512  ████████████████████████ 1024",
+    ]
+
+
+def test_kv_says_so_when_there_is_nothing_to_draw(fake: Fake) -> None:
+    lines = piped("Hello\n/kv\n", "--policy", "full").stderr.splitlines()
+    assert lines == [FIGURES, "Nothing is evicted with this policy: every head holds every token."]
+
+
+def test_stats_shows_every_figure(fake: Fake) -> None:
+    result = piped("Hello you\n/stats\n", "--policy", "snapkv", "--kv-window", "16")
+    assert [" ".join(line.split()) for line in result.stderr.splitlines()[1:] if line.strip()] == [
+        "model fake",
+        "policy snapkv (window=16)",
+        "budget 256 tokens per head = 25% = 6.0 MiB",
+        "tokens of the prompt 2",
+        "tokens generated 5",
+        "tokens held per head, mean 256",
+        "tokens held, least / most 40 / 1,024",
+        "KV in use 6.0 MiB",
+        "KV allocated 7.0 MiB",
+        "KV peak 25.0 MiB",
+        "a full f16 cache would take 24.0 MiB",
+        "RSS before / after eviction 300.0 MiB / 281.0 MiB",
+        "RSS peak 310.0 MiB",
+        "load 0.50 s",
+        "prefill 2.00 s, 512 t/s",
+        "time to first token 2.25 s",
+        "eviction 0.12 s",
+        "decode 1.50 s, 31.2 t/s",
+        "finish reason stop",
+    ]
+
+
+def test_clear_forgets_the_figures_too(fake: Fake) -> None:
+    result = piped("Hello\n/clear\n/stats\n/kv\nHello\n")
+    assert result.stderr.splitlines() == [
+        FIGURES,
+        "The conversation is cleared.",
+        "There is no answer yet, so nothing was measured.",
+        "The cache is empty.",
+        FIGURES,
+    ]
+    assert len(fake.chats[0].messages) == 2
+
+
+def test_input_that_is_not_utf8_names_the_byte(fake: Fake) -> None:
+    result = piped(b"Hello\ncaf\xe9\n")
+    assert (result.exit_code, result.stdout) == (2, ANSWER + "\n")
+    assert result.stderr == (
+        f"{FIGURES}\nError: standard input is not UTF-8: byte 0xe9 at offset 9; convert it to UTF-8 first.\n"
+    )
+
+
+def test_a_script_learns_of_a_failure_from_the_exit_code(fake: Fake) -> None:
+    fake.options = {"fault": fail(KVError("the context is full"))}
+    result = piped("a\nb\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "Two rivers \n", "Error: the context is full.\n")
+
+
+def test_at_a_terminal_a_failure_is_shown_and_the_chat_goes_on(fake: Fake, typed: Callable[..., Result]) -> None:
+    fake.options = {"fault": fail(KVError("the context is full."))}
+    result = typed("a", "b")
+    assert (result.exit_code, result.stdout) == (0, "Two rivers \nTwo rivers \n")
+    assert result.stderr.splitlines() == [BANNER, *["Error: the context is full."] * 2]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(fake: Fake, typed: Callable[..., Result]) -> None:
+    fake.options = {"fault": press_ctrl_c}
+    before = signal.getsignal(signal.SIGINT)
+    result = typed("one", "two", "/exit")
+    assert (result.exit_code, result.stdout) == (0, "Two rivers meet \n" * 2)
+    assert result.stderr.splitlines() == [BANNER, *[FIGURES + " · interrupted"] * 2]
+    said = [message["content"] for message in fake.chats[0].messages]
+    assert said == ["one", "Two rivers meet ", "two", "Two rivers meet "]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_the_prompt_is_processed_keeps_the_conversation(fake: Fake, typed: Callable[..., Result]) -> None:
+    fake.options = {"prefill_fault": press_ctrl_c}
+    result = typed("one", "/stats")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines() == [
+        BANNER,
+        "Interrupted before the answer began.",
+        "There is no answer yet, so nothing was measured.",
+    ]
+
+
+def test_ctrl_c_ends_a_script(fake: Fake) -> None:
+    fake.options = {"fault": press_ctrl_c}
+    result = piped("one\ntwo\n")
+    assert (result.exit_code, result.stdout) == (130, "Two rivers meet \n")
+    assert fake.engine.closed
+
+
+# --- the line editor -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keyboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
+    """Type keys, get the lines that the chat sees."""
+    monkeypatch.setattr("platformdirs.user_state_path", lambda *_, **__: tmp_path)
+    monkeypatch.setattr("prompt_toolkit.output.create_output", lambda **_: DummyOutput())
+    from prompt_toolkit.application import create_app_session
+
+    with create_pipe_input() as pipe, create_app_session(input=pipe):
+
+        def press(keys: str) -> list[str]:
+            pipe.send_text(keys)
+            return list(chat_module.terminal_lines())
+
+        yield press
+
+
+def test_ctrl_c_clears_the_line_and_ctrl_d_leaves(keyboard: Callable[[str], list[str]]) -> None:
+    assert keyboard("not this\x03but this\r\x04") == ["but this"]
+
+
+def test_lines_can_be_edited_and_come_back_from_the_history(
+    keyboard: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    assert keyboard("helo\x1b[Dl\r\x04") == ["hello"]
+    assert keyboard("\x1b[A\r\x04") == ["hello"]
+    assert "+hello" in (tmp_path / "history").read_text()
+    if os.name == "posix":
+        assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_place_for_the_history_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("platformdirs.user_state_path", lambda *_, **__: tmp_path / "missing")
+    assert chat_module.history_file() is None

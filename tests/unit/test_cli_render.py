@@ -1,0 +1,186 @@
+"""Numbers as text, the map of held tokens, progress on a terminal, and the way from flags to the engine."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kvlocal_cli import backend
+from kvlocal_cli.options import SamplingSettings, Settings
+from kvlocal_cli.render import Screen, comparison_table, figures, held_map, percent, rate, size
+from rich.console import Console
+
+from kvlocal.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (None, "n/a"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (24 * 2**20, "24.0 MiB"),
+        (1536 * 2**20, "1.50 GiB"),
+        (2**42, "4096.00 GiB"),
+    ],
+)
+def test_sizes(n_bytes: int | None, text: str) -> None:
+    assert size(n_bytes) == text
+
+
+def test_rates_and_shares() -> None:
+    assert [rate(x) for x in (None, 0.0, 7.94, 99.96, 1234.5)] == [
+        "n/a",
+        "0.0 t/s",
+        "7.9 t/s",
+        "100.0 t/s",
+        "1,234 t/s",
+    ]
+    assert [percent(x) for x in (None, 0.25, 1.0, 0.12345)] == ["n/a", "25%", "100%", "12.35%"]
+
+
+def test_figures_without_eviction_or_measurement() -> None:
+    line = figures(
+        {
+            "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": None},
+            "tokens": {"held_mean": 12.0, "held_min": 12, "held_max": 12},
+            "timing": {"prefill_tps": 100.0, "decode_tps": None},
+            "finish_reason": "stop",
+        }
+    )
+    assert line == (
+        "KV 0 B in use / 0 B a full cache would take / n/a peak · 12 tokens held per head · prefill 100 t/s, decode n/a"
+    )
+
+
+@pytest.mark.parametrize("n_head", [1, 2, 3, 4, 5, 8, 12, 32, 40, 64, 71, 128, 500])
+@pytest.mark.parametrize("most", [1, 99, 131072])
+def test_the_map_fits_80_columns(n_head: int, most: int) -> None:
+    rng = np.random.default_rng(n_head)
+    held = [rng.integers(1, most + 1, n_head) for _ in range(12)]
+    held[3][:] = most
+    lines = held_map(held).plain.splitlines()
+    assert len(lines) == 13
+    assert max(map(len, lines)) <= 80
+    assert any("█" in line for line in lines[1:])
+
+
+def test_the_map_of_many_heads_is_one_block_per_head() -> None:
+    held = [np.array([1, 128, 64, 512] * 8), np.array([512] * 32)]
+    assert held_map(held).plain.splitlines() == [
+        "Tokens held per layer (row) and KV head (column): 1 to 512, mean 344",
+        "0 " + "▁▂▁█" * 8 + "    1-512",
+        "1 " + "█" * 32 + "  512-512",
+    ]
+
+
+def test_the_map_takes_layers_with_different_heads_and_empty_ones() -> None:
+    assert held_map([np.array([4, 0]), np.array([2])]).plain.splitlines() == [
+        "Tokens held per layer (row) and KV head (column): 0 to 4, mean 2",
+        "0 ████████████████████████ 4                           0",
+        "1 ████████████             2",
+    ]
+    assert held_map([]).plain == held_map([np.array([0, 0])]).plain == "The cache is empty."
+
+
+@pytest.mark.parametrize("scale", [1, 20])
+def test_the_comparison_of_large_models_fits_80_columns(scale: int) -> None:
+    report = {
+        "policy": "ada-pyramid",
+        "budget": {"tokens": 32_768, "fraction": 0.99987},
+        "tokens": {"held_mean": 32_768.4},
+        "kv": dict.fromkeys(("used_bytes", "peak_bytes", "full_bytes"), scale * 45_678_901),
+        "rss": dict.fromkeys(("before_evict_bytes", "after_evict_bytes"), scale * 345_678_901),
+        "timing": {"prefill_tps": 12_345.6, "decode_tps": 2_345.6},
+    }
+    text = io.StringIO()
+    Console(file=text, width=80).print(comparison_table([report]))
+    lines = text.getvalue().splitlines()
+    assert "32,768 (100%) 32,768" in lines[4]
+    assert lines[4].rstrip().endswith("12,346  2,346")
+    assert lines[5].strip() == ""
+
+
+def terminal() -> tuple[Screen, io.StringIO]:
+    screen, text = Screen(), io.StringIO()
+    screen.console = Console(file=text, force_terminal=True, width=100, highlight=False, color_system=None)
+    return screen, text
+
+
+def test_progress_is_drawn_on_a_terminal_only() -> None:
+    screen, text = terminal()
+    with screen.prefill() as bar:
+        bar.update(256, 1024)
+        bar.update(1024, 1024)
+        bar.stop()
+        assert "1,024/1,024 tokens · " in text.getvalue() and " t/s" in text.getvalue()
+    with screen.download() as on_progress:
+        on_progress(10, None, "model.gguf")
+        on_progress(2000, 2000, "model.gguf")
+    assert "model.gguf" in text.getvalue() and "2.0/2.0 kB" in text.getvalue()
+    with screen.status("Loading model.gguf"):
+        pass
+    assert "Loading model.gguf" in text.getvalue()
+
+    silent = Screen()
+    silent.console = Console(file=(quiet := io.StringIO()), force_terminal=False)
+    with silent.prefill() as bar, silent.status("Loading"), silent.download() as on_progress:
+        bar.update(1, 2)
+        on_progress(1, 2, "model.gguf")
+    assert quiet.getvalue() == ""
+
+
+def test_the_sentences_of_a_model_are_no_markup() -> None:
+    screen, text = terminal()
+    screen.line("[red]a[/red] " + "long " * 40 + "end")
+    assert text.getvalue() == "[red]a[/red] " + "long " * 40 + "end\n"
+
+
+# --- flags reach the real classes ------------------------------------------------------------------------------------
+
+
+def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = pytest.importorskip("kvlocal.engine")
+    models = pytest.importorskip("kvlocal.models")
+    seen: dict[str, Any] = {}
+
+    def resolve(spec: str | None, *, progress: Any = None) -> Path:
+        progress(1, 2, "model")
+        seen["model"] = spec
+        return tmp_path / "model.gguf"
+
+    monkeypatch.setattr(models, "resolve_model", resolve)
+    monkeypatch.setattr(engine, "Engine", lambda config: config)
+    settings = Settings("m.gguf", "ada-snapkv", {"window": "16"}, "25%", 4096, 64, 32, 2, 1, "chunked", 128)
+    config: Any = backend.open_engine(settings, Screen())
+    assert seen["model"] == "m.gguf" and config.model == tmp_path / "model.gguf"
+    assert (config.policy.name, config.policy.window, str(config.budget)) == ("ada-snapkv", 16, "25%")
+    assert (config.n_ctx, config.n_batch, config.n_ubatch, config.n_threads) == (4096, 64, 32, 2)
+    assert (config.n_gpu_layers, config.prefill, config.chunk) == (1, "chunked", 128)
+
+    seen.clear()
+    for wrong in (Settings(policy="nonsense"), Settings(budget="many"), Settings(policy_args={"nonsense": "1"})):
+        with pytest.raises(UsageError):
+            backend.open_engine(wrong, Screen())
+    assert not seen, "a typing error must not start a download"
+
+
+def test_the_sampling_defaults_are_the_engines() -> None:
+    sampling = pytest.importorskip("kvlocal.sampling")
+    assert backend.new_sampling(SamplingSettings()) == sampling.Sampling()
+
+
+def test_the_real_policies_can_be_listed() -> None:
+    pytest.importorskip("kvlocal.policies")
+    from kvlocal_cli.render import parameters_table, policies_table
+
+    rows = backend.describe_policies()
+    text = io.StringIO()
+    console = Console(file=text, width=80)
+    console.print(policies_table(rows), parameters_table(rows))
+    for name in ("full", "ada-snapkv", "window=32"):
+        assert name in text.getvalue()
