@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ class PagedCache:
                 n_head_kv=layer.n_head_kv,
                 positions=self.positions(seq, i),
                 n_seen=n_seen,
-                read_scores=(lambda i=i: self.window_scores(seq, i)) if n_window > 0 else None,
+                read_scores=partial(self.window_scores, seq, i) if n_window > 0 else None,
                 n_window=min(n_window, n_seen),
             )
             for i, layer in enumerate(self.layers)

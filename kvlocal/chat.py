@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvlocal.engine import Engine, Progress
-from kvlocal.errors import KVError
 from kvlocal.sampling import Sampling
 
 
@@ -43,7 +42,7 @@ class Chat:
             else:
                 tokens = self.engine.model.template_tokens(rendered)
                 self.reread = self.engine.extend(tokens, on_progress=on_progress) and bool(self._in_cache)
-        except KVError:
+        except BaseException:  # Ctrl-C included
             if not self.engine.tokens[0]:
                 self._in_cache = ""  # rolled back to nothing: the next question reads it all again
             raise

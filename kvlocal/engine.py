@@ -16,6 +16,7 @@ from kvlocal import native
 from kvlocal.budget import Budget
 from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import KVError, UsageError
+from kvlocal.evict import evict
 from kvlocal.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.report import KV, RSS, Budgeted, Report, Timing, Tokens, peak_rss_bytes, rss_bytes
@@ -184,21 +185,13 @@ class Engine:
             return False
         start = time.perf_counter()
         budget = self.budget_tokens(seq)
-        stats = self.cache.seq_stats(seq)
         self.cache.set_limit(seq, budget + self.config.slack)
-        if stats.n_slots <= budget * stats.n_heads:
+        rss = rss_bytes()
+        if not evict(self.cache, seq, self.policy, budget):
             return False
-        first = self._rss.before_evict_bytes is None
-        if first:
-            self._rss.before_evict_bytes = rss_bytes()
-        view = self.cache.view(seq, budget, self.policy.n_window)
-        budgets = self.policy.allocate(view)
-        for layer, counts in zip(view.layers, budgets, strict=True):
-            self.cache.keep(seq, layer.layer, self.policy.keep(layer, counts))
-            layer.release()
-        self._evicted_at[seq] = int(stats.n_seen)
-        if first:
-            self._rss.after_evict_bytes = rss_bytes()
+        if self._rss.before_evict_bytes is None:
+            self._rss.before_evict_bytes, self._rss.after_evict_bytes = rss, rss_bytes()
+        self._evicted_at[seq] = self.context.n_seen(seq)
         self._evict_s += time.perf_counter() - start
         return True
 
@@ -214,7 +207,8 @@ class Engine:
             KVError: the cache is full; the sequence is as before.
         """
         self._check_prompt(len(tokens), seq)
-        step = self.config.n_batch if self.config.prefill == "exact" else self.config.chunk
+        # one pass through the graph at a time: progress is seen, and an interruption is heard, in between
+        step = self.config.n_ubatch if self.config.prefill == "exact" else self.config.chunk
         step = min(step, self.config.n_batch)
         start, evict_s = time.perf_counter(), self._evict_s
         begin = len(self.tokens[seq])

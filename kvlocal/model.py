@@ -29,9 +29,7 @@ class Model:
         if not self.handle:
             reason = next((line for line in self.native.log if "error" in line.lower()), "")
             detail = f" ({reason.split(': ', 1)[-1]})" if reason else ""
-            raise KVError(
-                f"{path} cannot be loaded as a GGUF model{detail}; if it was downloaded, download it again."
-            )
+            raise KVError(f"{path} cannot be loaded as a GGUF model{detail}; if it was downloaded, download it again.")
         self.vocab = self.llama.llama_model_get_vocab(self.handle)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Fetch llama.cpp at the pinned version and apply our patches: vendor/llama.cpp and vendor/llama_cpp.
 
-The source comes from the sdist of llama-cpp-python on PyPI, through pip and so with the user's own index settings. The
-sdist's sha256 is checked against ``llama.cpp.lock``. Nothing is done when the tree is already what the lock and the
-patches say; an edited patch starts again from the cached sdist. Run by CMake; needs only the standard library, pip, git.
+The source comes from the sdist of llama-cpp-python on PyPI, through pip and so with the user's own index settings.
+The sdist's sha256 is checked against ``llama.cpp.lock``. Nothing is done when the tree is already what the lock and the
+patches say; an edited patch starts again from the cached sdist. Run by CMake; needs the standard library, pip and git.
 """
 
 from __future__ import annotations

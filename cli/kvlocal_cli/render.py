@@ -233,7 +233,8 @@ def comparison_table(reports: Iterable[ReportDict]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 0),
         pad_edge=False,
-        caption="MiB. All figures are measured, save for `if full`: what a full f16 cache would take.",
+        show_edge=False,
+        caption="MiB, all measured, save for `if full`: what a full f16 cache would take.",
         caption_justify="left",
     )
     table.add_column("policy", no_wrap=True)

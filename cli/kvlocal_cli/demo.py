@@ -48,4 +48,5 @@ def demo(settings: Settings, document: str, question: str, n_predict: int) -> No
             if complete(engine, tokens, n_predict, greedy, screen, Answer()):
                 raise click.exceptions.Exit(INTERRUPTED)
             reports.append(engine.report().as_dict())
+    click.echo()
     out(comparison_table(reports))
