@@ -87,7 +87,7 @@ class PagedCache:
         return np.split(out, np.cumsum(lengths)[:-1])
 
     def window_scores(self, seq: int, layer: int) -> np.ndarray:
-        """Attention of the remembered window queries, float32 ``[n_head, longest head]`` (see ``kvl_window_scores``)."""
+        """Attention of the remembered window queries, float32 ``[n_head, longest head]``; see ``kvl_window_scores``."""
         out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
         self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, _floats(out), out.shape[1]))
         return out

@@ -231,27 +231,28 @@ class Engine:
         self._prefill_s += time.perf_counter() - start - (self._evict_s - evict_s)
 
     def _check_prompt(self, n: int, seq: int) -> None:
+        """Positions must stay below ``n_max``; a prompt that is read whole must also fit into the cache."""
         if n == 0:
             raise UsageError("The prompt is empty; give some text.")
         n_seen = len(self.tokens[seq])
-        held = n_seen
-        if self.cache is not None:
-            stats = self.cache.seq_stats(seq)
-            held = -(-stats.n_slots // stats.n_heads)
+        room = self.n_max - n_seen
         chunked = self._bounded and self.config.prefill == "chunked"
+        if not chunked:
+            held = n_seen
+            if self.cache is not None:
+                stats = self.cache.seq_stats(seq)
+                held = -(-stats.n_slots // stats.n_heads)
+            room = min(room, self.n_ctx - held)
+        if n < room:
+            return
+        if chunked:
+            hint = f"the model was trained for {self.model.n_ctx_train}; to go beyond, use a larger context (-c)"
+        elif self.policy.evicts:
+            hint = "use --prefill chunked, which needs room only for the budget, or a larger context (-c)"
+        else:
+            hint = "use a larger context (-c), or a policy that evicts with --prefill chunked"
         before = f" after the {n_seen} already read" if n_seen else ""
-        if n_seen + n >= self.n_max:
-            hint = "" if chunked or not self._bounded else " or use --prefill chunked"
-            raise UsageError(
-                f"The prompt has {n} tokens{before}, the context has room for {self.n_max}; use a larger one (-c){hint}."
-            )
-        if not chunked and held + n >= self.n_ctx:
-            hint = (
-                "use --prefill chunked, which needs room only for the budget"
-                if self.policy.evicts
-                else "use a larger one (-c), or a policy that evicts with --prefill chunked"
-            )
-            raise UsageError(f"The prompt has {n} tokens{before}, the context has room for {self.n_ctx}; {hint}.")
+        raise UsageError(f"The prompt has {n} tokens, the context has room for {max(room - 1, 0)}{before}; {hint}.")
 
     def _set_limit(self, seq: int, n_slots: int) -> None:
         if self.cache is not None:

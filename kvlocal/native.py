@@ -75,7 +75,7 @@ EVICT_HOOK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, c
 
 
 def installed(part: str) -> Path:
-    """Where ``part`` ("lib", "binding") of the package was installed; an editable install keeps it apart from the code."""
+    """Where ``part`` ("lib", "binding") of the package is; an editable install keeps it apart from the code."""
     beside = Path(__file__).parent / part
     if beside.exists():
         return beside
@@ -145,7 +145,7 @@ def _declare(lib: Any) -> None:
 
 
 class Native:
-    """The loaded library. ``llama`` is the binding's low-level module, ``lib`` the handle with the ``kvl_*`` functions."""
+    """The loaded library: ``llama`` is the binding's low-level module, ``lib`` has the ``kvl_*`` functions."""
 
     def __init__(self) -> None:
         self.llama = _import_binding()

@@ -39,7 +39,7 @@ class KV:
 
 @dataclass
 class RSS:
-    """Resident memory of the process around the first eviction, and its peak; bytes, ``None`` if nothing was evicted."""
+    """Resident memory around the first eviction (``None`` if nothing was evicted) and at its peak, bytes."""
 
     before_evict_bytes: int | None = None
     after_evict_bytes: int | None = None

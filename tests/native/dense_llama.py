@@ -31,7 +31,7 @@ class DenseLlama:
         return out
 
     def step(self, token: int, pos: int, read_kv: ReadKV) -> np.ndarray:
-        """Logits of ``token`` at ``pos`` attending to ``read_kv(layer, head)`` (K ``[n, d]``, V ``[n, d]``) and itself."""
+        """Logits of ``token`` at ``pos`` attending to ``read_kv(layer, head)`` (K and V ``[n, d]``) and to itself."""
         w, group = self.weights, self.n_head // self.n_head_kv
         x = w["token_embd.weight"][token]
         for layer in range(self.n_layer):

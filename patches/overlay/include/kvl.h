@@ -53,11 +53,11 @@ typedef struct kvl_stats {
 } kvl_stats;
 
 typedef struct kvl_seq_stats {
-    int64_t n_seen;     // tokens seen: the next token gets this position
-    int64_t n_slots;    // slots held, summed over layers and KV heads
-    int64_t held_min;   // smallest number of slots in a head
-    int64_t held_max;   // largest number of slots in a head
-    int64_t n_heads;    // layers x KV heads
+    int64_t n_seen;      // tokens seen: the next token gets this position
+    int64_t n_slots;     // slots held, summed over layers and KV heads
+    int64_t held_min;    // smallest number of slots in a head
+    int64_t held_max;    // largest number of slots in a head
+    int64_t n_heads;     // layers x KV heads
     uint64_t full_bytes; // what a full f16 cache would take for n_seen tokens
 } kvl_seq_stats;
 

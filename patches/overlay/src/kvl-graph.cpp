@@ -198,8 +198,7 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, const llm_graph_input_
 
     if (inp->ring) {
         const int64_t R = inp->n_ring;
-        ggml_tensor * last =
-            ggml_view_3d(ctx, q, d_k * Hq, R, S, q->nb[2], q->nb[2] * T, q->nb[2] * size_t(T - R));
+        ggml_tensor * last = ggml_view_3d(ctx, q, d_k * Hq, R, S, q->nb[2], q->nb[2] * T, q->nb[2] * size_t(T - R));
         last = ggml_reshape_2d(ctx, contiguous(ctx, last), d_k * Hq, R * S);
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.queries, last, inp->ring));
     }

@@ -24,8 +24,9 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
     struct layer_input {
         kvl_layer_shape shape;
         ggml_tensor * append; // i64 [n_head_kv*n_tokens]: pool row of each new token and head
-        ggml_tensor * gather; // i32 [n_kv*n_head_kv*n_seqs]: pool rows to read; new tokens first, then past, then padding
-        ggml_tensor * live;   // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
+        ggml_tensor *
+            gather;         // i32 [n_kv*n_head_kv*n_seqs]: pool rows to read; new tokens first, then past, then padding
+        ggml_tensor * live; // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
     };
     std::vector<layer_input> layers;
     ggml_tensor * causal = nullptr; // f16 [max n_kv, n_seq_tokens]: order among the new tokens

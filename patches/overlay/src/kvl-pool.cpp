@@ -105,7 +105,8 @@ kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, 
     ggml_set_name(k, "kvl_pool_k");
     ggml_set_name(v, "kvl_pool_v");
     if (!k_mem.place(k, 0) || !v_mem.place(v, 0)) {
-        throw std::runtime_error("cannot place the KV pages in a buffer of " + std::string(ggml_backend_buft_name(buft)));
+        throw std::runtime_error("cannot place the KV pages in a buffer of " +
+                                 std::string(ggml_backend_buft_name(buft)));
     }
 }
 

@@ -81,7 +81,8 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         kvl_set_error("cannot create the backend for window scores");
         return KVL_ERR_COMPUTE;
     }
-    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
+    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
+                           true};
     ggml_context_ptr ctx_owner(ggml_init(ip));
     ggml_context * ctx = ctx_owner.get();
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);

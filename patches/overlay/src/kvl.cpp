@@ -38,7 +38,8 @@ static llama_kv_paged * memory_of(const llama_context * ctx) {
 static llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq) {
     auto * kv = memory_of(ctx);
     if (kv && !kv->valid_seq(seq)) {
-        kvl_set_error("sequence " + std::to_string(seq) + " is not below n_seq_max = " + std::to_string(kv->seqs.size()));
+        kvl_set_error("sequence " + std::to_string(seq) +
+                      " is not below n_seq_max = " + std::to_string(kv->seqs.size()));
         return nullptr;
     }
     return kv;
@@ -77,9 +78,9 @@ const char * kvl_last_error(void) {
 }
 
 size_t kvl_struct_size(const char * name) {
-#define KVL_SIZE(type)                                                                                                 \
-    if (name && strcmp(name, #type) == 0) {                                                                            \
-        return sizeof(struct type);                                                                                    \
+#define KVL_SIZE(type)                      \
+    if (name && strcmp(name, #type) == 0) { \
+        return sizeof(struct type);         \
     }
     KVL_SIZE(kvl_params)
     KVL_SIZE(kvl_stats)
@@ -165,19 +166,24 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch, int32_t event) {
         return fail(KVL_ERR_ARGUMENT, "kvl_decode needs a batch with positions and sequences, and an event of 0 to 2");
     }
     if (uint32_t(batch.n_tokens) > ctx->n_batch()) {
-        return fail(KVL_ERR_ARGUMENT, "a batch of " + std::to_string(batch.n_tokens) + " tokens exceeds n_batch = " +
-                                          std::to_string(ctx->n_batch()));
+        return fail(KVL_ERR_ARGUMENT, "a batch of " + std::to_string(batch.n_tokens) +
+                                          " tokens exceeds n_batch = " + std::to_string(ctx->n_batch()));
     }
     // upstream asserts on these instead of returning an error
     const uint32_t n_outputs = batch.logits ? uint32_t(std::count_if(batch.logits, batch.logits + batch.n_tokens,
-                                                                     [](int8_t output) { return output != 0; }))
+                                                                     [](int8_t output) {
+                                                                         return output != 0;
+                                                                     }))
                                             : 1;
     if (n_outputs > ctx->get_cparams().n_outputs_max) {
-        return fail(KVL_ERR_ARGUMENT, "a batch asks for " + std::to_string(n_outputs) + " outputs, the context has room for " +
+        return fail(KVL_ERR_ARGUMENT, "a batch asks for " + std::to_string(n_outputs) +
+                                          " outputs, the context has room for " +
                                           std::to_string(ctx->get_cparams().n_outputs_max));
     }
     kvl_set_error("");
-    const int32_t rc = guarded([&] { return llama_decode(ctx, batch); });
+    const int32_t rc = guarded([&] {
+        return llama_decode(ctx, batch);
+    });
     if (rc != 0 || !kv->hook) {
         return rc;
     }

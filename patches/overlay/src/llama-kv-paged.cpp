@@ -49,10 +49,10 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
         return arch + "carries multi-token-prediction layers, which the paged cache does not serve yet" + instead;
     }
     switch (model.arch) {
-        case LLM_ARCH_GROK:      // scales its logits outside the attention operator
-        case LLM_ARCH_EAGLE3:    // drafts, not models
+        case LLM_ARCH_GROK:   // scales its logits outside the attention operator
+        case LLM_ARCH_EAGLE3: // drafts, not models
         case LLM_ARCH_DFLASH:
-        case LLM_ARCH_DREAM:     // diffusion: no causal cache
+        case LLM_ARCH_DREAM: // diffusion: no causal cache
         case LLM_ARCH_LLADA:
         case LLM_ARCH_LLADA_MOE:
         case LLM_ARCH_RND1:
@@ -88,8 +88,9 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
             cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
         const uint32_t d_k = hparams.n_embd_head_k(il);
         const uint32_t d_v = hparams.n_embd_head_v(il);
-        auto it = std::find_if(shapes.begin(), shapes.end(),
-                               [&](const shape & s) { return s.buft == buft && s.d_k == d_k && s.d_v == d_v; });
+        auto it = std::find_if(shapes.begin(), shapes.end(), [&](const shape & s) {
+            return s.buft == buft && s.d_k == d_k && s.d_v == d_v;
+        });
         if (it == shapes.end()) {
             it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0});
         }
@@ -230,7 +231,8 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
         }
     }
     for (uint32_t done = 0; done < n;) {
-        // block by block over all heads: pages of one stretch of text lie together, so what eviction frees is contiguous
+        // block by block over all heads: pages of one stretch of text lie together, so what eviction frees is
+        // contiguous
         uint32_t step = n - done;
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seq.heads[l]) {
@@ -287,7 +289,9 @@ void llama_kv_paged::note_peak() {
 }
 
 bool llama_kv_paged::all_host() const {
-    return std::all_of(pools.begin(), pools.end(), [](const auto & pool) { return pool->is_host(); });
+    return std::all_of(pools.begin(), pools.end(), [](const auto & pool) {
+        return pool->is_host();
+    });
 }
 
 void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {

@@ -44,10 +44,10 @@ struct kvl_layer {
 };
 
 struct kvl_sequence {
-    llama_pos n_seen = 0;                           // next position
-    int32_t limit = 0;                              // slots per head past which the hook is called, 0: none
-    std::vector<std::vector<kvl_head>> heads;       // [layer][KV head]
-    std::vector<llama_pos> window;                  // position of each remembered query, -1: none
+    llama_pos n_seen = 0;                     // next position
+    int32_t limit = 0;                        // slots per head past which the hook is called, 0: none
+    std::vector<std::vector<kvl_head>> heads; // [layer][KV head]
+    std::vector<llama_pos> window;            // position of each remembered query, -1: none
 };
 
 class llama_kv_paged : public llama_memory_i {
@@ -134,17 +134,17 @@ class llama_kv_paged : public llama_memory_i {
 
 // What the graph needs to know about one layer in the current ubatch.
 struct kvl_layer_shape {
-    uint32_t n_kv;  // rows gathered per head, padding included
-    bool uniform;   // every head of every stream holds the same number of slots
+    uint32_t n_kv; // rows gathered per head, padding included
+    bool uniform;  // every head of every stream holds the same number of slots
 
     bool operator==(const kvl_layer_shape & o) const { return n_kv == o.n_kv && uniform == o.uniform; }
 };
 
 class llama_kv_paged_context : public llama_memory_context_i {
   public:
-    explicit llama_kv_paged_context(llama_memory_status status);                           // error or no update
-    explicit llama_kv_paged_context(llama_kv_paged * kv);                                  // worst case
-    llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches);       // a batch
+    explicit llama_kv_paged_context(llama_memory_status status);                     // error or no update
+    explicit llama_kv_paged_context(llama_kv_paged * kv);                            // worst case
+    llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches); // a batch
 
     bool next() override;
     bool apply() override;

@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: Python >= 3.10, a C++17 compiler, git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find vendor/fetch.py vendor/CMakeLists.txt vendor/llama.cpp.lock patches -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question demo/question.txt
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find patches/overlay -name '*.h' -o -name '*.cpp')
+
+# an editable install: Python changes are live, native ones are rebuilt when a source is newer
+$(STAMP): pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build vendor/llama.cpp vendor/llama_cpp vendor/.fetched
