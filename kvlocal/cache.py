@@ -148,5 +148,9 @@ class PagedCache:
         """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""
         self._check(self._lib.kvl_set_limit(self._ctx, seq, n_slots))
 
+    def trim(self) -> None:
+        """Give the scratch memory of an eviction back to the operating system."""
+        self._check(self._lib.kvl_trim(self._ctx))
+
     def reset_peak(self) -> None:
         self._check(self._lib.kvl_reset_peak(self._ctx))

@@ -20,4 +20,5 @@ def evict(cache: PagedCache, seq: int, policy: Policy, budget: int) -> bool:
     for layer, counts in zip(view.layers, budgets, strict=True):
         cache.keep(seq, layer.layer, policy.keep(layer, counts))
         layer.release()
+    cache.trim()
     return True

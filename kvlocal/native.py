@@ -136,6 +136,7 @@ def _declare(lib: Any) -> None:
         "kvl_truncate": (i32, [ptr, i32, i32]),
         "kvl_get_stats": (i32, [ptr, ctypes.POINTER(KvlStats)]),
         "kvl_get_seq_stats": (i32, [ptr, i32, ctypes.POINTER(KvlSeqStats)]),
+        "kvl_trim": (i32, [ptr]),
         "kvl_reset_peak": (i32, [ptr]),
     }
     for name, (result, arguments) in functions.items():

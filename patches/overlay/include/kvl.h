@@ -124,6 +124,8 @@ LLAMA_API int32_t kvl_truncate(struct llama_context * ctx, llama_seq_id seq, lla
 // Also over a stock context: allocated, reserved and peak are its buffers, used the share of its tokens.
 LLAMA_API int32_t kvl_get_stats(const struct llama_context * ctx, kvl_stats * out);
 LLAMA_API int32_t kvl_get_seq_stats(const struct llama_context * ctx, llama_seq_id seq, kvl_seq_stats * out);
+// Give the scratch memory of an eviction back to the operating system too: the allocator would hold on to it.
+LLAMA_API int32_t kvl_trim(struct llama_context * ctx);
 LLAMA_API int32_t kvl_reset_peak(struct llama_context * ctx);
 
 #ifdef __cplusplus

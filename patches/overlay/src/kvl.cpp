@@ -12,6 +12,10 @@
 #include <exception>
 #include <set>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #ifndef KVL_LLAMA_COMMIT
 #define KVL_LLAMA_COMMIT "unknown"
 #endif
@@ -389,6 +393,16 @@ int32_t kvl_get_seq_stats(const llama_context * ctx, llama_seq_id seq, kvl_seq_s
         return KVL_ERR_ARGUMENT;
     }
     kv->get_seq_stats(seq, *out);
+    return KVL_OK;
+}
+
+int32_t kvl_trim(llama_context * ctx) {
+    if (!memory_of(ctx)) {
+        return KVL_ERR_ARGUMENT;
+    }
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
     return KVL_OK;
 }
 

@@ -1,0 +1,71 @@
+"""Shared by the benchmarks: data, log-probabilities, greedy answers from a branch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlocal.context import Context, n_cores
+from kvlocal.models import resolve_model
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("KVLOCAL_DATA", ROOT.parent / "shared" / "data"))
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    out = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--model", default=None, help="GGUF file or hf:USER/REPO (default: the default model)")
+    out.add_argument("--data", type=Path, default=DATA, help="evaluation data")
+    out.add_argument("-t", "--threads", type=int, default=n_cores())
+    out.add_argument("-o", "--output", type=Path, help="write the results as JSON")
+    return out
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    return resolve_model(args.model)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def kl_divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    """KL(p || q) per position, nats."""
+    p, q = log_softmax(p_logits), log_softmax(q_logits)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def greedy(context: Context, seq: int, first: int, n: int) -> list[int]:
+    """Up to n tokens of sequence ``seq``, of which ``first`` is already chosen; ends at an end token."""
+    out: list[int] = []
+    token, pos = first, context.n_seen(seq)
+    while len(out) < n and not context.model.is_end(token):
+        out.append(token)
+        context.decode([token], pos, seq)
+        pos += 1
+        token = int(context.logits()[0].argmax())
+    return out
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    lines = [list(header), *([str(c) for c in row] for row in rows)]
+    text = ["| " + " | ".join(row) + " |" for row in lines]
+    text.insert(1, "|" + "---|" * len(lines[0]))
+    return "\n".join(text)
+
+
+def write_json(args: argparse.Namespace, results: Any) -> None:
+    if args.output:
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": n_cores(), "threads": args.threads}
+        args.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
