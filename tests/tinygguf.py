@@ -31,6 +31,7 @@ SPECIALS = ("<unk>", "<s>", "</s>")
 N_BYTES = 256
 LOGIT_STD = 3.0
 RMS_EPS = 1e-5
+SSM_CONV, SSM_STATE = 4, 16
 SQUARE_ARCHS = frozenset({"qwen2", "phi3", "bert"})
 """Their loaders want n_embd == n_head * head_dim; elsewhere n_embd is free."""
 
@@ -184,7 +185,7 @@ def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:
         floats |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     elif spec.arch == "mamba":
         ints |= {"feed_forward_length": 0, "attention.head_count": 0, "attention.head_count_kv": 0}
-        ints |= {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * spec.n_embd, "ssm.state_size": 16}
+        ints |= {"ssm.conv_kernel": SSM_CONV, "ssm.inner_size": 2 * spec.n_embd, "ssm.state_size": SSM_STATE}
         ints |= {"ssm.time_step_rank": _dt_rank(spec)}
     elif spec.arch == "deepseek2":
         rope, latent = spec.head_dim // 2, _kv_rank(spec)
@@ -324,16 +325,16 @@ def _dt_rank(spec: TinySpec) -> int:
 
 
 def _mamba(spec: TinySpec, prefix: str) -> Tensors:
-    inner, state, rank = 2 * spec.n_embd, 16, _dt_rank(spec)
+    inner, rank = 2 * spec.n_embd, _dt_rank(spec)
     yield spec.norm(f"{prefix}attn_norm.weight", spec.n_embd)
     yield spec.linear(f"{prefix}ssm_in.weight", spec.n_embd, 2 * inner)
-    yield spec.linear(f"{prefix}ssm_conv1d.weight", 4, inner)
+    yield spec.linear(f"{prefix}ssm_conv1d.weight", SSM_CONV, inner)
     yield f"{prefix}ssm_conv1d.bias", spec.normal(f"{prefix}ssm_conv1d.bias", (inner,), 0.1)
-    yield spec.linear(f"{prefix}ssm_x.weight", inner, rank + 2 * state)
+    yield spec.linear(f"{prefix}ssm_x.weight", inner, rank + 2 * SSM_STATE)
     yield spec.linear(f"{prefix}ssm_dt.weight", rank, inner)
     # softplus(-3) is a time step of about 0.05: the state remembers some tens of tokens and cannot blow up.
     yield f"{prefix}ssm_dt.bias", -3 + spec.normal(f"{prefix}ssm_dt.bias", (inner,), 0.5)
-    yield f"{prefix}ssm_a", np.tile(-np.arange(1, state + 1, dtype=np.float32), (inner, 1))
+    yield f"{prefix}ssm_a", np.tile(-np.arange(1, SSM_STATE + 1, dtype=np.float32), (inner, 1))
     yield spec.norm(f"{prefix}ssm_d", inner)
     yield spec.linear(f"{prefix}ssm_out.weight", inner, spec.n_embd)
 

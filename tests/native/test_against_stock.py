@@ -103,6 +103,11 @@ def test_a_branch_continues_like_its_source(open_model: OpenModel, open_context:
         context.decode(tail, 77, seq, outputs="all")
         whole = stock_logits(model, np.concatenate([prompt, tail]), open_context)
         assert_equal_up_to_f16(context.logits(40), whole[77:])
+    # all of them wrote on from the middle of a shared page: none may have written into another's
+    for seq, tail in ((1, tails[0]), (2, tails[1]), (0, tails[1])):
+        context.decode(tail[:1], 117, seq)
+        whole = stock_logits(model, np.concatenate([prompt, tail, tail[:1]]), open_context)
+        assert_equal_up_to_f16(context.logits(), whole[-1:])
 
 
 def test_a_tail_can_be_taken_back(open_model: OpenModel, open_context: OpenContext) -> None:

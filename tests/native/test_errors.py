@@ -74,6 +74,22 @@ def test_a_full_pool_is_an_error_and_loses_nothing(open_model: OpenModel, open_c
     context.decode(tokens[250:256], 250, 0)
 
 
+def test_evicting_a_branch_needs_room_for_its_own_pages(open_model: OpenModel, open_context: OpenContext) -> None:
+    model = open_model("llama")
+    context = open_context(model, n_ctx=64, n_seq_max=3)
+    cache = context.cache
+    assert cache is not None
+    context.decode(random_tokens(model, 64), 0, 0)
+    context.branch(0, 1)
+    # three sequences of two pages and a spare one each: the third takes what the branch does not use
+    context.decode(random_tokens(model, 224), 0, 2)
+    with pytest.raises(KVError, match="No room to separate a shared branch"):
+        cache.keep(1, 0, [np.arange(1, 64)] * 2)
+    np.testing.assert_array_equal(cache.lengths(1, 0), [64, 64])
+    context.truncate(0, 0)
+    cache.keep(1, 0, [np.arange(1, 64)] * 2)
+
+
 def test_too_many_outputs_or_tokens(open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama")
     context = open_context(model, n_batch=64)

@@ -125,9 +125,6 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
             cut(layers[l], head, uint32_t(it - head.pos.begin()));
         }
     }
-    for (llama_pos & p : seq.window) {
-        p = p >= p0 ? -1 : p;
-    }
     seq.n_seen = p0;
     trim();
     return true;
