@@ -82,7 +82,8 @@ def test_evicting_a_branch_needs_room_for_its_own_pages(open_model: OpenModel, o
     context.decode(random_tokens(model, 64), 0, 0)
     context.branch(0, 1)
     # three sequences of two pages and a spare one each: the third takes what the branch does not use
-    context.decode(random_tokens(model, 224), 0, 2)
+    for i in range(0, 224, 32):
+        context.decode(random_tokens(model, 32), i, 2)
     with pytest.raises(KVError, match="No room to separate a shared branch"):
         cache.keep(1, 0, [np.arange(1, 64)] * 2)
     np.testing.assert_array_equal(cache.lengths(1, 0), [64, 64])
