@@ -76,14 +76,15 @@ def test_a_full_pool_is_an_error_and_loses_nothing(open_model: OpenModel, open_c
 
 def test_evicting_a_branch_needs_room_for_its_own_pages(open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama")
-    context = open_context(model, n_ctx=64, n_seq_max=3)
+    context = open_context(model, n_ctx=256, n_seq_max=3)
     cache = context.cache
     assert cache is not None
     context.decode(random_tokens(model, 64), 0, 0)
     context.branch(0, 1)
-    # three sequences of two pages and a spare one each: the third takes what the branch does not use
-    for i in range(0, 224, 32):
-        context.decode(random_tokens(model, 32), i, 2)
+    n = 0
+    while context.stats().allocated_bytes < context.stats().reserved_bytes:
+        context.decode(random_tokens(model, 32), n, 2)
+        n += 32
     with pytest.raises(KVError, match="No room to separate a shared branch"):
         cache.keep(1, 0, [np.arange(1, 64)] * 2)
     np.testing.assert_array_equal(cache.lengths(1, 0), [64, 64])

@@ -42,9 +42,9 @@ class Run:
         policies: dict[int, Policy] = {}
         self.seq = {name: 1 + i for i, name in enumerate(POLICIES)}
         errors: list[BaseException] = []
+        engine.prefill(tokens[:-1])  # with a budget of 100 % the engine itself evicts nothing
         hook = native.evict_hook(lambda seq, _: evict(self.cache, seq, policies[seq], BUDGET) and None, errors)
         engine.context.set_evict_hook(hook)
-        engine.prefill(tokens[:-1])  # a budget of 100 %: the engine itself evicts nothing
         for name, seq in self.seq.items():
             policies[seq] = make_policy(name)
             engine.context.branch(0, seq)
@@ -131,7 +131,8 @@ def ada_counts(scores: Floats, per_head: int, reference: ModuleType) -> list[int
     """The reference's counts with the tie rule of Ada-SnapKV: score, then rank inside the head, then head.
 
     The reference takes ties in the order of the flat array, and max pooling makes ties the norm: it gets the scores'
-    places in that order instead of the scores. Rounded, since fractions that are equal are not equal in binary.
+    places in that order instead of the scores. Shares are rounded to what is exact in binary: equal fractions, which
+    are common with a share of 0.2, have to be equal for it too.
     """
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
     head = np.broadcast_to(np.arange(len(scores))[:, None], scores.shape)
@@ -139,7 +140,7 @@ def ada_counts(scores: Floats, per_head: int, reference: ModuleType) -> list[int
     places = np.empty(scores.size)
     places[order] = -np.arange(scores.size)
     adaptive = reference.ada_counts(places.reshape(scores.shape), per_head)
-    shares = np.round((1 - ALPHA) * adaptive + ALPHA * per_head, 9)
+    shares = np.round(((1 - ALPHA) * adaptive + ALPHA * per_head) * 1024) / 1024
     counts: list[int] = reference.largest_remainder(shares, len(scores) * per_head).tolist()
     return counts
 
