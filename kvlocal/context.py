@@ -37,6 +37,7 @@ class ContextConfig:
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
         type_kv: ``f16`` or ``f32`` storage of the stock cache.
         flash_attn: flash attention over the stock cache.
+        portable: attention with stock operators even where a page kernel exists (paged; the reference in tests).
     """
 
     n_ctx: int
@@ -50,6 +51,7 @@ class ContextConfig:
     n_pool_ctx: int = 0
     type_kv: Literal["f16", "f32"] = "f16"
     flash_attn: bool = True
+    portable: bool = False
 
 
 class Context:
@@ -70,7 +72,7 @@ class Context:
         params.kv_unified = True
         self._native.log.clear()
         if config.paged:
-            kvl = KvlParams(config.n_window, config.n_pool_ctx, 64 << 20, 0)
+            kvl = KvlParams(config.n_window, config.n_pool_ctx, 64 << 20, config.portable)
             self.handle: Any = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
             if not self.handle:
                 self._native.check(native.ERR_UNSUPPORTED)

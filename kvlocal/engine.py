@@ -66,6 +66,9 @@ class EngineConfig:
         for name in ("n_batch", "n_ubatch", "chunk", "slack", "n_seq_max"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("n_ctx", "n_batch", "n_ubatch", "chunk", "slack"):
+            if getattr(self, name) >= 2**31:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be below {2**31}.")
         if self.prefill not in ("exact", "chunked"):
             raise UsageError(f"prefill is {self.prefill!r}; it must be exact or chunked.")
 
@@ -96,6 +99,13 @@ class Engine:
         if self.policy.evicts:
             self.model.check_paged()
         self.n_ctx = config.n_ctx or self.model.n_ctx_train
+        if self._chunked:
+            budget = int(config.budget.value) if config.budget.unit == "tokens" else self.policy.min_budget
+            if budget + config.chunk > self.n_ctx:
+                raise UsageError(
+                    f"A budget of {budget} tokens and a chunk of {config.chunk} do not fit into a context of "
+                    f"{self.n_ctx}; use a larger context (-c), a smaller --chunk or a smaller budget."
+                )
         self.context = Context(
             self.model,
             ContextConfig(
@@ -159,6 +169,10 @@ class Engine:
     def _bounded(self) -> bool:
         return self.policy.evicts and not self.config.budget.keeps_all
 
+    @property
+    def _chunked(self) -> bool:
+        return self._bounded and self.config.prefill == "chunked"
+
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
@@ -170,7 +184,9 @@ class Engine:
     #
 
     def _on_event(self, seq: int, event: int) -> None:
-        self.evict(seq)
+        # what comes next must find room in the cache, whatever the budget allows
+        rooms = {native.EVENT_CHUNK: self.n_ctx - self.config.chunk, native.EVENT_LIMIT: self.n_ctx - self.config.slack}
+        self.evict(seq, room=rooms.get(event))
 
     def budget_tokens(self, seq: int = 0) -> int:
         """The budget of a sequence now, tokens per head and layer on average."""
@@ -179,13 +195,19 @@ class Engine:
             return n_seen
         return self.config.budget.tokens(n_seen, self.cache.bytes_per_token, self.policy.min_budget)
 
-    def evict(self, seq: int = 0) -> bool:
-        """Bring a sequence down to its budget; ``False`` if it already is within it."""
+    def evict(self, seq: int = 0, *, room: int | None = None) -> bool:
+        """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less.
+
+        Returns:
+            ``False`` if it already holds no more.
+        """
         if self.cache is None or self.config.budget.keeps_all:
             return False
         start = time.perf_counter()
         budget = self.budget_tokens(seq)
-        self.cache.set_limit(seq, budget + self.config.slack)
+        self.cache.set_limit(seq, min(budget + self.config.slack, self.n_ctx - 1))
+        if room is not None:
+            budget = min(budget, max(room, self.policy.min_budget))
         rss = rss_bytes()
         if not evict(self.cache, seq, self.policy, budget):
             return False
@@ -206,7 +228,8 @@ class Engine:
             UsageError: the prompt is empty or longer than the context; nothing has changed then.
             KVError: the cache is full; the sequence is as before.
         """
-        self._check_prompt(len(tokens), seq)
+        self._make_room(len(tokens), seq)
+        self._check_prompt(len(tokens), seq, len(self.tokens[seq]))
         # one pass through the graph at a time: progress is seen, and an interruption is heard, in between
         step = self.config.n_ubatch if self.config.prefill == "exact" else self.config.chunk
         step = min(step, self.config.n_batch)
@@ -230,22 +253,34 @@ class Engine:
         self._n_prefilled += len(tokens)
         self._prefill_s += time.perf_counter() - start - (self._evict_s - evict_s)
 
-    def _check_prompt(self, n: int, seq: int) -> None:
-        """Positions must stay below ``n_max``; a prompt that is read whole must also fit into the cache."""
+    def _held(self, seq: int) -> int:
+        """Tokens held per head on average, rounded up."""
+        if self.cache is None:
+            return len(self.tokens[seq])
+        stats = self.cache.seq_stats(seq)
+        return int(-(-stats.n_slots // stats.n_heads))
+
+    def _make_room(self, n: int, seq: int) -> None:
+        """A prompt that is read whole, after what is already there, may need an eviction before it."""
+        room = self.n_ctx - n - 1
+        fits = len(self.tokens[seq]) + n < self.n_max and room >= self.policy.min_budget
+        if self._bounded and not self._chunked and fits and self._held(seq) > room:
+            self.evict(seq, room=room)
+
+    def _check_prompt(self, n: int, seq: int, n_seen: int) -> None:
+        """Positions must stay below ``n_max``; a prompt that is read whole must also fit into the cache.
+
+        ``n_seen`` tokens of the sequence stay before it.
+        """
         if n == 0:
             raise UsageError("The prompt is empty; give some text.")
-        n_seen = len(self.tokens[seq])
         room = self.n_max - n_seen
-        chunked = self._bounded and self.config.prefill == "chunked"
-        if not chunked:
-            held = n_seen
-            if self.cache is not None:
-                stats = self.cache.seq_stats(seq)
-                held = -(-stats.n_slots // stats.n_heads)
-            room = min(room, self.n_ctx - held)
+        if not self._chunked:
+            held = self._held(seq) - (len(self.tokens[seq]) - n_seen)
+            room = min(room, self.n_ctx - max(held, 0))
         if n < room:
             return
-        if chunked:
+        if self._chunked:
             hint = f"the model was trained for {self.model.n_ctx_train}; to go beyond, use a larger context (-c)"
         elif self.policy.evicts:
             hint = "use --prefill chunked, which needs room only for the budget, or a larger context (-c)"
@@ -264,6 +299,8 @@ class Engine:
             self.context.decode(tokens, len(self.tokens[seq]), seq, outputs=outputs, event=event)
         except KVError:
             if self._hook_errors:
+                # the step was computed and is in the cache; only the eviction after it failed
+                self.tokens[seq].extend(tokens)
                 raise self._hook_errors[0] from None
             raise
         self.tokens[seq].extend(tokens)
@@ -289,10 +326,11 @@ class Engine:
                 break
             common += 1
         common = min(common, len(tokens) - 1)  # the last token must be computed to have logits
-        reread = False
+        reread = common < len(have) and common < self._evicted_at[seq]
+        common = 0 if reread else common
         if common < len(have):
-            reread = common < self._evicted_at[seq]
-            self._roll_back(seq, 0 if reread else common)
+            self._check_prompt(len(tokens) - common, seq, common)
+            self._roll_back(seq, common)
         self.prefill(tokens[len(self.tokens[seq]) :], seq=seq, on_progress=on_progress)
         return reread
 
@@ -308,7 +346,7 @@ class Engine:
         self._text = ""
         self.finish_reason = "interrupted"
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        sampler = Sampler(sampling)
+        sampler = Sampler(sampling, self.model.n_vocab)
         start, evict_s = time.perf_counter(), self._evict_s
         first_token = start
         n = 0

@@ -260,6 +260,8 @@ def _hub_model(spec: str, progress: Progress | None) -> Path:
     if match is None:
         raise UsageError(f"{spec!r} does not name a repository: write hf:USER/REPO or hf:USER/REPO:FILE")
     try:
+        # it logs every attempt; what matters arrives as an exception
+        os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise KVError(f"{spec} needs the package huggingface_hub: pip install huggingface_hub") from error

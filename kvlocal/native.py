@@ -32,7 +32,7 @@ class KvlParams(ctypes.Structure):
         ("n_window", ctypes.c_int32),
         ("n_pool_ctx", ctypes.c_int32),
         ("score_bytes", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("portable", ctypes.c_int32),
     )
 
 

@@ -47,11 +47,11 @@ class Sampling:
 class Sampler:
     """A chain of llama.cpp samplers; :meth:`sample` takes from the last output of a context."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, n_vocab: int) -> None:
         self._llama = native.load().llama
         self._chain: Any = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
         if sampling.repeat_penalty != 1:
-            self._add("penalties", 64, sampling.repeat_penalty, 0.0, 0.0)
+            self._add("penalties", n_vocab, 64, sampling.repeat_penalty, 0.0, 0.0)
         if sampling.temp == 0:
             self._add("greedy")
             return

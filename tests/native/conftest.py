@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tinygguf
+from contexts import OpenContext, OpenModel
 
 from kvlocal.context import Context, ContextConfig
 from kvlocal.model import Model
-
-OpenModel = Callable[..., Model]
-OpenContext = Callable[..., Context]
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +49,3 @@ def open_context() -> Iterator[OpenContext]:
     yield get
     for context in contexts:
         context.close()
-
-
-def random_tokens(model: Model, n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, model.n_vocab, n).astype(np.int32)

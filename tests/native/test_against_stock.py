@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tinygguf
-from conftest import OpenContext, OpenModel, random_tokens
+from contexts import OpenContext, OpenModel, random_tokens
 
 from kvlocal.context import Context
 from kvlocal.model import Model

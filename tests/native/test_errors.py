@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinygguf
-from conftest import OpenContext, OpenModel, random_tokens
+from contexts import OpenContext, OpenModel, random_tokens
 
 from kvlocal import native
 from kvlocal.errors import KVError, UsageError

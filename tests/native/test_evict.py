@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import OpenContext, OpenModel, random_tokens
+from contexts import OpenContext, OpenModel, random_tokens
 from dense_llama import DenseLlama
 
 from kvlocal import native

@@ -114,6 +114,16 @@ def test_extend_reads_again_what_was_evicted(open_engine: OpenEngine) -> None:
         assert held.tolist() == anew.tolist()
 
 
+def test_extend_to_what_does_not_fit_changes_nothing(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    tokens = prompt(engine, document(LANTERN), LANTERN.question)
+    engine.extend(tokens)
+    with pytest.raises(UsageError, match="5000 tokens|4900 tokens"):
+        engine.extend([*tokens[:100], *[300] * 4900])
+    assert engine.tokens[0] == tokens
+    assert engine.context.n_seen(0) == len(tokens)
+
+
 def test_a_branch_goes_its_own_way(open_engine: OpenEngine) -> None:
     engine = open_engine(n_seq_max=2)
     text = document(LANTERN, GATE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from needles import (
@@ -65,6 +67,17 @@ def test_a_seed_fixes_the_text(open_engine: OpenEngine) -> None:
     texts = [text(seed) for seed in range(5)]
     assert [text(seed) for seed in range(5)] == texts
     assert len(set(texts)) > 1
+
+
+def test_a_repeat_penalty_ends_a_loop(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    texts = []
+    for penalty in (1.0, 2.0):
+        engine.reset()
+        engine.prefill(engine.tokenize(FILLER * 2))
+        texts.append("".join(engine.generate(60, Sampling(temp=0, repeat_penalty=penalty))))
+    repeating, varied = (len(set(text[-30:])) for text in texts)
+    assert repeating < varied
 
 
 def test_the_number_of_threads_does_not_change_the_text(open_engine: OpenEngine) -> None:
@@ -165,6 +178,16 @@ def test_chunks_bound_the_peak(policy: str, open_engine: OpenEngine) -> None:
     assert engine.report().kv.full_bytes == 3900 * cache.bytes_per_token
 
 
+def test_a_long_text_in_chunks_takes_twice_the_budget_at_most(open_engine: OpenEngine, data_root: Path) -> None:
+    """7,000 tokens of a novel, chunk and budget of 512: never more than 1,100 tokens per head."""
+    engine = open_engine(budget="512", prefill="chunked", chunk=512, n_ctx=8192)
+    assert engine.cache is not None
+    engine.prefill(engine.tokenize((data_root / "text" / "Doyle_Hound_1902.txt").read_text("utf-8")[:40_000])[:7000])
+    assert engine.report().tokens.prompt == 7000
+    assert engine.report().tokens.held_mean == 512
+    assert engine.report().kv.peak_bytes <= 1100 * engine.cache.bytes_per_token
+
+
 def test_an_exact_prompt_is_held_whole_once(open_engine: OpenEngine) -> None:
     """Across several passes, and also where the limit of an earlier turn would have cut it."""
     engine = open_engine(budget="64", n_ubatch=128, slack=8)
@@ -245,7 +268,7 @@ def test_a_failing_eviction_is_an_error_and_not_a_crash(
 ) -> None:
     engine = open_engine(budget="64")
 
-    def fail(seq: int) -> bool:
+    def fail(seq: int, *, room: int | None = None) -> bool:
         raise KVError("no scores today.")
 
     monkeypatch.setattr(engine, "evict", fail)
@@ -255,6 +278,34 @@ def test_a_failing_eviction_is_an_error_and_not_a_crash(
     monkeypatch.undo()
     engine.prefill(prompt(engine, document(LANTERN), LANTERN.question))
     assert engine.report().tokens.held_mean == 64
+
+
+def test_an_eviction_that_fails_in_an_answer_keeps_the_books(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(budget="64", slack=8)
+    engine.prefill(engine.tokenize(FILLER * 4))
+
+    def fail(seq: int, *, room: int | None = None) -> bool:
+        raise KVError("no scores today.")
+
+    monkeypatch.setattr(engine, "evict", fail)
+    with pytest.raises(KVError, match="no scores today"):
+        answer(engine, 40)
+    assert len(engine.tokens[0]) == engine.context.n_seen(0)
+    monkeypatch.undo()
+    answer(engine, 40)
+    assert engine.finish_reason == "length"
+
+
+@pytest.mark.parametrize("budget", ["2048", "500"])
+def test_an_answer_that_fills_the_context_ends(budget: str, open_engine: OpenEngine) -> None:
+    """Also where the budget is larger than the context, or nearly as large: 2048 is the default."""
+    engine = open_engine(budget=budget, n_ctx=512)
+    engine.prefill(engine.tokenize(FILLER))
+    answer(engine, 800)
+    assert engine.finish_reason == "length"
+    assert engine.report().tokens.held_mean <= 512
 
 
 #
@@ -313,12 +364,16 @@ def test_nothing_is_in_use_after_a_reset(policy: str, open_engine: OpenEngine) -
     assert engine.report().finish_reason is None
 
 
-def test_the_hook_reports_why_it_was_called(open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hook_reports_why_it_was_called(open_engine: OpenEngine) -> None:
     """End of a chunk, end of the prompt, and past the limit while decoding."""
     engine = open_engine("streaming", "64", prefill="chunked", chunk=128, slack=10)
-    events = []
-    evict = engine.evict
-    hook = native.evict_hook(lambda seq, event: (events.append(event), evict(seq)), engine._hook_errors)
+    events: list[int] = []
+
+    def on_event(seq: int, event: int) -> None:
+        events.append(event)
+        engine.evict(seq)
+
+    hook = native.evict_hook(on_event, engine._hook_errors)
     engine.context.set_evict_hook(hook)
     engine.prefill(engine.tokenize(FILLER * 10)[:300])
     list(engine.generate(23, GREEDY))

@@ -59,7 +59,7 @@ def assert_fulfils(contract: Mapping[str, Any], value: Mapping[str, Any]) -> Non
 @pytest.fixture(scope="module")
 def result(default_path: Path, log_text: str) -> Result:
     question = "\n\nWhat is the name of the tracked carrier?"
-    options = "--policy ada-snapkv --budget 25% -n 8 --temp 0 -t 1 --json"
+    options = "--policy ada-snapkv --budget 25% -n 8 --temp 0 -t 2 --json"
     return call("run", default_path, *options.split(), stdin=log_text + question)
 
 

@@ -20,7 +20,7 @@ from needles import (
 )
 
 # (filler before, filler after): short and long, the fact early, in the middle and late
-PLACES = [(3, 8), (8, 4), (1, 20), (20, 10)]
+PLACES = [(3, 8), (8, 4), (1, 20)]
 
 each_fact = pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.value)
 
@@ -87,7 +87,7 @@ def test_recent_tokens_alone_lose_what_scores_find(open_engine: OpenEngine) -> N
     wide = {"kernel": 15}
     losing = open_engine("streaming", "25%")
     finding = [open_engine(policy, "40%", wide) for policy in ("snapkv", "ada-snapkv", "pyramidkv", "ada-pyramid")]
-    for fact in FACTS:
+    for fact in FACTS[::2]:
         for engine in (losing, *finding):
             engine.reset()
             tokens = prompt(engine, document(fact), fact.question)

@@ -43,7 +43,11 @@ class Run:
         self.seq = {name: 1 + i for i, name in enumerate(POLICIES)}
         errors: list[BaseException] = []
         engine.prefill(tokens[:-1])  # with a budget of 100 % the engine itself evicts nothing
-        hook = native.evict_hook(lambda seq, _: evict(self.cache, seq, policies[seq], BUDGET) and None, errors)
+
+        def on_event(seq: int, event: int) -> None:
+            evict(self.cache, seq, policies[seq], BUDGET)
+
+        hook = native.evict_hook(on_event, errors)
         engine.context.set_evict_hook(hook)
         for name, seq in self.seq.items():
             policies[seq] = make_policy(name)

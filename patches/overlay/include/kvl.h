@@ -36,7 +36,7 @@ typedef struct kvl_params {
     int32_t n_window;    // queries remembered per layer and sequence for window scores (0: none)
     int32_t n_pool_ctx;  // tokens per head and sequence the pool can hold (0: the context size)
     int32_t score_bytes; // upper bound of the scratch memory of kvl_window_scores, bytes
-    int32_t reserved;
+    int32_t portable;    // 1: attention with stock operators only (the reference), even where a kernel exists
 } kvl_params;
 
 typedef struct kvl_stats {

@@ -1,8 +1,10 @@
-// The portable attention path: gathers each head's slots with stock operators and runs stock flash attention with the
-// KV heads as streams. Works on every backend and is the reference for fused kernels.
+// Attention of a paged context. Where the backend has page kernels, one operator reads the pages in place; elsewhere
+// the portable path gathers each head's slots with stock operators and runs stock flash attention with the KV heads as
+// streams. The portable path works on every backend and is the reference for the kernels.
 
 #pragma once
 
+#include "kvl-attn.h"
 #include "llama-graph.h"
 #include "llama-kv-paged.h"
 
@@ -23,16 +25,22 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
 
     struct layer_input {
         kvl_layer_shape shape;
-        ggml_tensor * append; // i64 [n_head_kv*n_tokens]: pool row of each new token and head
-        ggml_tensor *
-            gather;         // i32 [n_kv*n_head_kv*n_seqs]: pool rows to read; new tokens first, then past, then padding
-        ggml_tensor * live; // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
+        ggml_tensor * append = nullptr; // i64 [n_head_kv*n_tokens]: pool row of each new token and head
+        // page kernels
+        ggml_tensor * table = nullptr;           // i32: page tables of all streams (kvl-attn.h)
+        std::unique_ptr<kvl_attn_params> kernel; // user data of the operators
+        // stock operators
+        ggml_tensor * gather = nullptr; // i32 [n_kv*n_head_kv*n_seqs]: pool rows; new tokens first, then past, padding
+        ggml_tensor * live = nullptr;   // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
     };
     std::vector<layer_input> layers;
     ggml_tensor * causal = nullptr; // f16 [max n_kv, n_seq_tokens]: order among the new tokens
     ggml_tensor * ring = nullptr;   // i64 [n_ring*n_seqs]: query row of each remembered token
 
   private:
+    void set_table(uint32_t layer, const llama_ubatch * ubatch) const;
+    void set_gather(uint32_t layer, const llama_ubatch * ubatch) const;
+
     mutable std::vector<std::pair<uint32_t, ggml_tensor *>> shared_masks; // masks of uniform layers by n_kv
 };
 
@@ -44,6 +52,6 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
 llm_graph_input_attn_kv * kvl_build_attn_inp(const llm_graph_context & g);
 bool kvl_is_paged(const llm_graph_input_attn_kv * inp);
 // [d_v*n_head, n_tokens]
-ggml_tensor * kvl_build_attn(const llm_graph_context & g, const llm_graph_input_attn_kv * inp, ggml_tensor * q,
+ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_kv * inp, ggml_tensor * q,
                              ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale,
                              int il);

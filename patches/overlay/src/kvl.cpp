@@ -98,7 +98,7 @@ size_t kvl_struct_size(const char * name) {
 }
 
 kvl_params kvl_default_params(void) {
-    return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20, /*.reserved =*/0};
+    return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20, /*.portable =*/0};
 }
 
 int32_t kvl_model_check(const llama_model * model) {

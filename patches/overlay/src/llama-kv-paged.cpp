@@ -1,5 +1,6 @@
 #include "llama-kv-paged.h"
 
+#include "kvl-attn.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -134,6 +135,15 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         for (const kvl_layer & layer : layers) {
             seq.heads.emplace_back(layer.n_head_kv);
         }
+    }
+    if (all_host() && !params.portable) {
+        ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        ggml_backend_reg_t reg = cpu ? ggml_backend_dev_backend_reg(cpu) : nullptr;
+        const auto find = [&](const char * name) {
+            return reinterpret_cast<ggml_custom_op_t>(reg ? ggml_backend_reg_get_proc_address(reg, name) : nullptr);
+        };
+        attn_compute = find(KVL_ATTN_PROC);
+        attn_merge = find(KVL_ATTN_MERGE_PROC);
     }
     LLAMA_LOG_INFO("%s: %zu layers, %zu pools, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
                    layers.size(), pools.size(), n_ctx, seqs.size(), [this] {
@@ -391,7 +401,7 @@ bool llama_kv_paged_context::apply() {
 
 kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ub) const {
     // a graph is used again until a head crosses a multiple of this; accelerators want it larger
-    const uint32_t pad = kv->all_host() ? 2 * KVL_PAGE_SLOTS : 256;
+    const uint32_t pad = kv->all_host() && !kv->fused() ? 2 * KVL_PAGE_SLOTS : 256;
     if (worst_case) {
         return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false};
     }
@@ -403,7 +413,7 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tok
             n_max = std::max(n_max, head.n());
         }
     }
-    return {GGML_PAD(n_max, pad), n_min == n_max};
+    return {GGML_PAD(n_max, pad), n_min == n_max && !kv->fused()};
 }
 
 //

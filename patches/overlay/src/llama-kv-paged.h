@@ -102,6 +102,7 @@ class llama_kv_paged : public llama_memory_i {
     bool valid_seq(llama_seq_id seq) const { return seq >= 0 && size_t(seq) < seqs.size(); }
     int32_t find_layer(int32_t il) const { return il < int32_t(layer_of.size()) ? layer_of[il] : -1; }
     bool all_host() const;
+    bool fused() const { return attn_compute != nullptr; }
 
     const llama_hparams & hparams;
     const kvl_params params;
@@ -109,6 +110,10 @@ class llama_kv_paged : public llama_memory_i {
 
     std::vector<kvl_layer> layers;
     std::vector<kvl_sequence> seqs;
+
+    // the CPU backend's page kernels, nullptr: attention with stock operators
+    ggml_custom_op_t attn_compute = nullptr;
+    ggml_custom_op_t attn_merge = nullptr;
 
     kvl_evict_hook hook = nullptr;
     void * hook_user = nullptr;

@@ -1,0 +1,170 @@
+// The vector type of the page kernels: AVX-512, AVX2, NEON, or one float.
+
+#pragma once
+
+#include "ggml.h"
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
+#include "vec.h"
+
+#include <cmath>
+
+#if defined(__AVX512F__)
+typedef __m512 vf;
+#define VF_N 16
+static inline vf vf_zero() {
+    return _mm512_setzero_ps();
+}
+static inline vf vf_set(float x) {
+    return _mm512_set1_ps(x);
+}
+static inline vf vf_load(const float * p) {
+    return _mm512_loadu_ps(p);
+}
+static inline vf vf_load_f16(const ggml_fp16_t * p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline void vf_store(float * p, vf x) {
+    _mm512_storeu_ps(p, x);
+}
+static inline vf vf_fma(vf a, vf b, vf c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+static inline vf vf_add(vf a, vf b) {
+    return _mm512_add_ps(a, b);
+}
+static inline vf vf_sub(vf a, vf b) {
+    return _mm512_sub_ps(a, b);
+}
+static inline vf vf_mul(vf a, vf b) {
+    return _mm512_mul_ps(a, b);
+}
+static inline vf vf_max(vf a, vf b) {
+    return _mm512_max_ps(a, b);
+}
+static inline float vf_sum(vf a) {
+    return _mm512_reduce_add_ps(a);
+}
+static inline vf vf_exp(vf a) {
+    return ggml_v_expf(a);
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+typedef __m256 vf;
+#define VF_N 8
+static inline vf vf_zero() {
+    return _mm256_setzero_ps();
+}
+static inline vf vf_set(float x) {
+    return _mm256_set1_ps(x);
+}
+static inline vf vf_load(const float * p) {
+    return _mm256_loadu_ps(p);
+}
+static inline vf vf_load_f16(const ggml_fp16_t * p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+static inline void vf_store(float * p, vf x) {
+    _mm256_storeu_ps(p, x);
+}
+static inline vf vf_fma(vf a, vf b, vf c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+static inline vf vf_add(vf a, vf b) {
+    return _mm256_add_ps(a, b);
+}
+static inline vf vf_sub(vf a, vf b) {
+    return _mm256_sub_ps(a, b);
+}
+static inline vf vf_mul(vf a, vf b) {
+    return _mm256_mul_ps(a, b);
+}
+static inline vf vf_max(vf a, vf b) {
+    return _mm256_max_ps(a, b);
+}
+static inline float vf_sum(vf a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline vf vf_exp(vf a) {
+    return ggml_v_expf(a);
+}
+#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
+typedef float32x4_t vf;
+#define VF_N 4
+static inline vf vf_zero() {
+    return vdupq_n_f32(0.0f);
+}
+static inline vf vf_set(float x) {
+    return vdupq_n_f32(x);
+}
+static inline vf vf_load(const float * p) {
+    return vld1q_f32(p);
+}
+static inline vf vf_load_f16(const ggml_fp16_t * p) {
+    return vcvt_f32_f16(vld1_f16((const __fp16 *)p));
+}
+static inline void vf_store(float * p, vf x) {
+    vst1q_f32(p, x);
+}
+static inline vf vf_fma(vf a, vf b, vf c) {
+    return vfmaq_f32(c, a, b);
+}
+static inline vf vf_add(vf a, vf b) {
+    return vaddq_f32(a, b);
+}
+static inline vf vf_sub(vf a, vf b) {
+    return vsubq_f32(a, b);
+}
+static inline vf vf_mul(vf a, vf b) {
+    return vmulq_f32(a, b);
+}
+static inline vf vf_max(vf a, vf b) {
+    return vmaxq_f32(a, b);
+}
+static inline float vf_sum(vf a) {
+    return vaddvq_f32(a);
+}
+static inline vf vf_exp(vf a) {
+    return ggml_v_expf(a);
+}
+#else
+typedef float vf;
+#define VF_N 1
+static inline vf vf_zero() {
+    return 0.0f;
+}
+static inline vf vf_set(float x) {
+    return x;
+}
+static inline vf vf_load(const float * p) {
+    return *p;
+}
+static inline vf vf_load_f16(const ggml_fp16_t * p) {
+    return GGML_CPU_FP16_TO_FP32(*p);
+}
+static inline void vf_store(float * p, vf x) {
+    *p = x;
+}
+static inline vf vf_fma(vf a, vf b, vf c) {
+    return a * b + c;
+}
+static inline vf vf_add(vf a, vf b) {
+    return a + b;
+}
+static inline vf vf_sub(vf a, vf b) {
+    return a - b;
+}
+static inline vf vf_mul(vf a, vf b) {
+    return a * b;
+}
+static inline vf vf_max(vf a, vf b) {
+    return a > b ? a : b;
+}
+static inline float vf_sum(vf a) {
+    return a;
+}
+static inline vf vf_exp(vf a) {
+    return expf(a);
+}
+#endif
