@@ -44,22 +44,28 @@ def stock_logits(model: Model, tokens: np.ndarray, open_context: OpenContext) ->
     return run(context, tokens, split=512)
 
 
+@pytest.mark.parametrize("portable", [False, True], ids=["kernel", "portable"])
 @pytest.mark.parametrize("combo", tinygguf.default_grid(), ids=lambda c: c.id)
-def test_every_architecture(combo: tinygguf.Combo, open_model: OpenModel, open_context: OpenContext) -> None:
+def test_every_architecture(
+    combo: tinygguf.Combo, portable: bool, open_model: OpenModel, open_context: OpenContext
+) -> None:
     model = open_model(combo.arch, n_head=combo.n_head, n_head_kv=combo.n_head_kv, head_dim=combo.head_dim)
     tokens = random_tokens(model, N)
-    ours = run(open_context(model, n_outputs=512), tokens, split=512)
+    ours = run(open_context(model, n_outputs=512, portable=portable), tokens, split=512)
     assert_equal_up_to_f16(ours, stock_logits(model, tokens, open_context))
 
 
+@pytest.mark.parametrize("portable", [False, True], ids=["kernel", "portable"])
 @pytest.mark.parametrize("n_ubatch", [1, 32, 100, 512])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_any_ubatch_and_threads(
-    n_ubatch: int, n_threads: int, open_model: OpenModel, open_context: OpenContext
+    n_ubatch: int, n_threads: int, portable: bool, open_model: OpenModel, open_context: OpenContext
 ) -> None:
     model = open_model("llama", n_head=4, n_head_kv=2, head_dim=64)
     tokens = random_tokens(model, N)
-    ours = run(open_context(model, n_ubatch=n_ubatch, n_threads=n_threads, n_outputs=512), tokens, split=200)
+    ours = run(
+        open_context(model, n_ubatch=n_ubatch, n_threads=n_threads, n_outputs=512, portable=portable), tokens, split=200
+    )
     assert_equal_up_to_f16(ours, stock_logits(model, tokens, open_context))
 
 

@@ -80,8 +80,7 @@ void llm_graph_input_kv_paged::set_gather(uint32_t l, const llama_ubatch * ubatc
             }
             // padding reads a row that is sure to be finite: the first new token
             std::fill(rows + head.n(), rows + n_kv, rows[0]);
-            // uniform layers share the mask of the first of them: the others' input is not in the graph
-            if (in.live->buffer && (!in.shape.uniform || (s == 0 && h == 0))) {
+            if (!in.shape.uniform || (s == 0 && h == 0)) {
                 auto * row = static_cast<ggml_fp16_t *>(in.live->data);
                 row += in.shape.uniform ? 0 : uint64_t(s * n_head_kv + h) * n_kv;
                 std::fill(row, row + head.n(), ggml_fp32_to_fp16(0.0f));
@@ -151,20 +150,9 @@ ggml_tensor * llm_graph_input_kv_paged::build_mask(const llm_graph_context & g, 
     if (!causal) {
         return in.live;
     }
-    if (in.shape.uniform) {
-        for (const auto & [n, mask] : shared_masks) {
-            if (n == n_kv) {
-                return mask;
-            }
-        }
-    }
     ggml_tensor * order = ggml_view_2d(g.ctx0, causal, n_kv, n_seq_tokens, causal->nb[1], 0);
     ggml_tensor * mask = ggml_repeat_4d(g.ctx0, in.live, n_kv, n_seq_tokens, 1, in.live->ne[3]);
-    mask = ggml_add(g.ctx0, mask, order);
-    if (in.shape.uniform) {
-        shared_masks.emplace_back(n_kv, mask);
-    }
-    return mask;
+    return ggml_add(g.ctx0, mask, order);
 }
 
 //

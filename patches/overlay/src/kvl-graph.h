@@ -40,8 +40,6 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
   private:
     void set_table(uint32_t layer, const llama_ubatch * ubatch) const;
     void set_gather(uint32_t layer, const llama_ubatch * ubatch) const;
-
-    mutable std::vector<std::pair<uint32_t, ggml_tensor *>> shared_masks; // masks of uniform layers by n_kv
 };
 
 //
