@@ -1,0 +1,85 @@
+// Shared by the page kernels: the operator's tensors, and what the two of them are.
+
+#pragma once
+
+#include "kvl-attn.h"
+#include "kvl-simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace kvl {
+
+constexpr int PAGE = 32;
+
+// The operator's tensors and shape, decoded once per thread and call.
+struct attn {
+    const kvl_attn_params & p;
+    ggml_tensor * dst;
+    const float * q;
+    const ggml_tensor * k;
+    const ggml_tensor * v;
+    const int32_t * table;
+    int d_k, d_v, group, n_stream, n_rows; // n_rows: query rows of a stream, row t*group + g
+
+    attn(ggml_tensor * dst, void * userdata)
+        : p(*static_cast<const kvl_attn_params *>(userdata)), dst(dst),
+          q(static_cast<const float *>(dst->src[0]->data)), k(dst->src[1]), v(dst->src[2]),
+          table(static_cast<const int32_t *>(dst->src[3]->data)), d_k(int(k->ne[0])), d_v(int(v->ne[0])),
+          group(p.n_head / p.n_head_kv), n_stream(p.n_seqs * p.n_head_kv), n_rows(p.n_seq_tokens * group) {}
+
+    int n_slots(int stream) const { return table[stream]; }
+    const int32_t * pages(int stream) const { return table + 2 * n_stream + table[n_stream + stream]; }
+    const ggml_fp16_t * k_page(int32_t page) const {
+        return static_cast<const ggml_fp16_t *>(k->data) + int64_t(page) * PAGE * d_k;
+    }
+    const ggml_fp16_t * v_page(int32_t page) const {
+        return static_cast<const ggml_fp16_t *>(v->data) + int64_t(page) * PAGE * d_v;
+    }
+    // index of a stream's row among all (token, query head) rows
+    int64_t row(int stream, int r) const {
+        const int s = stream / p.n_head_kv;
+        const int h = stream % p.n_head_kv;
+        return int64_t(s * p.n_seq_tokens + r / group) * p.n_head + h * group + r % group;
+    }
+    // slots that a row sees: indices below this
+    int visible(int stream, int r) const { return n_slots(stream) - p.n_seq_tokens + r / group + 1; }
+};
+
+inline float cap(float z, float soft_cap) {
+    return soft_cap > 0.0f ? soft_cap * tanhf(z / soft_cap) : z;
+}
+
+// Few queries: rows of one stream over its pages [page0, page1). Unnormalized output, maximum and sum of row r are
+// written at dst + r*(d_v + 2).
+void attend_few(const attn & a, int stream, int page0, int page1, float * dst);
+
+// Many queries: rows of one stream from r0 on, at most TILE of them, over all its pages.
+constexpr int TILE = 96; // a multiple of every kernel's width
+
+constexpr int BLOCK = 64; // slots of a block
+
+// Scratch of one thread; rows of k and v are padded to whole vectors.
+struct tile_buffers {
+    int ld_v;
+    std::vector<float> data;
+    float *qt, *k, *v, *s, *o, *m, *l, *c;
+
+    tile_buffers(int d_k, int d_v) : ld_v((d_v + 2 * VF_N - 1) / (2 * VF_N) * (2 * VF_N)) {
+        data.resize(size_t(d_k) * TILE + size_t(BLOCK) * d_k + size_t(BLOCK) * ld_v + size_t(BLOCK) * TILE +
+                    size_t(TILE) * ld_v + 3 * TILE);
+        qt = data.data();
+        k = qt + d_k * TILE;
+        v = k + BLOCK * d_k;
+        s = v + BLOCK * ld_v;
+        o = s + BLOCK * TILE;
+        m = o + TILE * ld_v;
+        l = m + TILE;
+        c = l + TILE;
+    }
+};
+
+void attend_tile(const attn & a, tile_buffers & t, int stream, int r0);
+
+} // namespace kvl

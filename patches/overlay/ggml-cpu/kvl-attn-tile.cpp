@@ -1,0 +1,162 @@
+// Many queries (prefill): two small matrix products per block of slots, K and V converted once per tile of rows.
+
+#include "kvl-attn-impl.h"
+
+#include "ggml-cpu.h"
+
+namespace kvl {
+
+namespace {
+
+// c[i*ldc + j] = sum_k a[i*lda + k] * b[k*ldb + j] for M rows and W vectors of columns
+template <int M, int W>
+void gemm_rows(const float * a, int lda, const float * b, int ldb, float * c, int ldc, int n_k) {
+    vf acc[M][W];
+    for (int i = 0; i < M; i++) {
+        for (int w = 0; w < W; w++) {
+            acc[i][w] = vf_zero();
+        }
+    }
+    for (int k = 0; k < n_k; k++) {
+        vf bv[W];
+        for (int w = 0; w < W; w++) {
+            bv[w] = vf_load(b + k * ldb + w * VF_N);
+        }
+        for (int i = 0; i < M; i++) {
+            const vf av = vf_set(a[i * lda + k]);
+            for (int w = 0; w < W; w++) {
+                acc[i][w] = vf_fma(av, bv[w], acc[i][w]);
+            }
+        }
+    }
+    for (int i = 0; i < M; i++) {
+        for (int w = 0; w < W; w++) {
+            vf_store(c + i * ldc + w * VF_N, acc[i][w]);
+        }
+    }
+}
+
+// c[i*ldc + j] += sum_k a[k*lda + i] * b[k*ldb + j] for M rows and W vectors of columns
+template <int M, int W> void gemm_add(const float * a, int lda, const float * b, int ldb, float * c, int ldc, int n_k) {
+    vf acc[M][W];
+    for (int i = 0; i < M; i++) {
+        for (int w = 0; w < W; w++) {
+            acc[i][w] = vf_load(c + i * ldc + w * VF_N);
+        }
+    }
+    for (int k = 0; k < n_k; k++) {
+        vf bv[W];
+        for (int w = 0; w < W; w++) {
+            bv[w] = vf_load(b + k * ldb + w * VF_N);
+        }
+        for (int i = 0; i < M; i++) {
+            const vf av = vf_set(a[k * lda + i]);
+            for (int w = 0; w < W; w++) {
+                acc[i][w] = vf_fma(av, bv[w], acc[i][w]);
+            }
+        }
+    }
+    for (int i = 0; i < M; i++) {
+        for (int w = 0; w < W; w++) {
+            vf_store(c + i * ldc + w * VF_N, acc[i][w]);
+        }
+    }
+}
+
+// Logits of a block are kept slot by slot, rows side by side: the softmax then needs no sums across a vector.
+void soften_block(tile_buffers & t, int n) {
+    for (int r = 0; r < TILE; r += VF_N) {
+        vf top = vf_load(t.m + r);
+        for (int j = 0; j < n; j++) {
+            top = vf_max(top, vf_load(t.s + j * TILE + r));
+        }
+        vf_store(t.c + r, vf_exp(vf_sub(vf_load(t.m + r), top)));
+        vf_store(t.m + r, top);
+        vf sum = vf_zero();
+        for (int j = 0; j < n; j++) {
+            const vf e = vf_exp(vf_sub(vf_load(t.s + j * TILE + r), top));
+            vf_store(t.s + j * TILE + r, e);
+            sum = vf_add(sum, e);
+        }
+        vf_store(t.l + r, vf_fma(vf_load(t.l + r), vf_load(t.c + r), sum));
+    }
+}
+
+} // namespace
+
+void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
+    const int n_rows = std::min(TILE, a.n_rows - r0);
+    const int n_past = a.n_slots(stream) - a.p.n_seq_tokens;
+    const int n_end = a.visible(stream, r0 + n_rows - 1);
+    const int32_t * pages = a.pages(stream);
+
+    for (int c = 0; c < a.d_k; c++) {
+        std::fill_n(t.qt + c * TILE, TILE, 0.0f);
+    }
+    for (int r = 0; r < n_rows; r++) {
+        const float * q = a.q + a.row(stream, r0 + r) * a.d_k;
+        for (int c = 0; c < a.d_k; c++) {
+            t.qt[c * TILE + r] = q[c] * a.p.scale;
+        }
+    }
+    std::fill_n(t.o, TILE * t.ld_v, 0.0f);
+    std::fill_n(t.m, TILE, -1e30f);
+    std::fill_n(t.l, TILE, 0.0f);
+    std::fill_n(t.v, BLOCK * t.ld_v, 0.0f);
+
+    for (int slot0 = 0; slot0 < n_end; slot0 += BLOCK) {
+        const int n = std::min(BLOCK, n_end - slot0);
+        for (int j = 0; j < n; j += PAGE) {
+            const int32_t page = pages[(slot0 + j) / PAGE];
+            const int n_page = std::min(PAGE, n - j);
+            ggml_cpu_fp16_to_fp32(a.k_page(page), t.k + j * a.d_k, int64_t(n_page) * a.d_k);
+            for (int i = 0; i < n_page; i++) {
+                ggml_cpu_fp16_to_fp32(a.v_page(page) + i * a.d_v, t.v + (j + i) * t.ld_v, a.d_v);
+            }
+        }
+        int j = 0;
+        for (; j + 4 <= n; j += 4) {
+            for (int r = 0; r < TILE; r += 3 * VF_N) {
+                gemm_rows<4, 3>(t.k + j * a.d_k, a.d_k, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+            }
+        }
+        for (; j < n; j++) {
+            for (int r = 0; r < TILE; r += 3 * VF_N) {
+                gemm_rows<1, 3>(t.k + j * a.d_k, a.d_k, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+            }
+        }
+        if (a.p.soft_cap > 0.0f) {
+            for (int i = 0; i < n * TILE; i++) {
+                t.s[i] = cap(t.s[i], a.p.soft_cap);
+            }
+        }
+        // a new token is not seen by those before it: the first rows of the tile
+        for (j = std::max(0, n_past + 1 - slot0); j < n; j++) {
+            const int n_blind = std::clamp((slot0 + j - n_past) * a.group - r0, 0, n_rows);
+            std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
+        }
+        soften_block(t, n);
+        for (int r = 0; r < n_rows; r++) {
+            if (t.c[r] != 1.0f) {
+                const vf c = vf_set(t.c[r]);
+                for (int i = 0; i < t.ld_v; i += VF_N) {
+                    vf_store(t.o + r * t.ld_v + i, vf_mul(vf_load(t.o + r * t.ld_v + i), c));
+                }
+            }
+        }
+        for (int c = 0; c < t.ld_v; c += 2 * VF_N) {
+            for (int r = 0; r < n_rows; r += 6) {
+                gemm_add<6, 2>(t.s + r, TILE, t.v + c, t.ld_v, t.o + r * t.ld_v + c, t.ld_v, n);
+            }
+        }
+    }
+    for (int r = 0; r < n_rows; r++) {
+        float * out = static_cast<float *>(a.dst->data) + a.row(stream, r0 + r) * a.d_v;
+        const float scale = 1.0f / t.l[r];
+        for (int c = 0; c < a.d_v; c++) {
+            out[c] = t.o[r * t.ld_v + c] * scale;
+        }
+    }
+}
+
+} // namespace kvl
