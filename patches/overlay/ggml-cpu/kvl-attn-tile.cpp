@@ -8,13 +8,13 @@ namespace kvl {
 
 namespace {
 
-// c[i*ldc + j] = sum_k a[i*lda + k] * b[k*ldb + j] for M rows and W vectors of columns
-template <int M, int W>
-void gemm_rows(const float * a, int lda, const float * b, int ldb, float * c, int ldc, int n_k) {
+// c[i*ldc + j] = sum_k a[i*a_row + k*a_col] * b[k*ldb + j], added to c if ADD; M rows and W vectors of columns
+template <int M, int W, bool ADD>
+void gemm(const float * a, int a_row, int a_col, const float * b, int ldb, float * c, int ldc, int n_k) {
     vf acc[M][W];
     for (int i = 0; i < M; i++) {
         for (int w = 0; w < W; w++) {
-            acc[i][w] = vf_zero();
+            acc[i][w] = ADD ? vf_load(c + i * ldc + w * VF_N) : vf_zero();
         }
     }
     for (int k = 0; k < n_k; k++) {
@@ -23,34 +23,7 @@ void gemm_rows(const float * a, int lda, const float * b, int ldb, float * c, in
             bv[w] = vf_load(b + k * ldb + w * VF_N);
         }
         for (int i = 0; i < M; i++) {
-            const vf av = vf_set(a[i * lda + k]);
-            for (int w = 0; w < W; w++) {
-                acc[i][w] = vf_fma(av, bv[w], acc[i][w]);
-            }
-        }
-    }
-    for (int i = 0; i < M; i++) {
-        for (int w = 0; w < W; w++) {
-            vf_store(c + i * ldc + w * VF_N, acc[i][w]);
-        }
-    }
-}
-
-// c[i*ldc + j] += sum_k a[k*lda + i] * b[k*ldb + j] for M rows and W vectors of columns
-template <int M, int W> void gemm_add(const float * a, int lda, const float * b, int ldb, float * c, int ldc, int n_k) {
-    vf acc[M][W];
-    for (int i = 0; i < M; i++) {
-        for (int w = 0; w < W; w++) {
-            acc[i][w] = vf_load(c + i * ldc + w * VF_N);
-        }
-    }
-    for (int k = 0; k < n_k; k++) {
-        vf bv[W];
-        for (int w = 0; w < W; w++) {
-            bv[w] = vf_load(b + k * ldb + w * VF_N);
-        }
-        for (int i = 0; i < M; i++) {
-            const vf av = vf_set(a[k * lda + i]);
+            const vf av = vf_set(a[i * a_row + k * a_col]);
             for (int w = 0; w < W; w++) {
                 acc[i][w] = vf_fma(av, bv[w], acc[i][w]);
             }
@@ -117,12 +90,12 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
         int j = 0;
         for (; j + 4 <= n; j += 4) {
             for (int r = 0; r < TILE; r += 3 * VF_N) {
-                gemm_rows<4, 3>(t.k + j * a.d_k, a.d_k, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+                gemm<4, 3, false>(t.k + j * a.d_k, a.d_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
             }
         }
         for (; j < n; j++) {
             for (int r = 0; r < TILE; r += 3 * VF_N) {
-                gemm_rows<1, 3>(t.k + j * a.d_k, a.d_k, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+                gemm<1, 3, false>(t.k + j * a.d_k, a.d_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
             }
         }
         if (a.p.soft_cap > 0.0f) {
@@ -146,7 +119,7 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
         }
         for (int c = 0; c < t.ld_v; c += 2 * VF_N) {
             for (int r = 0; r < n_rows; r += 6) {
-                gemm_add<6, 2>(t.s + r, TILE, t.v + c, t.ld_v, t.o + r * t.ld_v + c, t.ld_v, n);
+                gemm<6, 2, true>(t.s + r, 1, TILE, t.v + c, t.ld_v, t.o + r * t.ld_v + c, t.ld_v, n);
             }
         }
     }
