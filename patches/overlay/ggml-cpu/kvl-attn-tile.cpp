@@ -87,14 +87,13 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
                 ggml_cpu_fp16_to_fp32(a.v_page(page) + i * a.d_v, t.v + (j + i) * t.ld_v, a.d_v);
             }
         }
-        int j = 0;
-        for (; j + 4 <= n; j += 4) {
-            for (int r = 0; r < TILE; r += 3 * VF_N) {
+        // a panel of queries stays in the first-level cache while all slots of the block pass by
+        for (int r = 0; r < TILE; r += 3 * VF_N) {
+            int j = 0;
+            for (; j + 4 <= n; j += 4) {
                 gemm<4, 3, false>(t.k + j * a.d_k, a.d_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
             }
-        }
-        for (; j < n; j++) {
-            for (int r = 0; r < TILE; r += 3 * VF_N) {
+            for (; j < n; j++) {
                 gemm<1, 3, false>(t.k + j * a.d_k, a.d_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
             }
         }
@@ -104,7 +103,7 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
             }
         }
         // a new token is not seen by those before it: the first rows of the tile
-        for (j = std::max(0, n_past + 1 - slot0); j < n; j++) {
+        for (int j = std::max(0, n_past + 1 - slot0); j < n; j++) {
             const int n_blind = std::clamp((slot0 + j - n_past) * a.group - r0, 0, n_rows);
             std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
         }
