@@ -6,63 +6,97 @@ namespace kvl {
 
 namespace {
 
+// Lines of a later page are asked for while this one is worked on: pages lie apart, so the hardware cannot guess them.
+void prefetch_row(const ggml_fp16_t * row, int d) {
+    for (int c = 0; c < d; c += 32) {
+        __builtin_prefetch(row + c);
+    }
+}
+
 // s[i*PAGE + j] = q_i . k_j for N rows and the first n slots of a page
-template <int N, int B> void dots(const float * const * q, const ggml_fp16_t * k, int d, int n, float * s) {
+template <int N, int B>
+void dots(const float * const * q, const ggml_fp16_t * k, const ggml_fp16_t * next, int d, int n, float * s) {
     int j = 0;
     for (; j + B <= n; j += B) {
         vf acc[N][B];
+#pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
+#pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
                 acc[i][b] = vf_zero();
             }
         }
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) {
+            prefetch_row(next + (j + b) * d, d);
+        }
         int c = 0;
         for (; c + VF_N <= d; c += VF_N) {
             vf kv[B];
+#pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
                 kv[b] = vf_load_f16(k + (j + b) * d + c);
             }
+#pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
                 const vf qv = vf_load(q[i] + c);
+#pragma GCC unroll 4
                 for (int b = 0; b < B; b++) {
                     acc[i][b] = vf_fma(kv[b], qv, acc[i][b]);
                 }
             }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
-            for (int b = 0; b < B; b++) {
-                float sum = vf_sum(acc[i][b]);
-                for (int r = c; r < d; r++) {
-                    sum += GGML_CPU_FP16_TO_FP32(k[(j + b) * d + r]) * q[i][r];
+            float * to = s + i * PAGE + j;
+            if constexpr (B == 4) {
+                vf_sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], to);
+            } else {
+#pragma GCC unroll 4
+                for (int b = 0; b < B; b++) {
+                    to[b] = vf_sum(acc[i][b]);
                 }
-                s[i * PAGE + j + b] = sum;
+            }
+            for (int r = c; r < d; r++) {
+#pragma GCC unroll 4
+                for (int b = 0; b < B; b++) {
+                    to[b] += GGML_CPU_FP16_TO_FP32(k[(j + b) * d + r]) * q[i][r];
+                }
             }
         }
     }
     if (B > 1 && j < n) {
-        dots<N, 1>(q, k + j * d, d, n - j, s + j);
+        dots<N, 1>(q, k + j * d, next + j * d, d, n - j, s + j);
     }
 }
 
 // o_i += sum_j p[i*PAGE + j] * v_j for N rows and the first n slots of a page
-template <int N, int B> void accumulate(float * const * o, const ggml_fp16_t * v, int d, int n, const float * p) {
+template <int N, int B>
+void accumulate(float * const * o, const ggml_fp16_t * v, const ggml_fp16_t * next, int d, int n, const float * p) {
     int c = 0;
     for (; c + B * VF_N <= d; c += B * VF_N) {
         vf acc[N][B];
+#pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
+#pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
                 acc[i][b] = vf_load(o[i] + c + b * VF_N);
             }
         }
         for (int j = 0; j < n; j++) {
+            prefetch_row(next + j * d + c, B * VF_N);
+#pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
                 const vf vv = vf_load_f16(v + j * d + c + b * VF_N);
+#pragma GCC unroll 4
                 for (int i = 0; i < N; i++) {
                     acc[i][b] = vf_fma(vv, vf_set(p[i * PAGE + j]), acc[i][b]);
                 }
             }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
+#pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
                 vf_store(o[i] + c + b * VF_N, acc[i][b]);
             }
@@ -70,6 +104,7 @@ template <int N, int B> void accumulate(float * const * o, const ggml_fp16_t * v
     }
     if (B > 1 && c + VF_N <= d) {
         for (; c + VF_N <= d; c += VF_N) {
+#pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
                 vf acc = vf_load(o[i] + c);
                 for (int j = 0; j < n; j++) {
@@ -80,6 +115,7 @@ template <int N, int B> void accumulate(float * const * o, const ggml_fp16_t * v
         }
     }
     for (; c < d; c++) {
+#pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
             for (int j = 0; j < n; j++) {
                 o[i][c] += GGML_CPU_FP16_TO_FP32(v[j * d + c]) * p[i * PAGE + j];
@@ -90,10 +126,12 @@ template <int N, int B> void accumulate(float * const * o, const ggml_fp16_t * v
 
 // Turns logits of a page into weights relative to the running maximum; the output so far is rescaled when that moves.
 void soften(float * s, int n, float & m, float & l, float * o, int d) {
-    float top = m;
-    for (int j = 0; j < n; j++) {
-        top = std::max(top, s[j]);
+    std::fill(s + n, s + PAGE, -INFINITY);
+    vf peak = vf_load(s);
+    for (int j = VF_N; j < PAGE; j += VF_N) {
+        peak = vf_max(peak, vf_load(s + j));
     }
+    const float top = vf_top(peak);
     if (top > m) {
         const float c = m == -INFINITY ? 0.0f : expf(m - top);
         l *= c;
@@ -102,7 +140,6 @@ void soften(float * s, int n, float & m, float & l, float * o, int d) {
         }
         m = top;
     }
-    std::fill(s + n, s + PAGE, -INFINITY);
     vf sum = vf_zero();
     for (int j = 0; j < PAGE; j += VF_N) {
         const vf e = vf_exp(vf_sub(vf_load(s + j), vf_set(m)));
@@ -112,10 +149,9 @@ void soften(float * s, int n, float & m, float & l, float * o, int d) {
     l += vf_sum(sum);
 }
 
-template <int N>
-void attend_page(const attn & a, int stream, int r0, const float * const * q, float * const * o, int slot0,
-                 int32_t page, float * m, float * l) {
-    float s[N * PAGE];
+// Rows r0 .. r0+N-1 of a stream over one page; `next` will be read soon.
+template <int N> void attend_page(const attn & a, int stream, int r0, few_rows & w, int slot0, int page, int next) {
+    alignas(64) float s[N * PAGE];
     int n_max = 0;
     int n_seen[N];
     for (int i = 0; i < N; i++) {
@@ -126,57 +162,60 @@ void attend_page(const attn & a, int stream, int r0, const float * const * q, fl
         return;
     }
     constexpr int wide = sizeof(vf) == 64 || VF_N == 4; // 32 registers
-    dots<N, (N <= 3 || wide) ? 4 : 2>(q, a.k_page(page), a.d_k, n_max, s);
+    dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, a.k_page(page), a.k_page(next), a.d_k, n_max, s);
     for (int i = 0; i < N; i++) {
-        for (int j = 0; j < n_seen[i]; j++) {
-            s[i * PAGE + j] = cap(s[i * PAGE + j] * a.p.scale, a.p.soft_cap);
+        if (a.p.soft_cap > 0.0f) {
+            for (int j = 0; j < n_seen[i]; j++) {
+                s[i * PAGE + j] = cap(s[i * PAGE + j], a.p.soft_cap);
+            }
         }
         if (n_seen[i] > 0) {
-            soften(s + i * PAGE, n_seen[i], m[i], l[i], o[i], a.d_v);
+            soften(s + i * PAGE, n_seen[i], w.m[r0 + i], w.l[r0 + i], w.o[r0 + i], a.d_v);
         } else {
             std::fill_n(s + i * PAGE, PAGE, 0.0f);
         }
     }
-    accumulate<N, (N <= 2 || wide) ? 4 : 2>(o, a.v_page(page), a.d_v, n_max, s);
+    accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, a.v_page(page), a.v_page(next), a.d_v, n_max, s);
 }
 
 } // namespace
 
-void attend_few(const attn & a, int stream, int page0, int page1, float * dst) {
+void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst) {
     const int stride = a.d_v + 2;
     const int32_t * pages = a.pages(stream);
-    for (int r0 = 0; r0 < a.n_rows;) {
-        const int n = std::min(4, a.n_rows - r0);
-        const float * q[4];
-        float * o[4];
-        float m[4], l[4];
-        for (int i = 0; i < n; i++) {
-            q[i] = a.q + a.row(stream, r0 + i) * a.d_k;
-            o[i] = dst + int64_t(r0 + i) * stride;
-            std::fill_n(o[i], a.d_v, 0.0f);
-            m[i] = -INFINITY;
-            l[i] = 0.0f;
+    for (int r = 0; r < a.n_rows; r++) {
+        const float * q = a.q + a.row(stream, r) * a.d_k;
+        float * scaled = w.scaled.data() + r * w.ld_q;
+        for (int c = 0; c < a.d_k; c++) {
+            scaled[c] = q[c] * a.p.scale;
         }
-        for (int p = page0; p < page1; p++) {
-            switch (n) {
+        w.q[r] = scaled;
+        w.o[r] = dst + int64_t(r) * stride;
+        std::fill_n(w.o[r], a.d_v, 0.0f);
+        w.m[r] = -INFINITY;
+        w.l[r] = 0.0f;
+    }
+    for (int p = page0; p < page1; p++) {
+        const int next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
+        for (int r0 = 0; r0 < a.n_rows; r0 += 4) {
+            switch (a.n_rows - r0) {
                 case 1:
-                    attend_page<1>(a, stream, r0, q, o, p * PAGE, pages[p], m, l);
+                    attend_page<1>(a, stream, r0, w, p * PAGE, pages[p], next);
                     break;
                 case 2:
-                    attend_page<2>(a, stream, r0, q, o, p * PAGE, pages[p], m, l);
+                    attend_page<2>(a, stream, r0, w, p * PAGE, pages[p], next);
                     break;
                 case 3:
-                    attend_page<3>(a, stream, r0, q, o, p * PAGE, pages[p], m, l);
+                    attend_page<3>(a, stream, r0, w, p * PAGE, pages[p], next);
                     break;
                 default:
-                    attend_page<4>(a, stream, r0, q, o, p * PAGE, pages[p], m, l);
+                    attend_page<4>(a, stream, r0, w, p * PAGE, pages[p], next);
             }
         }
-        for (int i = 0; i < n; i++) {
-            o[i][a.d_v] = m[i];
-            o[i][a.d_v + 1] = l[i];
-        }
-        r0 += n;
+    }
+    for (int r = 0; r < a.n_rows; r++) {
+        w.o[r][a.d_v] = w.m[r];
+        w.o[r][a.d_v + 1] = w.l[r];
     }
 }
 

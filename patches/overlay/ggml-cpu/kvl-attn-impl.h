@@ -51,27 +51,51 @@ inline float cap(float z, float soft_cap) {
     return soft_cap > 0.0f ? soft_cap * tanhf(z / soft_cap) : z;
 }
 
+// Floats that begin at a cache line: a vector load across two lines costs twice.
+class line_buffer {
+  public:
+    explicit line_buffer(size_t n) : lines((n + 15) / 16) {}
+    float * data() { return lines.data()->f; }
+
+  private:
+    struct alignas(64) line {
+        float f[16];
+    };
+    std::vector<line> lines;
+};
+
+// Scratch of one thread: what the rows of a stream carry from page to page.
+struct few_rows {
+    int ld_q;
+    line_buffer scaled; // queries times the scale
+    const float * q[KVL_ATTN_FEW_ROWS];
+    float * o[KVL_ATTN_FEW_ROWS];
+    float m[KVL_ATTN_FEW_ROWS], l[KVL_ATTN_FEW_ROWS]; // maximum and sum so far
+
+    explicit few_rows(int d_k) : ld_q((d_k + 15) / 16 * 16), scaled(size_t(KVL_ATTN_FEW_ROWS) * ld_q) {}
+};
+
 // Few queries: rows of one stream over its pages [page0, page1). Unnormalized output, maximum and sum of row r are
 // written at dst + r*(d_v + 2).
-void attend_few(const attn & a, int stream, int page0, int page1, float * dst);
+void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst);
 
 // Many queries: rows of one stream from r0 on, at most TILE of them, over all its pages.
-constexpr int TILE = 96; // a multiple of every kernel's width
+constexpr int TILE = 192; // a multiple of every kernel's width
 
 constexpr int BLOCK = 64; // slots of a block
 
-// Scratch of one thread; rows of k and v are padded to whole vectors.
+// Scratch of one thread; rows of v and o are padded to whole vectors.
 struct tile_buffers {
-    int ld_v;
-    std::vector<float> data;
+    int ld_k, ld_v;
+    line_buffer memory;
     float *qt, *k, *v, *s, *o, *m, *l, *c;
 
-    tile_buffers(int d_k, int d_v) : ld_v((d_v + 2 * VF_N - 1) / (2 * VF_N) * (2 * VF_N)) {
-        data.resize(size_t(d_k) * TILE + size_t(BLOCK) * d_k + size_t(BLOCK) * ld_v + size_t(BLOCK) * TILE +
-                    size_t(TILE) * ld_v + 3 * TILE);
-        qt = data.data();
+    tile_buffers(int d_k, int d_v)
+        : ld_k((d_k + 15) / 16 * 16), ld_v((d_v + 31) / 32 * 32),
+          memory(size_t(d_k) * TILE + size_t(BLOCK) * (ld_k + ld_v + TILE) + size_t(TILE) * ld_v + 3 * TILE) {
+        qt = memory.data();
         k = qt + d_k * TILE;
-        v = k + BLOCK * d_k;
+        v = k + BLOCK * ld_k;
         s = v + BLOCK * ld_v;
         o = s + BLOCK * TILE;
         m = o + TILE * ld_v;

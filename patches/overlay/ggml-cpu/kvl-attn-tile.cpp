@@ -2,34 +2,58 @@
 
 #include "kvl-attn-impl.h"
 
-#include "ggml-cpu.h"
-
 namespace kvl {
 
 namespace {
+
+// Sizes of the accumulator blocks: all registers but those that the operands need.
+constexpr bool WIDE = sizeof(vf) == 64 || VF_N == 4; // 32 registers
+constexpr int SLOTS = WIDE ? 8 : 4;
+constexpr int ROWS = WIDE ? 12 : 6;
+
+void widen(const ggml_fp16_t * from, int d, int n, float * to, int ld) {
+    for (int j = 0; j < n; j++, from += d, to += ld) {
+        int c = 0;
+        for (; c + VF_N <= d; c += VF_N) {
+            vf_store(to + c, vf_load_f16(from + c));
+        }
+        for (; c < d; c++) {
+            to[c] = GGML_CPU_FP16_TO_FP32(from[c]);
+        }
+    }
+}
 
 // c[i*ldc + j] = sum_k a[i*a_row + k*a_col] * b[k*ldb + j], added to c if ADD; M rows and W vectors of columns
 template <int M, int W, bool ADD>
 void gemm(const float * a, int a_row, int a_col, const float * b, int ldb, float * c, int ldc, int n_k) {
     vf acc[M][W];
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++) {
+#pragma GCC unroll 4
         for (int w = 0; w < W; w++) {
             acc[i][w] = ADD ? vf_load(c + i * ldc + w * VF_N) : vf_zero();
         }
     }
     for (int k = 0; k < n_k; k++) {
         vf bv[W];
+#pragma GCC unroll 4
         for (int w = 0; w < W; w++) {
             bv[w] = vf_load(b + k * ldb + w * VF_N);
+            VF_PIN(bv[w]);
         }
+#pragma GCC unroll 12
         for (int i = 0; i < M; i++) {
-            const vf av = vf_set(a[i * a_row + k * a_col]);
+            vf av = vf_set(a[i * a_row + k * a_col]);
+            VF_PIN(av);
+#pragma GCC unroll 4
             for (int w = 0; w < W; w++) {
                 acc[i][w] = vf_fma(av, bv[w], acc[i][w]);
             }
         }
     }
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++) {
+#pragma GCC unroll 4
         for (int w = 0; w < W; w++) {
             vf_store(c + i * ldc + w * VF_N, acc[i][w]);
         }
@@ -37,8 +61,8 @@ void gemm(const float * a, int a_row, int a_col, const float * b, int ldb, float
 }
 
 // Logits of a block are kept slot by slot, rows side by side: the softmax then needs no sums across a vector.
-void soften_block(tile_buffers & t, int n) {
-    for (int r = 0; r < TILE; r += VF_N) {
+void soften_block(tile_buffers & t, int n_rows, int n) {
+    for (int r = 0; r < n_rows; r += VF_N) {
         vf top = vf_load(t.m + r);
         for (int j = 0; j < n; j++) {
             top = vf_max(top, vf_load(t.s + j * TILE + r));
@@ -82,19 +106,17 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
         for (int j = 0; j < n; j += PAGE) {
             const int32_t page = pages[(slot0 + j) / PAGE];
             const int n_page = std::min(PAGE, n - j);
-            ggml_cpu_fp16_to_fp32(a.k_page(page), t.k + j * a.d_k, int64_t(n_page) * a.d_k);
-            for (int i = 0; i < n_page; i++) {
-                ggml_cpu_fp16_to_fp32(a.v_page(page) + i * a.d_v, t.v + (j + i) * t.ld_v, a.d_v);
-            }
+            widen(a.k_page(page), a.d_k, n_page, t.k + j * t.ld_k, t.ld_k);
+            widen(a.v_page(page), a.d_v, n_page, t.v + j * t.ld_v, t.ld_v);
         }
         // a panel of queries stays in the first-level cache while all slots of the block pass by
-        for (int r = 0; r < TILE; r += 3 * VF_N) {
+        for (int r = 0; r < n_rows; r += 3 * VF_N) {
             int j = 0;
-            for (; j + 4 <= n; j += 4) {
-                gemm<4, 3, false>(t.k + j * a.d_k, a.d_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+            for (; j + SLOTS <= n; j += SLOTS) {
+                gemm<SLOTS, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
             }
             for (; j < n; j++) {
-                gemm<1, 3, false>(t.k + j * a.d_k, a.d_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+                gemm<1, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
             }
         }
         if (a.p.soft_cap > 0.0f) {
@@ -107,7 +129,7 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
             const int n_blind = std::clamp((slot0 + j - n_past) * a.group - r0, 0, n_rows);
             std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
         }
-        soften_block(t, n);
+        soften_block(t, n_rows, n);
         for (int r = 0; r < n_rows; r++) {
             if (t.c[r] != 1.0f) {
                 const vf c = vf_set(t.c[r]);
@@ -117,8 +139,8 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
             }
         }
         for (int c = 0; c < t.ld_v; c += 2 * VF_N) {
-            for (int r = 0; r < n_rows; r += 6) {
-                gemm<6, 2, true>(t.s + r, 1, TILE, t.v + c, t.ld_v, t.o + r * t.ld_v + c, t.ld_v, n);
+            for (int r = 0; r < n_rows; r += ROWS) {
+                gemm<ROWS, 2, true>(t.s + r, 1, TILE, t.v + c, t.ld_v, t.o + r * t.ld_v + c, t.ld_v, n);
             }
         }
     }

@@ -32,6 +32,7 @@ extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void * use
     if (n_split > 1 || a.n_rows <= KVL_ATTN_FEW_ROWS) {
         const int64_t stride = int64_t(a.n_rows) * (a.d_v + 2);
         std::vector<float> own(n_split > 1 ? 0 : stride);
+        kvl::few_rows w(a.d_k);
         const auto n_pages = [&](int stream) {
             return (a.n_slots(stream) + PAGE - 1) / PAGE;
         };
@@ -48,7 +49,7 @@ extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void * use
             },
             [&](int i) {
                 float * out = n_split > 1 ? static_cast<float *>(dst->data) + i * stride : own.data();
-                attend_few(a, i / n_split, begin(i), end(i), out);
+                attend_few(a, i / n_split, begin(i), end(i), w, out);
                 for (int r = 0; n_split == 1 && r < a.n_rows; r++) {
                     const float * from = out + int64_t(r) * (a.d_v + 2);
                     float * to = static_cast<float *>(dst->data) + a.row(i, r) * a.d_v;

@@ -9,7 +9,9 @@
 
 #include <cmath>
 
+// VF_PIN keeps a value in a register: the compiler would load it again for every use.
 #if defined(__AVX512F__)
+#define VF_PIN(x) __asm__("" : "+v"(x))
 typedef __m512 vf;
 #define VF_N 16
 static inline vf vf_zero() {
@@ -42,13 +44,25 @@ static inline vf vf_mul(vf a, vf b) {
 static inline vf vf_max(vf a, vf b) {
     return _mm512_max_ps(a, b);
 }
+static inline float vf_top(vf a) {
+    return _mm512_reduce_max_ps(a);
+}
 static inline float vf_sum(vf a) {
     return _mm512_reduce_add_ps(a);
+}
+// to[0..3] = sums of a, b, c, d
+static inline void vf_sum4(vf a, vf b, vf c, vf d, float * to) {
+    const auto half = [](vf x) {
+        return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    };
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 static inline vf vf_exp(vf a) {
     return ggml_v_expf(a);
 }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define VF_PIN(x) __asm__("" : "+x"(x))
 typedef __m256 vf;
 #define VF_N 8
 static inline vf vf_zero() {
@@ -81,15 +95,25 @@ static inline vf vf_mul(vf a, vf b) {
 static inline vf vf_max(vf a, vf b) {
     return _mm256_max_ps(a, b);
 }
+static inline float vf_top(vf a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 static inline float vf_sum(vf a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+static inline void vf_sum4(vf a, vf b, vf c, vf d, float * to) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
 static inline vf vf_exp(vf a) {
     return ggml_v_expf(a);
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
+#define VF_PIN(x) __asm__("" : "+w"(x))
 typedef float32x4_t vf;
 #define VF_N 4
 static inline vf vf_zero() {
@@ -122,13 +146,20 @@ static inline vf vf_mul(vf a, vf b) {
 static inline vf vf_max(vf a, vf b) {
     return vmaxq_f32(a, b);
 }
+static inline float vf_top(vf a) {
+    return vmaxvq_f32(a);
+}
 static inline float vf_sum(vf a) {
     return vaddvq_f32(a);
+}
+static inline void vf_sum4(vf a, vf b, vf c, vf d, float * to) {
+    vst1q_f32(to, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
 }
 static inline vf vf_exp(vf a) {
     return ggml_v_expf(a);
 }
 #else
+#define VF_PIN(x) (void)(x)
 typedef float vf;
 #define VF_N 1
 static inline vf vf_zero() {
@@ -161,8 +192,14 @@ static inline vf vf_mul(vf a, vf b) {
 static inline vf vf_max(vf a, vf b) {
     return a > b ? a : b;
 }
+static inline float vf_top(vf a) {
+    return a;
+}
 static inline float vf_sum(vf a) {
     return a;
+}
+static inline void vf_sum4(vf a, vf b, vf c, vf d, float * to) {
+    to[0] = a, to[1] = b, to[2] = c, to[3] = d;
 }
 static inline vf vf_exp(vf a) {
     return expf(a);
