@@ -92,6 +92,12 @@ class PagedCache:
         self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, _floats(out), out.shape[1]))
         return out
 
+    def mass(self, seq: int, layer: int) -> np.ndarray:
+        """Attention that every slot received since :meth:`accumulate_mass`, float32 ``[n_head, longest head]``."""
+        out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
+        self._check(self._lib.kvl_read_mass(self._ctx, seq, layer, _floats(out), out.shape[1]))
+        return out
+
     def keys_values(self, seq: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
         """Stored keys (after RoPE) ``[n_slots, d_k]`` and values ``[n_slots, d_v]`` of one KV head, float32."""
         n = int(self.lengths(seq, layer)[head])
@@ -135,6 +141,31 @@ class PagedCache:
         counts = np.array([len(s) for s in slots], np.int32)
         flat = np.ascontiguousarray(np.concatenate(slots), np.int32)
         self._check(self._lib.kvl_keep(self._ctx, seq, layer, _ints(counts), _ints(flat)))
+
+    def select(self, seq: int, layer: int, slots: Sequence[np.ndarray] | None) -> None:
+        """Let attention see only these slot indices of every KV head (ascending) and what comes later; ``None``: all.
+
+        Holds until the next call or :meth:`keep`; nothing moves.
+        """
+        if slots is None:
+            self._check(self._lib.kvl_select(self._ctx, seq, layer, None, None))
+            return
+        counts = np.array([len(s) for s in slots], np.int32)
+        flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)
+        self._check(self._lib.kvl_select(self._ctx, seq, layer, _ints(counts), _ints(flat)))
+
+    def accumulate_mass(self, on: bool = True) -> None:
+        """Sum up from now on, per query head, the attention that every slot receives; from zero.
+
+        Raises:
+            UsageError: the context computes attention without the page kernels.
+        """
+        self._check(self._lib.kvl_set_mass(self._ctx, on))
+
+    def set_mass(self, seq: int, layer: int, mass: np.ndarray) -> None:
+        """Replace the accumulated mass, float32 ``[n_head, >= longest head]``."""
+        mass = np.ascontiguousarray(mass, np.float32)
+        self._check(self._lib.kvl_write_mass(self._ctx, seq, layer, _floats(mass), mass.shape[1]))
 
     def branch(self, src: int, dst: int) -> None:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from kvlocal.errors import KVError, UsageError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
 EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
 
@@ -129,9 +129,13 @@ def _declare(lib: Any) -> None:
         "kvl_lengths": (i32, [ptr, i32, i32, ints]),
         "kvl_positions": (i32, [ptr, i32, i32, ints]),
         "kvl_window_scores": (i32, [ptr, i32, i32, floats, i64]),
+        "kvl_set_mass": (i32, [ptr, i32]),
+        "kvl_read_mass": (i32, [ptr, i32, i32, floats, i64]),
+        "kvl_write_mass": (i32, [ptr, i32, i32, floats, i64]),
         "kvl_read_kv": (i32, [ptr, i32, i32, i32, floats, floats]),
         "kvl_read_queries": (i32, [ptr, i32, i32, floats]),
         "kvl_keep": (i32, [ptr, i32, i32, ints, ints]),
+        "kvl_select": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_branch": (i32, [ptr, i32, i32]),
         "kvl_truncate": (i32, [ptr, i32, i32]),
         "kvl_get_stats": (i32, [ptr, ctypes.POINTER(KvlStats)]),

@@ -125,8 +125,7 @@ void accumulate(float * const * o, const ggml_fp16_t * v, const ggml_fp16_t * ne
 }
 
 // Turns logits of a page into weights relative to the running maximum; the output so far is rescaled when that moves.
-void soften(float * s, int n, float & m, float & l, float * o, int d) {
-    std::fill(s + n, s + PAGE, -INFINITY);
+void soften(float * s, float & m, float & l, float * o, int d) {
     vf peak = vf_load(s);
     for (int j = VF_N; j < PAGE; j += VF_N) {
         peak = vf_max(peak, vf_load(s + j));
@@ -140,6 +139,10 @@ void soften(float * s, int n, float & m, float & l, float * o, int d) {
         }
         m = top;
     }
+    if (m == -INFINITY) {
+        std::fill_n(s, PAGE, 0.0f); // nothing seen yet
+        return;
+    }
     vf sum = vf_zero();
     for (int j = 0; j < PAGE; j += VF_N) {
         const vf e = vf_exp(vf_sub(vf_load(s + j), vf_set(m)));
@@ -149,40 +152,51 @@ void soften(float * s, int n, float & m, float & l, float * o, int d) {
     l += vf_sum(sum);
 }
 
-// Rows r0 .. r0+N-1 of a stream over one page; `next` will be read soon.
-template <int N> void attend_page(const attn & a, int stream, int r0, few_rows & w, int slot0, int page, int next) {
+struct page_job {
+    int stream, page, next, slot0; // `next` will be read soon
+    uint32_t live;
+    float * logits; // of row 0 and this page's first slot, or NULL
+};
+
+// Rows r0 .. r0+N-1 of a stream over one page.
+template <int N> void attend_page(const attn & a, const page_job & job, int r0, few_rows & w) {
     alignas(64) float s[N * PAGE];
     int n_max = 0;
     int n_seen[N];
     for (int i = 0; i < N; i++) {
-        n_seen[i] = std::clamp(a.visible(stream, r0 + i) - slot0, 0, PAGE);
+        n_seen[i] = job.live ? std::clamp(a.visible(job.stream, r0 + i) - job.slot0, 0, PAGE) : 0;
         n_max = std::max(n_max, n_seen[i]);
     }
-    if (n_max == 0) {
-        return;
-    }
     constexpr int wide = sizeof(vf) == 64 || VF_N == 4; // 32 registers
-    dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, a.k_page(page), a.k_page(next), a.d_k, n_max, s);
-    for (int i = 0; i < N; i++) {
-        if (a.p.soft_cap > 0.0f) {
-            for (int j = 0; j < n_seen[i]; j++) {
-                s[i * PAGE + j] = cap(s[i * PAGE + j], a.p.soft_cap);
-            }
-        }
-        if (n_seen[i] > 0) {
-            soften(s + i * PAGE, n_seen[i], w.m[r0 + i], w.l[r0 + i], w.o[r0 + i], a.d_v);
-        } else {
-            std::fill_n(s + i * PAGE, PAGE, 0.0f);
-        }
+    if (n_max > 0) {
+        dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, a.k_page(job.page), a.k_page(job.next), a.d_k, n_max, s);
     }
-    accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, a.v_page(page), a.v_page(next), a.d_v, n_max, s);
+    for (int i = 0; i < N; i++) {
+        float * z = s + i * PAGE;
+        for (int j = 0; a.p.soft_cap > 0.0f && j < n_seen[i]; j++) {
+            z[j] = cap(z[j], a.p.soft_cap);
+        }
+        std::fill(z + n_seen[i], z + PAGE, -INFINITY);
+        for (int j = 0; job.live != UINT32_MAX && j < n_seen[i]; j++) {
+            z[j] = job.live >> j & 1 ? z[j] : -INFINITY;
+        }
+        if (job.logits) {
+            const int n = std::min(PAGE, a.n_slots(job.stream) - job.slot0);
+            std::copy_n(z, n, job.logits + int64_t(r0 + i) * a.p.n_kv);
+        }
+        soften(z, w.m[r0 + i], w.l[r0 + i], w.o[r0 + i], a.d_v);
+    }
+    if (n_max > 0) {
+        accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, a.v_page(job.page), a.v_page(job.next), a.d_v, n_max, s);
+    }
 }
 
 } // namespace
 
-void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst) {
+void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst, float * logits) {
     const int stride = a.d_v + 2;
     const int32_t * pages = a.pages(stream);
+    const int32_t * live = a.live(stream);
     for (int r = 0; r < a.n_rows; r++) {
         const float * q = a.q + a.row(stream, r) * a.d_k;
         float * scaled = w.scaled.data() + r * w.ld_q;
@@ -197,19 +211,21 @@ void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, 
     }
     for (int p = page0; p < page1; p++) {
         const int next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
+        const page_job job = {stream,   pages[p],          next,
+                              p * PAGE, uint32_t(live[p]), logits ? logits + p * PAGE : nullptr};
         for (int r0 = 0; r0 < a.n_rows; r0 += 4) {
             switch (a.n_rows - r0) {
                 case 1:
-                    attend_page<1>(a, stream, r0, w, p * PAGE, pages[p], next);
+                    attend_page<1>(a, job, r0, w);
                     break;
                 case 2:
-                    attend_page<2>(a, stream, r0, w, p * PAGE, pages[p], next);
+                    attend_page<2>(a, job, r0, w);
                     break;
                 case 3:
-                    attend_page<3>(a, stream, r0, w, p * PAGE, pages[p], next);
+                    attend_page<3>(a, job, r0, w);
                     break;
                 default:
-                    attend_page<4>(a, stream, r0, w, p * PAGE, pages[p], next);
+                    attend_page<4>(a, job, r0, w);
             }
         }
     }

@@ -31,6 +31,8 @@ struct attn {
 
     int n_slots(int stream) const { return table[stream]; }
     const int32_t * pages(int stream) const { return table + 2 * n_stream + table[n_stream + stream]; }
+    // live bits of the pages of a stream
+    const int32_t * live(int stream) const { return pages(stream) + (dst->src[3]->ne[0] - 2 * n_stream) / 2; }
     const ggml_fp16_t * k_page(int32_t page) const {
         return static_cast<const ggml_fp16_t *>(k->data) + int64_t(page) * PAGE * d_k;
     }
@@ -46,6 +48,24 @@ struct attn {
     // slots that a row sees: indices below this
     int visible(int stream, int r) const { return n_slots(stream) - p.n_seq_tokens + r / group + 1; }
 };
+
+// Work item of a thread by cost: items [first, last) of those whose costs are summed up.
+template <typename Cost, typename Run> void share_out(int n_items, int ith, int nth, Cost && cost, Run && run) {
+    int64_t total = 0;
+    for (int i = 0; i < n_items; i++) {
+        total += cost(i);
+    }
+    int64_t done = 0;
+    for (int i = 0; i < n_items; i++) {
+        // an item belongs to the thread in whose share its middle lies
+        const int64_t c = cost(i);
+        const int owner = int(std::min<int64_t>((2 * done + c) * nth / (2 * std::max<int64_t>(total, 1)), nth - 1));
+        done += c;
+        if (owner == ith) {
+            run(i);
+        }
+    }
+}
 
 inline float cap(float z, float soft_cap) {
     return soft_cap > 0.0f ? soft_cap * tanhf(z / soft_cap) : z;
@@ -76,19 +96,23 @@ struct few_rows {
 };
 
 // Few queries: rows of one stream over its pages [page0, page1). Unnormalized output, maximum and sum of row r are
-// written at dst + r*(d_v + 2).
-void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst);
+// written at dst + r*(d_v + 2), logits (unless NULL) at logits + r*n_kv, -inf where a row does not see.
+void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst, float * logits);
 
-// Many queries: rows of one stream from r0 on, at most TILE of them, over all its pages.
-constexpr int TILE = 192; // a multiple of every kernel's width
+// Many queries: a tile holds some rows of one stream, first, first + step, ...
+constexpr int TILE = 192; // most rows of a tile; a multiple of every kernel's width
+constexpr int BLOCK = 64; // slots that are looked at together
 
-constexpr int BLOCK = 64; // slots of a block
+struct tile_rows {
+    int first, step, n;
+};
 
 // Scratch of one thread; rows of v and o are padded to whole vectors.
 struct tile_buffers {
     int ld_k, ld_v;
     line_buffer memory;
     float *qt, *k, *v, *s, *o, *m, *l, *c;
+    int visible[TILE]; // slots that each row sees
 
     tile_buffers(int d_k, int d_v)
         : ld_k((d_k + 15) / 16 * 16), ld_v((d_v + 31) / 32 * 32),
@@ -104,6 +128,17 @@ struct tile_buffers {
     }
 };
 
-void attend_tile(const attn & a, tile_buffers & t, int stream, int r0);
+// Queries of the rows, scaled, into t.qt [d_k][TILE]; t.visible; maxima and sums of nothing.
+void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows);
+// Logits of n slots from slot0 on into t.s [n][TILE], -inf where a row does not see. `live`: heed the live bits.
+void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n, bool live);
+// Turns them into weights relative to the running maxima t.m; t.l are the sums, t.c rescales what came before.
+void tile_soften(tile_buffers & t, int n_rows, int n);
+
+// Output of the rows over all pages of the stream; maximum and sum of row r go to stats + 2*r unless that is NULL.
+void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, float * stats);
+
+// to[j] += exp(logits[j] - m) * scale
+void add_weights(const float * logits, int n, float m, float scale, float * to);
 
 } // namespace kvl

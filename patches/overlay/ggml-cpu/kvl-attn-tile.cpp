@@ -60,8 +60,62 @@ void gemm(const float * a, int a_row, int a_col, const float * b, int ldb, float
     }
 }
 
+} // namespace
+
+void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows) {
+    for (int c = 0; c < a.d_k; c++) {
+        std::fill_n(t.qt + c * TILE, TILE, 0.0f);
+    }
+    for (int r = 0; r < rows.n; r++) {
+        const int row = rows.first + r * rows.step;
+        const float * q = a.q + a.row(stream, row) * a.d_k;
+        for (int c = 0; c < a.d_k; c++) {
+            t.qt[c * TILE + r] = q[c] * a.p.scale;
+        }
+        t.visible[r] = a.visible(stream, row);
+    }
+    std::fill_n(t.m, TILE, -1e30f);
+    std::fill_n(t.l, TILE, 0.0f);
+}
+
+void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n, bool live) {
+    const int32_t * pages = a.pages(stream) + slot0 / PAGE;
+    for (int j = 0; j < n; j += PAGE) {
+        widen(a.k_page(pages[j / PAGE]), a.d_k, std::min(PAGE, n - j), t.k + j * t.ld_k, t.ld_k);
+    }
+    // a panel of queries stays in the first-level cache while all slots of the block pass by
+    for (int r = 0; r < rows.n; r += 3 * VF_N) {
+        int j = 0;
+        for (; j + SLOTS <= n; j += SLOTS) {
+            gemm<SLOTS, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+        }
+        for (; j < n; j++) {
+            gemm<1, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+        }
+    }
+    if (a.p.soft_cap > 0.0f) {
+        for (int i = 0; i < n * TILE; i++) {
+            t.s[i] = cap(t.s[i], a.p.soft_cap);
+        }
+    }
+    // a new token is not seen by those before it: the first rows of the tile
+    int n_blind = 0;
+    for (int j = std::max(0, t.visible[0] - slot0); j < n; j++) {
+        while (n_blind < rows.n && t.visible[n_blind] <= slot0 + j) {
+            n_blind++;
+        }
+        std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
+    }
+    const int32_t * masks = a.live(stream) + slot0 / PAGE;
+    for (int j = 0; live && j < n; j++) {
+        if (!(uint32_t(masks[j / PAGE]) >> (j % PAGE) & 1)) {
+            std::fill_n(t.s + j * TILE, rows.n, -INFINITY);
+        }
+    }
+}
+
 // Logits of a block are kept slot by slot, rows side by side: the softmax then needs no sums across a vector.
-void soften_block(tile_buffers & t, int n_rows, int n) {
+void tile_soften(tile_buffers & t, int n_rows, int n) {
     for (int r = 0; r < n_rows; r += VF_N) {
         vf top = vf_load(t.m + r);
         for (int j = 0; j < n; j++) {
@@ -79,58 +133,21 @@ void soften_block(tile_buffers & t, int n_rows, int n) {
     }
 }
 
-} // namespace
-
-void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
-    const int n_rows = std::min(TILE, a.n_rows - r0);
-    const int n_past = a.n_slots(stream) - a.p.n_seq_tokens;
-    const int n_end = a.visible(stream, r0 + n_rows - 1);
+void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, float * stats) {
     const int32_t * pages = a.pages(stream);
-
-    for (int c = 0; c < a.d_k; c++) {
-        std::fill_n(t.qt + c * TILE, TILE, 0.0f);
-    }
-    for (int r = 0; r < n_rows; r++) {
-        const float * q = a.q + a.row(stream, r0 + r) * a.d_k;
-        for (int c = 0; c < a.d_k; c++) {
-            t.qt[c * TILE + r] = q[c] * a.p.scale;
-        }
-    }
+    tile_begin(a, t, stream, rows);
     std::fill_n(t.o, TILE * t.ld_v, 0.0f);
-    std::fill_n(t.m, TILE, -1e30f);
-    std::fill_n(t.l, TILE, 0.0f);
     std::fill_n(t.v, BLOCK * t.ld_v, 0.0f);
 
+    const int n_end = t.visible[rows.n - 1];
     for (int slot0 = 0; slot0 < n_end; slot0 += BLOCK) {
         const int n = std::min(BLOCK, n_end - slot0);
         for (int j = 0; j < n; j += PAGE) {
-            const int32_t page = pages[(slot0 + j) / PAGE];
-            const int n_page = std::min(PAGE, n - j);
-            widen(a.k_page(page), a.d_k, n_page, t.k + j * t.ld_k, t.ld_k);
-            widen(a.v_page(page), a.d_v, n_page, t.v + j * t.ld_v, t.ld_v);
+            widen(a.v_page(pages[(slot0 + j) / PAGE]), a.d_v, std::min(PAGE, n - j), t.v + j * t.ld_v, t.ld_v);
         }
-        // a panel of queries stays in the first-level cache while all slots of the block pass by
-        for (int r = 0; r < n_rows; r += 3 * VF_N) {
-            int j = 0;
-            for (; j + SLOTS <= n; j += SLOTS) {
-                gemm<SLOTS, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
-            }
-            for (; j < n; j++) {
-                gemm<1, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
-            }
-        }
-        if (a.p.soft_cap > 0.0f) {
-            for (int i = 0; i < n * TILE; i++) {
-                t.s[i] = cap(t.s[i], a.p.soft_cap);
-            }
-        }
-        // a new token is not seen by those before it: the first rows of the tile
-        for (int j = std::max(0, n_past + 1 - slot0); j < n; j++) {
-            const int n_blind = std::clamp((slot0 + j - n_past) * a.group - r0, 0, n_rows);
-            std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
-        }
-        soften_block(t, n_rows, n);
-        for (int r = 0; r < n_rows; r++) {
+        tile_logits(a, t, stream, rows, slot0, n, true);
+        tile_soften(t, rows.n, n);
+        for (int r = 0; r < rows.n; r++) {
             if (t.c[r] != 1.0f) {
                 const vf c = vf_set(t.c[r]);
                 for (int i = 0; i < t.ld_v; i += VF_N) {
@@ -139,16 +156,21 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, int r0) {
             }
         }
         for (int c = 0; c < t.ld_v; c += 2 * VF_N) {
-            for (int r = 0; r < n_rows; r += ROWS) {
+            for (int r = 0; r < rows.n; r += ROWS) {
                 gemm<ROWS, 2, true>(t.s + r, 1, TILE, t.v + c, t.ld_v, t.o + r * t.ld_v + c, t.ld_v, n);
             }
         }
     }
-    for (int r = 0; r < n_rows; r++) {
-        float * out = static_cast<float *>(a.dst->data) + a.row(stream, r0 + r) * a.d_v;
+    for (int r = 0; r < rows.n; r++) {
+        const int row = rows.first + r * rows.step;
+        float * out = static_cast<float *>(a.dst->data) + a.row(stream, row) * a.d_v;
         const float scale = 1.0f / t.l[r];
         for (int c = 0; c < a.d_v; c++) {
             out[c] = t.o[r * t.ld_v + c] * scale;
+        }
+        if (stats) {
+            stats[2 * row] = t.m[r];
+            stats[2 * row + 1] = t.l[r];
         }
     }
 }

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 1
+#define KVL_ABI_VERSION 2
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -106,6 +106,15 @@ LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id s
 // over the window, zero beyond the head's length; stride >= the longest head. Returns the number of queries used.
 LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out,
                                     int64_t stride);
+// Accumulate from now on the attention that every slot receives, starting at 0 (on = 1), or stop and forget (on = 0).
+// Needs the page kernels. Truncation does not undo what the tokens removed had added to others.
+LLAMA_API int32_t kvl_set_mass(struct llama_context * ctx, int32_t on);
+// Accumulated mass: f32 [n_head][stride], summed over all queries since it was last written, zero beyond the head's
+// length when read; stride >= the longest head.
+LLAMA_API int32_t kvl_read_mass(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out,
+                                int64_t stride);
+LLAMA_API int32_t kvl_write_mass(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * in,
+                                 int64_t stride);
 // Keys or values as stored, converted to f32: k[len][d_k], v[len][d_v] (either may be NULL).
 LLAMA_API int32_t kvl_read_kv(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k,
                               float * v);
@@ -116,6 +125,10 @@ LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq,
 // strictly ascending within a head. All or nothing.
 LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep,
                            const int32_t * slots);
+// Let attention see only these slots of every KV head of a layer, and what is appended later, until the next call or
+// kvl_keep: n_select[n_head_kv] counts, slots as for kvl_keep. NULL: all slots. Nothing moves.
+LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
+                             const int32_t * slots);
 // Share all pages of src with dst, copy-on-write. dst is emptied first.
 LLAMA_API int32_t kvl_branch(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst);
 // Remove the tokens at positions >= p0 from every head.

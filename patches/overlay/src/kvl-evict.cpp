@@ -20,8 +20,15 @@ void llama_kv_paged::cut(kvl_layer & layer, kvl_head & head, uint32_t n) {
     while (head.pages.size() > n_pages) {
         layer.pool->drop(head.pages.back());
         head.pages.pop_back();
+        head.live.pop_back();
+    }
+    if (n % KVL_PAGE_SLOTS != 0) {
+        head.live.back() |= UINT32_MAX << n % KVL_PAGE_SLOTS; // whoever comes next is seen
     }
     head.pos.resize(n);
+    for (auto & mass : head.mass) {
+        mass.resize(n);
+    }
 }
 
 // Where compaction writes: destination page j must be private unless all its slots stay where they are.
@@ -30,31 +37,41 @@ static bool page_moves(const int32_t * slots, uint32_t n, uint32_t page) {
     return uint32_t(slots[end - 1]) != end - 1;
 }
 
-bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t * n_keep, const int32_t * slots) {
-    kvl_layer & layer = layers[layer_id];
-    kvl_pool & pool = *layer.pool;
-    std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
-
-    // check everything before the first move: all or nothing
-    uint32_t n_copy = 0;
-    const int32_t * s = slots;
-    for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
-        const kvl_head & head = heads[h];
+bool llama_kv_paged::check_slots(llama_seq_id seq_id, uint32_t layer_id, const int32_t * counts, const int32_t * s,
+                                 bool empty) const {
+    for (uint32_t h = 0; h < layers[layer_id].n_head_kv; s += counts[h], h++) {
+        const kvl_head & head = seqs[seq_id].heads[layer_id][h];
         const std::string where = " (layer " + std::to_string(layer_id) + ", KV head " + std::to_string(h) + ")";
-        if (n_keep[h] < 0 || uint32_t(n_keep[h]) > head.n() || (n_keep[h] == 0 && head.n() > 0)) {
-            kvl_set_error("cannot keep " + std::to_string(n_keep[h]) + " of " + std::to_string(head.n()) +
-                          " slots; every head keeps at least one" + where);
+        if (counts[h] < 0 || uint32_t(counts[h]) > head.n() || (counts[h] == 0 && head.n() > 0 && !empty)) {
+            kvl_set_error("cannot keep " + std::to_string(counts[h]) + " of " + std::to_string(head.n()) + " slots" +
+                          (empty ? "" : "; every head keeps at least one") + where);
             return false;
         }
-        for (int32_t i = 0; i < n_keep[h]; i++) {
+        for (int32_t i = 0; i < counts[h]; i++) {
             if (s[i] < 0 || uint32_t(s[i]) >= head.n() || (i > 0 && s[i] <= s[i - 1])) {
                 kvl_set_error("slot indices must be ascending and below " + std::to_string(head.n()) + ", got " +
                               std::to_string(s[i]) + where);
                 return false;
             }
         }
+    }
+    return true;
+}
+
+bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t * n_keep, const int32_t * slots) {
+    kvl_layer & layer = layers[layer_id];
+    kvl_pool & pool = *layer.pool;
+    std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
+
+    // check everything before the first move: all or nothing
+    if (!check_slots(seq_id, layer_id, n_keep, slots, false)) {
+        return false;
+    }
+    uint32_t n_copy = 0;
+    const int32_t * s = slots;
+    for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
         for (uint32_t p = 0; p * KVL_PAGE_SLOTS < uint32_t(n_keep[h]); p++) {
-            n_copy += page_moves(s, n_keep[h], p) && pool.shared(head.pages[p]) ? 1 : 0;
+            n_copy += page_moves(s, n_keep[h], p) && pool.shared(heads[h].pages[p]) ? 1 : 0;
         }
     }
     if (n_copy > pool.n_free()) {
@@ -101,7 +118,11 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
         }
         for (uint32_t i = 0; i < n; i++) {
             head.pos[i] = head.pos[s[i]];
+            for (auto & mass : head.mass) {
+                mass[i] = mass[s[i]];
+            }
         }
+        std::fill(head.live.begin(), head.live.end(), UINT32_MAX);
         note_peak();
         for (const uint32_t page : replaced) {
             pool.drop(page);
@@ -110,6 +131,39 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
     }
     n_evict += dropped ? 1 : 0;
     pool.trim();
+    return true;
+}
+
+bool llama_kv_paged::select(llama_seq_id seq_id, uint32_t layer_id, const int32_t * n_select, const int32_t * slots) {
+    if (n_select && !check_slots(seq_id, layer_id, n_select, slots, true)) {
+        return false;
+    }
+    for (uint32_t h = 0; h < layers[layer_id].n_head_kv; h++) {
+        kvl_head & head = seqs[seq_id].heads[layer_id][h];
+        std::fill(head.live.begin(), head.live.end(), n_select ? 0 : UINT32_MAX);
+        for (int32_t i = 0; n_select && i < n_select[h]; i++, slots++) {
+            head.live[*slots / KVL_PAGE_SLOTS] |= 1u << *slots % KVL_PAGE_SLOTS;
+        }
+        if (head.n() % KVL_PAGE_SLOTS != 0) {
+            head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS; // whoever comes next is seen
+        }
+    }
+    return true;
+}
+
+bool llama_kv_paged::set_mass(bool on) {
+    if (on && !fused()) {
+        kvl_set_error("attention mass needs the page kernels, which run on the CPU only");
+        return false;
+    }
+    mass_on = on;
+    for (kvl_sequence & seq : seqs) {
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (kvl_head & head : seq.heads[l]) {
+                head.mass.assign(on ? layers[l].n_head / layers[l].n_head_kv : 0, std::vector<float>(head.n(), 0.0f));
+            }
+        }
+    }
     return true;
 }
 

@@ -29,7 +29,8 @@ llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, 
         in.append = new_input(g.ctx0, GGML_TYPE_I64, layer.n_head_kv * g.n_tokens, 1, 1, "kvl_append", layer.il);
         if (fused) {
             const int64_t n_pages = n_stream * in.shape.n_kv / KVL_PAGE_SLOTS;
-            in.table = new_input(g.ctx0, GGML_TYPE_I32, 2 * n_stream + n_pages, 1, 1, "kvl_table", layer.il);
+            in.table = new_input(g.ctx0, GGML_TYPE_I32, 2 * (n_stream + n_pages), 1, 1, "kvl_table", layer.il);
+            in.mass.resize(in.shape.mass ? size_t(n_stream * layer.n_head / layer.n_head_kv) : 0);
         } else {
             in.gather = new_input(g.ctx0, GGML_TYPE_I32, in.shape.n_kv * n_stream, 1, 1, "kvl_gather", layer.il);
             in.live = new_input(g.ctx0, GGML_TYPE_F16, in.shape.n_kv, 1, in.shape.uniform ? 1 : n_stream, "kvl_live",
@@ -46,18 +47,26 @@ llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, 
     }
 }
 
-void llm_graph_input_kv_paged::set_table(uint32_t l, const llama_ubatch * ubatch) const {
-    const llama_kv_paged & kv = *paged->kv;
+void llm_graph_input_kv_paged::set_table(uint32_t l, const llama_ubatch * ubatch) {
+    llama_kv_paged & kv = *paged->kv;
+    layer_input & in = layers[l];
     const uint32_t n_head_kv = kv.layers[l].n_head_kv;
     const uint32_t n_stream = n_head_kv * n_seqs;
-    auto * table = static_cast<int32_t *>(layers[l].table->data);
+    auto * table = static_cast<int32_t *>(in.table->data);
+    int32_t * pages = table + 2 * n_stream;
+    int32_t * live = pages + (in.table->ne[0] / 2 - n_stream);
     int32_t n_pages = 0;
+    auto mass = in.mass.begin();
     for (uint32_t i = 0; i < n_stream; i++) {
-        const kvl_head & head = kv.seqs[ubatch->seq_id[i / n_head_kv * n_seq_tokens][0]].heads[l][i % n_head_kv];
+        kvl_head & head = kv.seqs[ubatch->seq_id[i / n_head_kv * n_seq_tokens][0]].heads[l][i % n_head_kv];
         table[i] = int32_t(head.n());
         table[n_stream + i] = n_pages;
-        std::copy(head.pages.begin(), head.pages.end(), table + 2 * n_stream + n_pages);
+        std::copy(head.pages.begin(), head.pages.end(), pages + n_pages);
+        std::copy(head.live.begin(), head.live.end(), live + n_pages);
         n_pages += int32_t(head.pages.size());
+        for (size_t g = 0; in.shape.mass && g < head.mass.size(); g++) {
+            *mass++ = head.mass[g].data();
+        }
     }
 }
 
@@ -85,6 +94,11 @@ void llm_graph_input_kv_paged::set_gather(uint32_t l, const llama_ubatch * ubatc
                 row += in.shape.uniform ? 0 : uint64_t(s * n_head_kv + h) * n_kv;
                 std::fill(row, row + head.n(), ggml_fp32_to_fp16(0.0f));
                 std::fill(row + head.n(), row + n_kv, ggml_fp32_to_fp16(-INFINITY));
+                for (uint32_t i = 0; i < n_past; i++) {
+                    if (!(head.live[i / KVL_PAGE_SLOTS] >> i % KVL_PAGE_SLOTS & 1)) {
+                        row[n_seq_tokens + i] = ggml_fp32_to_fp16(-INFINITY);
+                    }
+                }
             }
         }
     }
@@ -223,31 +237,40 @@ static ggml_tensor * build_portable(const llm_graph_context & g, const kvl_layer
     return ggml_reshape_3d(ctx, cur, d_v, Hq, T * S);
 }
 
-// One operator over the pages, two when they are split among threads; [d_v, n_head, n_tokens].
-static ggml_tensor * build_fused(ggml_context * ctx, const llama_kv_paged & kv, const kvl_layer & layer,
+// Operators over the pages (kvl-attn.h); [d_v, n_head, n_tokens].
+static ggml_tensor * build_fused(const llm_graph_context & g, const llama_kv_paged & kv, const kvl_layer & layer,
                                  llm_graph_input_kv_paged & inp, ggml_tensor * q, float kq_scale) {
+    ggml_context * ctx = g.ctx0;
     auto & in = inp.layers[size_t(kv.find_layer(int32_t(layer.il)))];
     const int64_t S = inp.n_seqs;
     const int64_t T = inp.n_seq_tokens;
     const int64_t Hq = layer.n_head;
     const int64_t H = layer.n_head_kv;
     const int64_t d_v = layer.pool->d_v;
+    const int64_t n_kv = in.shape.n_kv;
     const int64_t n_rows = T * Hq / H;
+    const bool few = n_rows <= KVL_ATTN_FEW_ROWS;
     // enough parts for many threads, however many there are: the result does not depend on their number
-    const int64_t n_split = n_rows > KVL_ATTN_FEW_ROWS
-                                ? 1
-                                : std::clamp<int64_t>(in.shape.n_kv / 128, 1, std::max<int64_t>(1, 32 / (H * S)));
+    const int64_t n_split = few ? std::clamp<int64_t>(n_kv / 128, 1, std::max<int64_t>(1, 32 / (H * S))) : 1;
     in.kernel = std::make_unique<kvl_attn_params>(
-        kvl_attn_params{int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), kq_scale, layer.soft_cap});
-    ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, in.table};
-    if (n_split == 1) {
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, d_v, Hq, T * S, 1, args, 4, kv.attn_compute, GGML_N_TASKS_MAX,
+        kvl_attn_params{int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale,
+                        layer.soft_cap, in.shape.mass ? in.mass.data() : nullptr});
+    const auto op = [&](ggml_custom_op_t f, int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), int(args.size()), f, GGML_N_TASKS_MAX,
                               in.kernel.get());
+    };
+    std::vector<ggml_tensor *> args = {q, layer.pool->k, layer.pool->v, in.table};
+    if (few && (n_split > 1 || in.shape.mass)) {
+        const int64_t size = n_rows * H * S * ((d_v + 2) * n_split + (in.shape.mass ? n_kv : 0));
+        return op(kv.attn.merge, d_v, Hq, T * S, {op(kv.attn.compute, size, 1, 1, args), in.table});
     }
-    ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, d_v + 2, n_rows, n_split, H * S, args, 4, kv.attn_compute,
-                                         GGML_N_TASKS_MAX, in.kernel.get());
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, d_v, Hq, T * S, 1, &parts, 1, kv.attn_merge, GGML_N_TASKS_MAX,
-                          in.kernel.get());
+    if (!in.shape.mass) {
+        return op(kv.attn.compute, d_v, Hq, T * S, args);
+    }
+    ggml_tensor * cur = op(kv.attn.compute, (d_v + 2) * Hq * T * S, 1, 1, args);
+    args.push_back(cur);
+    ggml_build_forward_expand(g.gf, op(kv.attn.mass, 1, 1, 1, args));
+    return ggml_view_3d(ctx, cur, d_v, Hq, T * S, d_v * sizeof(float), d_v * Hq * sizeof(float), 0);
 }
 
 ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_kv * inp_base, ggml_tensor * q,
@@ -294,7 +317,7 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
     }
 
     ggml_tensor * cur =
-        kv.fused() ? build_fused(ctx, kv, layer, *inp, q, kq_scale) : build_portable(g, layer, *inp, q, kq_scale);
+        kv.fused() ? build_fused(g, kv, layer, *inp, q, kq_scale) : build_portable(g, layer, *inp, q, kq_scale);
     cur = ggml_reshape_2d(ctx, cur, d_v * Hq, T * S);
     ggml_build_forward_expand(g.gf, cur);
     return cur;

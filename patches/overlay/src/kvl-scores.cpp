@@ -1,5 +1,7 @@
 #include "kvl-scores.h"
 
+#include "kvl-attn.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml.h"
@@ -9,6 +11,15 @@
 #include <cstring>
 
 namespace {
+
+void set_threads(ggml_backend_t cpu, int n_threads) {
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    if (set) {
+        set(cpu, n_threads);
+    }
+}
 
 // The backends a graph over this layer's pages needs: their device and the CPU.
 struct runner {
@@ -21,11 +32,7 @@ struct runner {
         }
         ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
         backends.emplace_back(cpu);
-        auto * reg = cpu ? ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu)) : nullptr;
-        auto * set_threads = reg ? reinterpret_cast<ggml_backend_set_n_threads_t>(
-                                       ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"))
-                                 : nullptr;
-        if (set_threads) {
+        if (cpu) {
             set_threads(cpu, n_threads);
         }
         std::vector<ggml_backend_t> raw;
@@ -150,6 +157,73 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     return KVL_OK;
 }
 
+// The page kernel: one operator, on a backend that is made once.
+static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id,
+                             const std::vector<int32_t> & query_rows, int n_threads, float * out, int64_t stride) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const auto & heads = kv.seqs[seq].heads[layer_id];
+    const int64_t w = int64_t(query_rows.size());
+    const int64_t H = layer.n_head_kv;
+    if (!kv.scorer) {
+        kv.scorer.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    }
+    if (!kv.scorer) {
+        kvl_set_error("cannot create the backend for window scores");
+        return KVL_ERR_COMPUTE;
+    }
+    set_threads(kv.scorer.get(), n_threads);
+
+    int64_t n_pages = 0;
+    for (const kvl_head & head : heads) {
+        n_pages += int64_t(head.pages.size());
+    }
+    constexpr size_t n_nodes = 8;
+    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
+                           true};
+    ggml_context_ptr ctx_owner(ggml_init(ip));
+    ggml_context * ctx = ctx_owner.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
+    ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
+    ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
+    kvl_attn_params params = {int32_t(layer.n_head), int32_t(H),     1,      int32_t(w), 1, int32_t(stride),
+                              layer.kq_scale,        layer.soft_cap, nullptr};
+    ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible};
+    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, stride, layer.n_head, 1, 1, args, 5, kv.attn.scores,
+                                          GGML_N_TASKS_MAX, &params);
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
+    ggml_build_forward_expand(gf, scores);
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, kv.scorer.get()));
+    if (!buffer) {
+        kvl_set_error("no memory for window scores over " + std::to_string(stride) + " slots");
+        return KVL_ERR_MEMORY;
+    }
+
+    for (int64_t i = 0; i < w; i++) {
+        const size_t row = layer.queries->nb[1];
+        ggml_backend_tensor_get(layer.queries, static_cast<char *>(q->data) + i * q->nb[2], row * query_rows[i], row);
+    }
+    auto * t = static_cast<int32_t *>(table->data);
+    auto * v = static_cast<int32_t *>(visible->data);
+    int32_t first = 0;
+    for (int64_t h = 0; h < H; h++) {
+        const kvl_head & head = heads[h];
+        t[h] = int32_t(head.n());
+        t[H + h] = first;
+        std::copy(head.pages.begin(), head.pages.end(), t + 2 * H + first);
+        first += int32_t(head.pages.size());
+        for (int64_t i = 0; i < w; i++) {
+            const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
+            *v++ = int32_t(std::upper_bound(head.pos.begin(), head.pos.end(), pos) - head.pos.begin());
+        }
+    }
+    if (ggml_backend_graph_compute(kv.scorer.get(), gf) != GGML_STATUS_SUCCESS) {
+        kvl_set_error("the window scores failed in layer " + std::to_string(layer.il));
+        return KVL_ERR_COMPUTE;
+    }
+    std::copy_n(static_cast<const float *>(scores->data), stride * layer.n_head, out);
+    return int32_t(w);
+}
+
 int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int n_threads, float * out,
                                   int64_t stride) {
     const kvl_layer & layer = kv.layers[layer_id];
@@ -170,6 +244,9 @@ int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_
             kvl_set_error("the slots of a head begin inside the window; scores are undefined");
             return KVL_ERR_ARGUMENT;
         }
+    }
+    if (kv.fused()) {
+        return compute_fused(kv, seq, layer_id, rows, n_threads, out, stride);
     }
     const int64_t G = layer.n_head / layer.n_head_kv;
     // gathered keys, logits and softmax of a group, and the mask

@@ -275,6 +275,63 @@ int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, 
     });
 }
 
+int32_t kvl_set_mass(llama_context * ctx, int32_t on) {
+    auto * kv = memory_of(ctx);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        return int32_t(kv->set_mass(on != 0) ? KVL_OK : KVL_ERR_UNSUPPORTED);
+    });
+}
+
+// The heads of a layer whose mass fits [n_head][stride], nullptr with the error set.
+static const std::vector<kvl_head> * mass_of(const llama_kv_paged & kv, llama_seq_id seq, int32_t layer,
+                                             int64_t stride) {
+    if (!kv.has_mass()) {
+        kvl_set_error("attention mass is not accumulated; call kvl_set_mass first");
+        return nullptr;
+    }
+    const auto & heads = kv.seqs[seq].heads[layer];
+    for (const kvl_head & head : heads) {
+        if (int64_t(head.n()) > stride) {
+            kvl_set_error("a head holds " + std::to_string(head.n()) + " slots, the array has room for " +
+                          std::to_string(stride));
+            return nullptr;
+        }
+    }
+    return &heads;
+}
+
+int32_t kvl_read_mass(const llama_context * ctx, llama_seq_id seq, int32_t layer, float * out, int64_t stride) {
+    const auto * kv = memory_of(ctx, seq, layer);
+    const auto * heads = kv && out ? mass_of(*kv, seq, layer, stride) : nullptr;
+    if (!heads) {
+        return KVL_ERR_ARGUMENT;
+    }
+    for (const kvl_head & head : *heads) {
+        for (const std::vector<float> & mass : head.mass) {
+            std::fill(std::copy(mass.begin(), mass.end(), out), out + stride, 0.0f);
+            out += stride;
+        }
+    }
+    return KVL_OK;
+}
+
+int32_t kvl_write_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, const float * in, int64_t stride) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !in || !mass_of(*kv, seq, layer, stride)) {
+        return KVL_ERR_ARGUMENT;
+    }
+    for (kvl_head & head : kv->seqs[seq].heads[layer]) {
+        for (std::vector<float> & mass : head.mass) {
+            std::copy_n(in, mass.size(), mass.begin());
+            in += stride;
+        }
+    }
+    return KVL_OK;
+}
+
 int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k, float * v) {
     auto * kv = memory_of(ctx, seq, layer);
     if (!kv) {
@@ -328,6 +385,17 @@ int32_t kvl_keep(llama_context * ctx, llama_seq_id seq, int32_t layer, const int
         const bool ok = kv->keep(seq, uint32_t(layer), n_keep, slots);
         kv->keep_us += uint64_t(ggml_time_us() - t0);
         return int32_t(ok ? KVL_OK : KVL_ERR_ARGUMENT);
+    });
+}
+
+int32_t kvl_select(llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
+                   const int32_t * slots) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || (n_select && !slots)) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        return int32_t(kv->select(seq, uint32_t(layer), n_select, slots) ? KVL_OK : KVL_ERR_ARGUMENT);
     });
 }
 

@@ -142,8 +142,7 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         const auto find = [&](const char * name) {
             return reinterpret_cast<ggml_custom_op_t>(reg ? ggml_backend_reg_get_proc_address(reg, name) : nullptr);
         };
-        attn_compute = find(KVL_ATTN_PROC);
-        attn_merge = find(KVL_ATTN_MERGE_PROC);
+        attn = {find(KVL_ATTN_PROC), find(KVL_ATTN_MERGE_PROC), find(KVL_ATTN_MASS_PROC), find(KVL_ATTN_SCORES_PROC)};
     }
     LLAMA_LOG_INFO("%s: %zu layers, %zu pools, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
                    layers.size(), pools.size(), n_ctx, seqs.size(), [this] {
@@ -254,10 +253,14 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
             for (kvl_head & head : seq.heads[l]) {
                 if (head.n() % KVL_PAGE_SLOTS == 0) {
                     head.pages.push_back(pool.take());
+                    head.live.push_back(UINT32_MAX);
                 } else if (pool.shared(head.pages.back())) {
                     head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS);
                 }
                 head.pos.insert(head.pos.end(), pos + done, pos + done + step);
+                for (auto & mass : head.mass) {
+                    mass.resize(head.pos.size(), 0.0f);
+                }
             }
         }
         done += step;
@@ -345,7 +348,8 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
                     const uint32_t n = std::min<uint32_t>(head.n() - p * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
                     fill_l[head.pages[p]] = uint8_t(std::max<uint32_t>(fill_l[head.pages[p]], n));
                 }
-                out.table_bytes += head.pages.size() * sizeof(uint32_t) + head.pos.size() * sizeof(llama_pos);
+                out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
+                out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
             }
         }
     }
@@ -403,17 +407,21 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tok
     // a graph is used again until a head crosses a multiple of this; accelerators want it larger
     const uint32_t pad = kv->all_host() && !kv->fused() ? 2 * KVL_PAGE_SLOTS : 256;
     if (worst_case) {
-        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false};
+        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->has_mass()};
     }
+    bool all_live = true;
     uint32_t n_min = UINT32_MAX;
     uint32_t n_max = 0;
     for (uint32_t s = 0; s < ub.n_seqs; s++) {
         for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer]) {
             n_min = std::min(n_min, head.n());
             n_max = std::max(n_max, head.n());
+            all_live = all_live && (kv->fused() || std::all_of(head.live.begin(), head.live.end(), [](uint32_t bits) {
+                                        return bits == UINT32_MAX;
+                                    }));
         }
     }
-    return {GGML_PAD(n_max, pad), n_min == n_max && !kv->fused()};
+    return {GGML_PAD(n_max, pad), n_min == n_max && all_live && !kv->fused(), kv->has_mass()};
 }
 
 //

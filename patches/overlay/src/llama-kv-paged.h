@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "ggml-cpp.h"
 #include "kvl-pool.h"
 #include "kvl.h"
 #include "llama-batch.h"
@@ -23,7 +24,9 @@ void kvl_set_error(const std::string & what);
 // One KV head of one layer of one sequence. Slot i lives in page pages[i / 32], row i % 32.
 struct kvl_head {
     std::vector<uint32_t> pages;
-    std::vector<llama_pos> pos; // ascending, true positions
+    std::vector<uint32_t> live;           // bits per page: slots that attention sees
+    std::vector<llama_pos> pos;           // ascending, true positions
+    std::vector<std::vector<float>> mass; // per query head of the group: attention received by each slot
 
     uint32_t n() const { return uint32_t(pos.size()); }
     uint64_t row(uint32_t slot) const {
@@ -92,6 +95,10 @@ class llama_kv_paged : public llama_memory_i {
     bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
     bool branch(llama_seq_id src, llama_seq_id dst);
     bool truncate(llama_seq_id seq, llama_pos p0);
+    // make only the given slots visible, nullptr: all; false with the error set, and nothing changed
+    bool select(llama_seq_id seq, uint32_t layer, const int32_t * n_select, const int32_t * slots);
+    // accumulate the attention that every slot receives from now on; false with the error set
+    bool set_mass(bool on);
     // remembered queries of the newest tokens without a gap: ring rows, oldest first
     std::vector<int32_t> window_rows(llama_seq_id seq) const;
 
@@ -102,7 +109,8 @@ class llama_kv_paged : public llama_memory_i {
     bool valid_seq(llama_seq_id seq) const { return seq >= 0 && size_t(seq) < seqs.size(); }
     int32_t find_layer(int32_t il) const { return il < int32_t(layer_of.size()) ? layer_of[il] : -1; }
     bool all_host() const;
-    bool fused() const { return attn_compute != nullptr; }
+    bool fused() const { return attn.compute != nullptr; }
+    bool has_mass() const { return mass_on; }
 
     const llama_hparams & hparams;
     const kvl_params params;
@@ -111,9 +119,11 @@ class llama_kv_paged : public llama_memory_i {
     std::vector<kvl_layer> layers;
     std::vector<kvl_sequence> seqs;
 
-    // the CPU backend's page kernels, nullptr: attention with stock operators
-    ggml_custom_op_t attn_compute = nullptr;
-    ggml_custom_op_t attn_merge = nullptr;
+    // the CPU backend's page kernels (kvl-attn.h), nullptr: attention with stock operators
+    struct {
+        ggml_custom_op_t compute, merge, mass, scores;
+    } attn = {};
+    ggml_backend_ptr scorer; // computes window scores with them
 
     kvl_evict_hook hook = nullptr;
     void * hook_user = nullptr;
@@ -125,6 +135,7 @@ class llama_kv_paged : public llama_memory_i {
   private:
     uint64_t allocated_bytes() const;
     void note_peak();
+    bool check_slots(llama_seq_id seq, uint32_t layer, const int32_t * counts, const int32_t * slots, bool empty) const;
     void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on
     void trim();
     bool pages_fit(const std::vector<llama_ubatch> & ubatches);
@@ -135,14 +146,18 @@ class llama_kv_paged : public llama_memory_i {
     ggml_context_ptr query_ctx;
     uint64_t query_bytes = 0;
     uint64_t peak_bytes = 0;
+    bool mass_on = false;
 };
 
 // What the graph needs to know about one layer in the current ubatch.
 struct kvl_layer_shape {
     uint32_t n_kv; // rows gathered per head, padding included
-    bool uniform;  // every head of every stream holds the same number of slots
+    bool uniform;  // every head of every stream holds the same number of slots, all of them live
+    bool mass;     // attention mass is asked for
 
-    bool operator==(const kvl_layer_shape & o) const { return n_kv == o.n_kv && uniform == o.uniform; }
+    bool operator==(const kvl_layer_shape & o) const {
+        return n_kv == o.n_kv && uniform == o.uniform && mass == o.mass;
+    }
 };
 
 class llama_kv_paged_context : public llama_memory_context_i {

@@ -1,0 +1,248 @@
+"""One attention operator by itself, without a model: the page kernels and llama.cpp's, for checks and measurements."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal import native
+
+Floats = npt.NDArray[np.float32]
+
+PAGE_SLOTS = 32
+FEW_ROWS = 24
+"""Rows (tokens x query heads of a group) up to which a stream's pages are split among threads, as in kvl-attn.h."""
+
+_F32, _F16, _I32 = 0, 1, 26  # GGML_TYPE_*
+_PREC_F32 = 10
+_ALL_THREADS = -1
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+class _AttnParams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("n_head", "n_head_kv", "n_seqs", "n_seq_tokens", "n_split", "n_kv")),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("mass", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _libraries() -> tuple[Any, Any]:
+    """ggml-base and ggml-cpu, as loaded by :func:`kvlocal.native.load`."""
+    native.load()
+    folder = native.installed("lib")
+
+    def load(name: str) -> Any:
+        return ctypes.CDLL(str(next(path for path in folder.iterdir() if name in path.name)))
+
+    base, cpu = load("ggml-base"), load("ggml-cpu")
+    ptr, i64, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    functions: tuple[tuple[Any, str, Any, list[Any]], ...] = (
+        (base, "ggml_init", ptr, [_InitParams]),
+        (base, "ggml_free", None, [ptr]),
+        (base, "ggml_new_tensor_4d", ptr, [ptr, ctypes.c_int, i64, i64, i64, i64]),
+        (base, "ggml_get_data", ptr, [ptr]),
+        (
+            base,
+            "ggml_custom_4d",
+            ptr,
+            [ptr, ctypes.c_int, i64, i64, i64, i64, ptr, ctypes.c_int, ptr, ctypes.c_int, ptr],
+        ),
+        (base, "ggml_flash_attn_ext", ptr, [ptr, ptr, ptr, ptr, ptr, real, real, real]),
+        (base, "ggml_flash_attn_ext_set_prec", None, [ptr, ctypes.c_int]),
+        (base, "ggml_new_graph", ptr, [ptr]),
+        (base, "ggml_build_forward_expand", None, [ptr, ptr]),
+        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [ptr, ptr, ctypes.c_int]),
+    )
+    for library, name, result, arguments in functions:
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return base, cpu
+
+
+class _Graph:
+    """A ggml graph over numpy data, in memory of its own."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.base, self.cpu = _libraries()
+        self.ctx = self.base.ggml_init(_InitParams(n_bytes + (16 << 20), None, False))
+        self.graph = self.base.ggml_new_graph(self.ctx)
+
+    def tensor(self, array: npt.NDArray[Any]) -> Any:
+        """A tensor that holds ``array``; its shape is that of the array, last axis first."""
+        kind = {np.dtype(np.float32): _F32, np.dtype(np.float16): _F16, np.dtype(np.int32): _I32}[array.dtype]
+        data = np.ascontiguousarray(array)
+        shape = [*array.shape[::-1], 1, 1, 1][:4]
+        tensor = self.base.ggml_new_tensor_4d(self.ctx, kind, *shape)
+        ctypes.memmove(self.base.ggml_get_data(tensor), data.ctypes.data, data.nbytes)
+        return tensor
+
+    def custom(self, name: str, args: Sequence[Any], params: _AttnParams, *shape: int) -> Any:
+        shape4 = [*shape, 1, 1, 1][:4]
+        array = (ctypes.c_void_p * len(args))(*args)
+        function = ctypes.cast(getattr(self.cpu, name), ctypes.c_void_p)
+        return self.base.ggml_custom_4d(
+            self.ctx, _F32, *shape4, array, len(args), function, _ALL_THREADS, ctypes.addressof(params)
+        )
+
+    def run(self, n_threads: int, *results: Any) -> None:
+        for result in results:
+            self.base.ggml_build_forward_expand(self.graph, result)
+        status = self.cpu.ggml_graph_compute_with_ctx(self.ctx, self.graph, n_threads)
+        assert status == 0, f"the graph failed with status {status}"
+
+    def read(self, tensor: Any, *shape: int) -> Floats:
+        n = int(np.prod(shape))
+        pointer = ctypes.cast(self.base.ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, (n,)).reshape(shape).copy()
+
+    def close(self) -> None:
+        self.base.ggml_free(self.ctx)
+
+
+def attend_pages(
+    q: Floats,
+    keys: Sequence[npt.NDArray[np.float16]],
+    values: Sequence[npt.NDArray[np.float16]],
+    *,
+    n_seqs: int = 1,
+    soft_cap: float = 0.0,
+    live: Sequence[npt.NDArray[np.bool_]] | None = None,
+    want_mass: bool = False,
+    n_split: int = 1,
+    n_threads: int = 1,
+    seed: int = 0,
+) -> tuple[Floats, list[Floats]]:
+    """The page kernels over K and V that are scattered over the pages of a pool.
+
+    Args:
+        q: ``[n_seqs * n_tokens, n_head, d_k]``; the newest tokens of each sequence, in order.
+        keys: per stream (sequence, KV head) f16 ``[n_slots, d_k]``; the last ``n_tokens`` slots are the new tokens'.
+        values: as keys, ``[n_slots, d_v]``.
+        n_seqs: sequences.
+        soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)``; 0: none.
+        live: per stream bool ``[n_slots]``: what can be seen; each token must see a slot.
+        want_mass: also sum up what every slot receives.
+        n_split: parts into which a stream's pages are cut, for few rows.
+        n_threads: threads.
+        seed: order of the pages in the pool.
+
+    Returns:
+        The output ``[n_seqs * n_tokens, n_head, d_v]``, and the mass per stream ``[group, n_slots]`` (zeros unless
+        asked for). Logits are scaled by ``d_k ** -0.5``.
+    """
+    n_head, d_k = q.shape[1:]
+    d_v = values[0].shape[1]
+    n_stream, n_tokens = len(keys), len(q) // n_seqs
+    n_head_kv = n_stream // n_seqs
+    group = n_head // n_head_kv
+    rows = n_tokens * group
+    n_pages = [-(-len(k) // PAGE_SLOTS) for k in keys]
+    order = np.random.default_rng(seed).permutation(sum(n_pages)).astype(np.int32)
+    first = np.r_[0, np.cumsum(n_pages)[:-1]]
+    pool_k = np.full((sum(n_pages) * PAGE_SLOTS, d_k), np.nan, np.float16)
+    pool_v = np.full((sum(n_pages) * PAGE_SLOTS, d_v), np.nan, np.float16)
+    bits = np.zeros((sum(n_pages), PAGE_SLOTS), bool)
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        slots = np.arange(len(k))
+        where = order[first[i] + slots // PAGE_SLOTS] * PAGE_SLOTS + slots % PAGE_SLOTS
+        pool_k[where], pool_v[where] = k, v
+        bits[first[i] + slots // PAGE_SLOTS, slots % PAGE_SLOTS] = True if live is None else live[i]
+    masks = np.packbits(bits, axis=1, bitorder="little").view(np.int32)[:, 0]
+    table = np.concatenate([[len(k) for k in keys], first, order, masks]).astype(np.int32)
+
+    mass = [np.zeros((group, len(k)), np.float32) for k in keys]
+    pointers = (ctypes.c_void_p * (n_stream * group))(*(m[g].ctypes.data for m in mass for g in range(group)))
+    n_kv = -(-max(map(len, keys)) // PAGE_SLOTS) * PAGE_SLOTS
+    few = rows <= FEW_ROWS
+    params = _AttnParams(
+        n_head, n_head_kv, n_seqs, n_tokens, n_split if few else 1, n_kv, d_k**-0.5, soft_cap,
+        ctypes.addressof(pointers) if want_mass else None,
+    )  # fmt: skip
+    parts = rows * n_stream * ((d_v + 2) * params.n_split + (n_kv if want_mass else 0))
+    size = pool_k.nbytes + pool_v.nbytes + 2 * q.nbytes + 4 * (parts + rows * n_stream * (2 * d_v + 2) + table.size)
+    graph = _Graph(size)
+    try:
+        args = [graph.tensor(a) for a in (np.asarray(q, np.float32), pool_k, pool_v, table)]
+        if few and (params.n_split > 1 or want_mass):
+            part = graph.custom("kvl_attn_compute", args, params, parts)
+            out = graph.custom("kvl_attn_merge", [part, args[3]], params, d_v, n_head, n_tokens * n_seqs)
+            graph.run(n_threads, out)
+        elif want_mass:
+            out = graph.custom("kvl_attn_compute", args, params, (d_v + 2) * rows * n_stream)
+            graph.run(n_threads, out, graph.custom("kvl_attn_mass", [*args, out], params, 1))
+        else:
+            out = graph.custom("kvl_attn_compute", args, params, d_v, n_head, n_tokens * n_seqs)
+            graph.run(n_threads, out)
+        return graph.read(out, n_tokens * n_seqs, n_head, d_v), mass
+    finally:
+        graph.close()
+
+
+def attend_stock(
+    q: Floats, keys: npt.NDArray[np.float16], values: npt.NDArray[np.float16], *, n_threads: int = 1
+) -> Floats:
+    """llama.cpp's flash attention for one sequence.
+
+    Args:
+        q: ``[n_tokens, n_head, d_k]``, the newest tokens.
+        keys: f16 ``[n_head_kv, n_slots, d_k]``; values: f16 ``[n_head_kv, n_slots, d_v]``.
+        n_threads: threads.
+
+    Returns:
+        ``[n_tokens, n_head, d_v]``.
+    """
+    n_tokens, n_head, d_k = q.shape
+    n_slots, d_v = values.shape[1:]
+    mask = np.zeros((n_tokens, n_slots), np.float16)
+    for t in range(n_tokens):
+        mask[t, n_slots - n_tokens + t + 1 :] = -np.inf
+    graph = _Graph(2 * (q.nbytes + keys.nbytes + values.nbytes + mask.nbytes) + 4 * n_tokens * n_head * d_v)
+    try:
+        args = [graph.tensor(a) for a in (np.asarray(q, np.float32).transpose(1, 0, 2), keys, values, mask)]
+        out = graph.base.ggml_flash_attn_ext(graph.ctx, *args, d_k**-0.5, 0.0, 0.0)
+        graph.base.ggml_flash_attn_ext_set_prec(out, _PREC_F32)
+        graph.run(n_threads, out)
+        return graph.read(out, n_tokens, n_head, d_v)
+    finally:
+        graph.close()
+
+
+def reference(
+    q: Floats,
+    keys: Sequence[npt.NDArray[np.float16]],
+    values: Sequence[npt.NDArray[np.float16]],
+    *,
+    n_seqs: int = 1,
+    soft_cap: float = 0.0,
+    live: Sequence[npt.NDArray[np.bool_]] | None = None,
+) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]]]:
+    """What :func:`attend_pages` computes, in f64 and step by step; also the mass."""
+    n_tokens, n_head_kv = len(q) // n_seqs, len(keys) // n_seqs
+    group = q.shape[1] // n_head_kv
+    cap: Callable[[Any], Any] = (lambda z: soft_cap * np.tanh(z / soft_cap)) if soft_cap else (lambda z: z)
+    out = np.zeros((len(q), q.shape[1], values[0].shape[1]))
+    mass = []
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        s, h = divmod(i, n_head_kv)
+        tokens, heads = slice(s * n_tokens, (s + 1) * n_tokens), slice(h * group, (h + 1) * group)
+        z = cap(
+            np.einsum("tgd,nd->gtn", q[tokens, heads].astype(np.float64), k.astype(np.float64)) * q.shape[2] ** -0.5
+        )
+        seen = np.arange(len(k))[None, :] <= len(k) - n_tokens + np.arange(n_tokens)[:, None]
+        z = np.where(seen if live is None else seen & live[i], z, -np.inf)
+        p = np.exp(z - z.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        out[tokens, heads] = np.einsum("gtn,nd->tgd", p, v.astype(np.float64))
+        mass.append(p.sum(1))
+    return out, mass
