@@ -11,6 +11,7 @@ import click
 from kvlocal.errors import KVError
 
 from . import backend
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .options import GroupedCommand
@@ -92,5 +93,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (run, chat, policies, demo):
+for command in (run, chat, bench, policies, demo):
     main.add_command(command)

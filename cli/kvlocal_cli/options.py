@@ -106,12 +106,20 @@ _THREADS = _stack(
     count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: all cores."),
     count("Model", "-ngl", "--n-gpu-layers", "n_gpu_layers", default=0, minimum=0, help="Layers on the GPU."),
 )
+_CONTEXT = count(
+    "Model", "-c", "--ctx-size", "n_ctx", default=0, minimum=0, help="Context; 0: the model's, if memory allows."
+)
 _BATCH = _stack(
-    count(
-        "Model", "-c", "--ctx-size", "n_ctx", default=0, minimum=0, help="Context; 0: the model's, if memory allows."
-    ),
     count("Model", "-b", "--batch-size", "n_batch", default=2048, minimum=1, help="Tokens per logical batch."),
     count("Model", "-ub", "--ubatch-size", "n_ubatch", default=512, minimum=1, help="Tokens per physical batch."),
+)
+_POLICY_ARG = option(
+    "KV cache",
+    "--policy-arg",
+    "policy_args",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a parameter of the policy; may be repeated.",
 )
 _CACHE = _stack(
     option(
@@ -121,14 +129,7 @@ _CACHE = _stack(
         metavar="NAME",
         help="Which tokens are kept; `kvlocal policies` lists them.",
     ),
-    option(
-        "KV cache",
-        "--policy-arg",
-        "policy_args",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Set a parameter of the policy; may be repeated.",
-    ),
+    _POLICY_ARG,
     option(
         "KV cache",
         "--budget",
@@ -190,7 +191,12 @@ def model_options(command: Callback) -> Callback:
 
 def engine_options(command: Callback) -> Callback:
     """Everything an engine is opened with, gathered into `settings`."""
-    return _stack(_MODEL, _BATCH, _THREADS, _CACHE)(_gather(command))
+    return _stack(_MODEL, _CONTEXT, _BATCH, _THREADS, _CACHE)(_gather(command))
+
+
+def sweep_options(command: Callback) -> Callback:
+    """MODEL, -hf, threads, batches and --policy-arg, gathered into `settings`."""
+    return _stack(_POLICY_ARG, _MODEL, _BATCH, _THREADS)(_gather(command))
 
 
 def sampling_options(command: Callback) -> Callback:

@@ -17,6 +17,7 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -25,6 +26,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from kvlocal.bench import Step
 
 ReportDict = Mapping[str, Any]
 
@@ -78,6 +81,21 @@ class Screen:
         """A bar while a prompt is processed."""
         return PrefillBar(self.console)
 
+    @contextmanager
+    def bench(self) -> Iterator[Callable[[Step], None]]:
+        """What a benchmark is doing: `depth 4,096 · ada-snapkv 25% · prefill 2,048/4,096`."""
+        if not self.console.is_terminal:
+            yield lambda _step: None
+            return
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("")
+
+            def on_step(step: Step) -> None:
+                progress.update(task, description=step_text(step), completed=step.done, total=step.total)
+
+            yield on_step
+
 
 class PrefillBar:
     """Tokens done, tokens per second. Gone before the answer starts: call :meth:`stop` at its first piece."""
@@ -122,6 +140,10 @@ class _TokensColumn(ProgressColumn):
         seconds = max(time.perf_counter() - self._start, 1e-6)
         done, total = int(task.completed), int(task.total or 0)
         return Text(f"{done:,}/{total:,} tokens · {rate(done / seconds)}", "dim")
+
+
+def step_text(step: Step) -> str:
+    return f"depth {step.depth:,} · {step.label} · {step.action} {step.done:,}/{step.total:,}"
 
 
 def out(*renderables: RenderableType) -> None:

@@ -1,0 +1,195 @@
+"""`kvlocal bench`: speed and memory over depth, policy, budget."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from kvlocal.errors import KVError, UsageError
+
+from . import backend
+from .options import GroupedCommand, Settings, count, option, sweep_options
+from .stream import INTERRUPTED, Interrupt
+
+RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
+
+
+class Names(click.ParamType):
+    """`a,b,c` as a tuple; `choices`: what an item may be (anything when empty)."""
+
+    name = "list"
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        items = [item.strip() for item in str(value).split(",")]
+        if not all(items):
+            self.fail(f"'{value}' is not a list: an item is empty.", param, ctx)
+        return tuple(self.item(item, param, ctx) for item in items)
+
+    def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.choices and text not in self.choices:
+            self.fail(f"'{text}' is not one of {', '.join(self.choices)}.", param, ctx)
+        return text
+
+
+class Wholes(Names):
+    """`0,4096` as a tuple of whole numbers."""
+
+    def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        # int() also reads "1_000" and other digits
+        if not (text.isascii() and text.isdecimal()):
+            self.fail(f"'{text}' is not a whole number of at least 0.", param, ctx)
+        return int(text)
+
+
+@click.command(cls=GroupedCommand)
+@option("Sweep", "-d", "--depth", "depths", type=Wholes(), default="0,4096", metavar="N,…", help="Tokens read before.")
+@count("Sweep", "-p", "--n-prompt", default=512, minimum=0, help="Tokens of a prompt batch at each depth; 0: skip.")
+@count("Sweep", "-n", "--n-gen", default=32, minimum=0, help="Tokens to decode at each depth; 0: skip.")
+@count("Sweep", "-r", "--repetitions", default=3, minimum=1, help="Rounds; medians are shown.")
+@option(
+    "KV cache",
+    "--policy",
+    "policies",
+    type=Names(),
+    default="full,ada-snapkv",
+    metavar="NAME,…",
+    help="full: llama.cpp's own cache, the baseline; paged: ours with nothing evicted; else as in `kvlocal policies`.",
+)
+@option(
+    "KV cache",
+    "--budget",
+    "budgets",
+    type=Names(),
+    default="25%",
+    metavar="SIZE,…",
+    help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the depth) or 512MiB.",
+)
+@option("KV cache", "--kv", "storages", type=Names(), default="f16", metavar="TYPE,…", help="How it is stored.")
+@option(
+    "KV cache",
+    "--prefill",
+    "prefills",
+    type=Names("exact", "chunked"),
+    default="exact",
+    metavar="MODE,…",
+    help="exact: evict once, at the depth; chunked: after every chunk on the way there.",
+)
+@count("KV cache", "--chunk", "n_chunk", default=512, minimum=1, help="Tokens per chunk of --prefill chunked.")
+@sweep_options
+@option(
+    "Model",
+    "--random-model",
+    type=click.Choice(RANDOM_MODELS),
+    help="Random weights in the shape of a real model, or of 2 or 4 of its layers, instead of MODEL.",
+)
+@option(
+    "Output", "-o", "--output", "form", type=click.Choice(["md", "json", "csv"]), default="md", help="What is printed."
+)
+@option("Output", "--output-file", type=click.Path(path_type=Path), metavar="FILE", help="Not to standard output.")
+@option("Output", "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too: FILE.svg or FILE.png.")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    settings: Settings,
+    depths: tuple[int, ...],
+    n_prompt: int,
+    n_gen: int,
+    repetitions: int,
+    policies: tuple[str, ...],
+    budgets: tuple[str, ...],
+    storages: tuple[str, ...],
+    prefills: tuple[str, ...],
+    n_chunk: int,
+    random_model: str | None,
+    form: str,
+    output_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure speed and memory by depth, policy, budget.
+
+    MODEL is a GGUF file or hf:USER/REPO[:FILE]; without it, a small default model is used. Options that take a list
+    (N,…) measure every combination, in one process and in turns, so that a machine that slows down does so for all.
+    The text is random: contents do not matter for speed.
+
+    \b
+    kvlocal bench model.gguf -d 0,8192,32768 --budget 1024,25%
+    kvlocal bench --policy full,paged,snapkv,ada-snapkv -o json --output-file speed.json
+    kvlocal bench --random-model llama-1b -d 0,16384 --plot speed.svg
+    kvlocal bench -d 65536 -p 0 --prefill exact,chunked --budget 2048
+    """
+    from .render import Screen
+
+    if random_model is not None and settings.model is not None:
+        raise UsageError(
+            f"two models are named, '{settings.model}' and --random-model {random_model}; give one of them."
+        )
+    if ctx.get_parameter_source("n_chunk") is ParameterSource.COMMANDLINE and "chunked" not in prefills:
+        raise UsageError("--chunk has no effect without --prefill chunked; give both or neither.")
+    config = backend.plan_bench(
+        settings,
+        policies=policies,
+        budgets=budgets,
+        storages=storages,
+        prefills=prefills,
+        depths=depths,
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        repetitions=repetitions,
+        chunk=n_chunk,
+    )
+    for path in filter(None, (output_file, plot)):
+        _check_folder(path)
+    if plot is not None:
+        backend.check_plot(plot)
+    screen = Screen()
+    path = backend.find_model(settings, random_model, screen)
+    with screen.status("Measuring memory bandwidth"):
+        machine = backend.describe_machine(settings.n_threads)
+    rows: list[dict[str, Any]] = []
+    with Interrupt() as interrupt, screen.bench() as show:
+
+        def on_step(step: Any) -> None:
+            interrupt.check()
+            show(step)
+
+        failure: BaseException | None = None
+        try:
+            for row in backend.run_bench(path, config, settings.n_gpu_layers, on_step):
+                rows.append(row)
+        except (KeyboardInterrupt, KVError, MemoryError) as error:
+            failure = error
+    if rows:
+        _write(form, output_file, machine, rows)
+        if plot is not None:
+            backend.write_plot(rows, plot)
+    if isinstance(failure, KeyboardInterrupt):
+        raise click.exceptions.Exit(INTERRUPTED)
+    if failure is not None:
+        raise failure
+
+
+def _check_folder(path: Path) -> None:
+    """Nobody should wait for a measurement to learn that it cannot be written."""
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder '{path.parent}' to write '{path.name}' to.")
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder; name a file.")
+
+
+def _write(form: str, file: Path | None, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from . import bench_output
+
+    text = {"md": bench_output.as_md, "json": bench_output.as_json, "csv": bench_output.as_csv}[form](machine, rows)
+    if file is None:
+        sys.stdout.write(text)
+    else:
+        file.write_text(text, "utf-8")

@@ -1,0 +1,370 @@
+"""Speed and memory by depth, for any number of policies, budgets and prefill modes, taking turns in one process.
+
+Every *variant* has a context of its own over the same weights. They are brought to each depth step by step in turns,
+and every round of the measurement gives each of them its turn, so that a machine that gets slower or faster meanwhile
+does so for all of them alike. The text is random: deterministic token ids without special and control tokens. What the
+tokens are does not matter for speed; which of them a policy then keeps means nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import psutil
+
+from kvlocal.cache import PagedCache
+from kvlocal.context import Context, ContextConfig
+from kvlocal.errors import UsageError
+from kvlocal.evict import evict
+from kvlocal.model import Model
+from kvlocal.sweep import Variant
+
+_SLACK = 64  # tokens of room beyond what is ever decoded
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured.
+
+    Attributes:
+        depths: tokens before what is measured.
+        n_prompt: tokens of the batch whose speed is measured at each depth (0: not measured); n_gen: decoded tokens.
+        repetitions: rounds at each depth.
+        chunk: tokens between two evictions of chunked prefill.
+        n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass, and the steps of exact prefill.
+        n_threads: 0 = all cores.
+    """
+
+    variants: tuple[Variant, ...]
+    depths: tuple[int, ...] = (0, 4096)
+    n_prompt: int = 512
+    n_gen: int = 32
+    repetitions: int = 3
+    chunk: int = 512
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.variants or not self.depths:
+            raise UsageError("There is nothing to measure; give at least one policy and one depth.")
+        lowest = {"depths": 0, "n_prompt": 0, "n_gen": 0, "n_threads": 0}
+        for name in ("depths", "n_prompt", "n_gen", "repetitions", "chunk", "n_batch", "n_ubatch", "n_threads"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number < lowest.get(name, 1):
+                    raise UsageError(f"{name} has {number}; it must be {lowest.get(name, 1)} or more.")
+        if self.n_ctx >= 2**31:
+            raise UsageError(f"A depth of {max(self.depths)} tokens is too large; give fewer than {2**31}.")
+
+    @property
+    def n_text(self) -> int:
+        """Tokens of the text: the deepest measurement ends with it."""
+        return max(self.depths) + max(self.n_prompt, self.n_gen, 1)
+
+    @property
+    def n_ctx(self) -> int:
+        return self.n_text + _SLACK
+
+
+@dataclass(frozen=True)
+class Step:
+    """What goes on: ``done`` of ``total`` tokens (``prefill``) or rounds (``measure``)."""
+
+    depth: int
+    label: str
+    action: Literal["prefill", "measure"]
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant at one depth; bytes, seconds and tokens per second; ``None`` where there was nothing to measure.
+
+    Attributes:
+        prefill_tps: median over the rounds of a batch of ``n_prompt`` tokens at this depth, after everything read so
+            far (of chunked prefill: after what it kept); decode_tps: of ``n_gen`` tokens, one by one, after eviction.
+        prompt_s: reading all ``depth`` tokens, without evictions; prompt_tps: their speed with evictions.
+        evict_s: scores, allocation and moves of the one eviction at this depth (exact) or of all so far (chunked).
+        ttft_s: ``prompt_s``, ``evict_s`` and the median step of decoding.
+        held_mean: tokens held per layer and KV head while decoding; used_bytes: their K and V.
+        peak_bytes: most that the pools held at once to get here. Of ``full``, the share of its tokens: its buffer is
+            allocated once, for the largest depth.
+        full_bytes: what a full f16 cache would take.
+        attention_bytes_per_token: K and V that attention reads for one decoded token, mean over the ``n_gen``.
+    """
+
+    model: str
+    policy: str
+    storage: str
+    budget: str
+    prefill: str
+    depth: int
+    n_prompt: int
+    n_gen: int
+    prefill_tps: float | None
+    prefill_tps_min: float | None
+    prefill_tps_max: float | None
+    decode_tps: float | None
+    decode_tps_min: float | None
+    decode_tps_max: float | None
+    prompt_s: float
+    prompt_tps: float | None
+    ttft_s: float | None
+    evict_s: float | None
+    held_mean: float
+    used_bytes: int
+    peak_bytes: int
+    full_bytes: int
+    attention_bytes_per_token: float | None
+
+
+def random_tokens(model: Model, n: int, seed: int = 0) -> np.ndarray:
+    """Token ids to measure with, int32 ``[n]``: always the same, without control tokens and ends of text."""
+    rng = np.random.default_rng(seed)
+    out = rng.integers(model.n_vocab, size=n, dtype=np.int32)
+    while True:
+        special = [t for t in np.unique(out) if model.llama.llama_vocab_is_control(model.vocab, t) or model.is_end(t)]
+        bad = np.isin(out, special)
+        if not bad.any():
+            return out
+        out[bad] = rng.integers(model.n_vocab, size=int(bad.sum()), dtype=np.int32)
+
+
+def held_bytes(cache: PagedCache, seq: int) -> int:
+    """K and V bytes of the slots that a sequence holds, shared with others or not."""
+    slots = zip(cache.layers, cache.held(seq), strict=True)
+    return sum(int(lengths.sum()) * (layer.d_k + layer.d_v) * 2 for layer, lengths in slots)
+
+
+#
+# the measurement
+#
+
+
+class Lane:
+    """One variant on its way through the depths: its context, and what it took so far.
+
+    Sequence 0 is the text. Exact prefill that evicts does so in a branch, sequence 1, which is decoded from: the text
+    stays whole for the next depth. (Pages shared with it are not given back there, so the release of their memory is
+    not in ``evict_s``.) Whatever is measured is cut off again.
+    """
+
+    def __init__(
+        self, variant: Variant, context: Context, config: BenchConfig, tokens: np.ndarray, clock: Clock
+    ) -> None:
+        self.variant = variant
+        self.context = context
+        self._config = config
+        self._tokens = tokens
+        self._clock = clock
+        self._step = min(config.chunk if variant.chunked else config.n_ubatch, config.n_batch)
+        self._branches = variant.policy.evicts and not variant.chunked
+        self._seq = 1 if self._branches else 0
+        self.pos = 0
+        self.prompt_s = self.evict_s = 0.0
+        self.peak_bytes = 0
+        self._prefill_tps: list[float] = []
+        self._decode_tps: list[float] = []
+
+    def _run(self, begin: int, end: int, seq: int, outputs: Literal["last", "none"]) -> None:
+        """Decode the text from ``begin`` to ``end`` as one batch, and wait for it: accelerators run on their own."""
+        self.context.decode(self._tokens[begin:end], begin, seq, outputs=outputs)
+        self.context.model.llama.llama_synchronize(self.context.handle)
+
+    def _evict(self, seq: int) -> float:
+        """Bring a sequence down to the budget; seconds."""
+        cache, variant = self.context.cache, self.variant
+        assert cache is not None
+        start = self._clock()
+        budget = variant.budget.tokens(self.pos, cache.bytes_per_token, variant.policy.min_budget)
+        evict(cache, seq, variant.policy, budget)
+        return self._clock() - start
+
+    def advance(self, depth: int) -> None:
+        """One step of prefill towards ``depth``."""
+        end = min(self.pos + self._step, depth)
+        start = self._clock()
+        self._run(self.pos, end, 0, "none")
+        self.prompt_s += self._clock() - start
+        self.pos = end
+        if self.variant.chunked:
+            self.evict_s += self._evict(0)
+
+    def arrive(self) -> None:
+        """The text is as long as the depth: note the memory, evict in the branch, forget the last depth's rounds."""
+        cache, stats = self.context.cache, self.context.stats()
+        if cache is None:
+            peak = stats.used_bytes
+        else:
+            peak = stats.peak_bytes if self.variant.chunked else stats.allocated_bytes
+        self.peak_bytes = max(self.peak_bytes, int(peak))
+        if self._branches:
+            self.context.branch(0, 1)
+            self.evict_s = self._evict(1)
+        self._prefill_tps, self._decode_tps = [], []
+        self._used = self._used_end = self._used_bytes()
+
+    def leave(self) -> None:
+        """Back to the text alone, on the way to the next depth."""
+        if self._branches:
+            self.context.truncate(1, 0)
+        if self.context.cache is not None:
+            self.context.cache.reset_peak()
+
+    def warm_up(self) -> None:
+        if self._config.n_gen:
+            self._decode(1)
+        if self._config.n_prompt:
+            self._read(min(self._config.n_prompt, self._step))
+
+    def measure(self) -> None:
+        """One round: decode, then a batch."""
+        if self._config.n_gen:
+            self._decode_tps.append(self._config.n_gen / self._decode(self._config.n_gen))
+        if self._config.n_prompt:
+            self._prefill_tps.append(self._config.n_prompt / self._read(self._config.n_prompt))
+
+    def _decode(self, n: int) -> float:
+        start = self._clock()
+        for pos in range(self.pos, self.pos + n):
+            self._run(pos, pos + 1, self._seq, "last")
+            self.context.logits()
+        seconds = self._clock() - start
+        self._used_end = self._used_bytes()
+        self.context.truncate(self._seq, self.pos)
+        return seconds
+
+    def _read(self, n: int) -> float:
+        start = self._clock()
+        for begin in range(self.pos, self.pos + n, self._config.n_batch):
+            end = min(begin + self._config.n_batch, self.pos + n)
+            self._run(begin, end, 0, "last" if end == self.pos + n else "none")
+        seconds = self._clock() - start
+        self.context.truncate(0, self.pos)
+        return seconds
+
+    def _used_bytes(self) -> int:
+        cache = self.context.cache
+        return int(self.context.stats().used_bytes) if cache is None else held_bytes(cache, self._seq)
+
+    def result(self) -> Result:
+        """What was measured at this depth."""
+        cache, n_gen, depth = self.context.cache, self._config.n_gen, self.pos
+        prefill, decode = _spread(self._prefill_tps), _spread(self._decode_tps)
+        seconds = self.prompt_s + self.evict_s
+        if cache is None:
+            held, full_bytes = float(depth), int(self.context.stats().full_bytes)
+        else:
+            stats = cache.seq_stats(self._seq)
+            held, full_bytes = stats.n_slots / stats.n_heads, int(stats.full_bytes)
+        # the i-th of n tokens attends to i more than were there: on average to (n + 1) / 2n of what all n add
+        grown = (self._used_end - self._used) * (n_gen + 1) / (2 * n_gen) if n_gen else 0.0
+        return Result(
+            model=self.context.model.name,
+            policy=self.variant.name,
+            storage=self.variant.storage,
+            budget=str(self.variant.budget),
+            prefill=self.variant.prefill,
+            depth=depth,
+            n_prompt=self._config.n_prompt,
+            n_gen=n_gen,
+            prefill_tps=prefill[0],
+            prefill_tps_min=prefill[1],
+            prefill_tps_max=prefill[2],
+            decode_tps=decode[0],
+            decode_tps_min=decode[1],
+            decode_tps_max=decode[2],
+            prompt_s=self.prompt_s,
+            prompt_tps=depth / seconds if depth else None,
+            ttft_s=seconds + 1 / decode[0] if depth and decode[0] else None,
+            evict_s=self.evict_s if self.variant.policy.evicts else None,
+            held_mean=held,
+            used_bytes=self._used,
+            peak_bytes=self.peak_bytes,
+            full_bytes=full_bytes,
+            attention_bytes_per_token=self._used + grown if n_gen else None,
+        )
+
+
+def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Median, least, most; ``None`` of nothing."""
+    return (statistics.median(values), min(values), max(values)) if values else (None, None, None)
+
+
+def bench(
+    model: Model,
+    config: BenchConfig,
+    on_step: Callable[[Step], None] = lambda _step: None,
+    *,
+    clock: Clock = time.perf_counter,
+    open_context: Callable[[Model, ContextConfig], Context] = Context,
+) -> Iterator[Result]:
+    """Measure; the results of a depth follow when all variants are through with it, depths ascending.
+
+    ``on_step`` is called between any two steps and may raise to stop; results that came before remain valid.
+
+    Raises:
+        UsageError: the model cannot be served by the paged cache; a budget that cannot be.
+        KVError: no memory, or the computation failed.
+    """
+    if any(variant.paged for variant in config.variants):
+        model.check_paged()
+    tokens = random_tokens(model, config.n_text)
+    with ExitStack() as stack:
+        lanes = [
+            Lane(variant, _open(model, config, variant, open_context, stack), config, tokens, clock)
+            for variant in config.variants
+        ]
+        for depth in sorted(set(config.depths)):
+            while (lane := min(lanes, key=lambda lane: lane.pos)).pos < depth:
+                on_step(Step(depth, lane.variant.label, "prefill", lane.pos, depth))
+                lane.advance(depth)
+            for lane in lanes:
+                on_step(Step(depth, lane.variant.label, "measure", 0, config.repetitions))
+                lane.arrive()
+                lane.warm_up()
+            for done in range(config.repetitions):
+                for lane in lanes:
+                    on_step(Step(depth, lane.variant.label, "measure", done, config.repetitions))
+                    lane.measure()
+            yield from [lane.result() for lane in lanes]
+            for lane in lanes:
+                lane.leave()
+
+
+def _open(
+    model: Model,
+    config: BenchConfig,
+    variant: Variant,
+    open_context: Callable[[Model, ContextConfig], Context],
+    stack: ExitStack,
+) -> Context:
+    """A context with room for the whole text, closed with ``stack``; paged ones have a sequence for the branch."""
+    n_seq_max = 2 if variant.paged else 1
+    context = open_context(
+        model,
+        ContextConfig(
+            n_ctx=config.n_ctx,
+            n_batch=max(config.n_batch, n_seq_max),
+            n_ubatch=config.n_ubatch,
+            n_threads=config.n_threads,
+            n_seq_max=n_seq_max,
+            paged=variant.paged,
+            n_window=variant.policy.n_window,
+        ),
+    )
+    stack.callback(context.close)
+    if context.cache is not None and variant.policy.evicts:
+        memory = psutil.virtual_memory().total
+        variant.budget.check(variant.policy.min_budget, config.n_ctx, context.cache.bytes_per_token, memory)
+    return context

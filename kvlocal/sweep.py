@@ -1,0 +1,93 @@
+"""The variants of a benchmark: every combination of policy, storage, budget and prefill mode."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvlocal.budget import Budget
+from kvlocal.errors import UsageError
+from kvlocal.policies import Policy, make_policy
+from kvlocal.policies.full import Full
+from kvlocal.policies.params import declared_rules
+
+Prefill = Literal["exact", "chunked"]
+
+PAGED = "paged"
+"""A name beside the policies: our cache and kernels with nothing evicted, where ``full`` is llama.cpp's own."""
+
+STORAGES = ("f16",)
+_ALL = Budget.parse("100%")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep a text: ``full`` is llama.cpp's cache, :data:`PAGED` ours; neither has a budget but 100%."""
+
+    name: str
+    policy: Policy
+    budget: Budget
+    storage: str = "f16"
+    prefill: Prefill = "exact"
+
+    @property
+    def paged(self) -> bool:
+        return self.name == PAGED or self.policy.evicts
+
+    @property
+    def chunked(self) -> bool:
+        return self.policy.evicts and self.prefill == "chunked"
+
+    @property
+    def label(self) -> str:
+        """``ada-snapkv 25% chunked``: what tells it from the others."""
+        parts = [self.name, str(self.budget) if self.policy.evicts else "", "chunked" if self.chunked else ""]
+        return " ".join(filter(None, [*parts, self.storage if self.storage != "f16" else ""]))
+
+
+def expand(
+    names: Sequence[str],
+    policy_args: Mapping[str, str],
+    budgets: Sequence[str],
+    storages: Sequence[str] = STORAGES,
+    prefills: Sequence[Prefill] = ("exact",),
+) -> tuple[Variant, ...]:
+    """All combinations, by policy, storage, budget, prefill; what does not evict appears once per storage.
+
+    ``policy_args`` go to the policies that have such a parameter.
+
+    Raises:
+        UsageError: unknown policy, budget or storage; a parameter that no policy has; a budget in tokens below what
+            its policy needs.
+    """
+    for storage in storages:
+        if storage not in STORAGES:
+            raise UsageError(f"There is no storage {storage!r} for the KV cache yet; give {', '.join(STORAGES)}.")
+    parsed = [Budget.parse(text) for text in budgets]
+    out: list[Variant] = []
+    for name, policy in _policies(names, policy_args).items():
+        choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills)
+        for storage, budget, prefill in choices:
+            if policy.evicts and budget.unit == "tokens":
+                budget.tokens(0, 1, policy.min_budget)
+            variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")
+            if variant not in out:
+                out.append(variant)
+    return tuple(out)
+
+
+def _policies(names: Sequence[str], args: Mapping[str, str]) -> dict[str, Policy]:
+    out: dict[str, Policy] = {}
+    unused = set(args)
+    for name in names:
+        if name == PAGED:
+            out[name] = Full()
+            continue
+        rules = declared_rules(type(make_policy(name)))
+        out[name] = make_policy(name, {key: value for key, value in args.items() if key in rules})
+        unused -= rules.keys()
+    if unused:
+        raise UsageError(f"None of the policies {', '.join(out)} has a parameter {min(unused)!r}.")
+    return out

@@ -1,0 +1,177 @@
+"""Contexts that compute nothing: they count slots, advance a clock and write down what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvlocal import bench
+from kvlocal.cache import Layer
+from kvlocal.context import ContextConfig
+
+LAYERS = [Layer(0, 4, 2, 8, 8), Layer(1, 4, 2, 16, 8)]
+HEADS = [(layer, head) for layer in range(2) for head in range(2)]
+TOKEN_BYTES = 2 * 2 * (8 + 8) + 2 * 2 * (16 + 8)  # heads x bytes x (d_k + d_v), of both layers
+EVICT_S = 10.0
+
+
+@dataclass
+class Event:
+    """``what``: decode, branch, evict, truncate; of ``decode``: the tokens' positions and the slots held before."""
+
+    lane: int
+    what: str
+    seq: int
+    begin: int = 0
+    n: int = 0
+    held: int = 0
+    outputs: str = ""
+
+
+@dataclass
+class World:
+    """The clock, the diary and the contexts. A token of lane i takes ``unit(i)`` seconds."""
+
+    unit: Callable[[int], float] = lambda _lane: 1.0
+    now: float = 0.0
+    events: list[Event] = field(default_factory=list)
+    contexts: list[FakeContext] = field(default_factory=list)
+    waited: int = 0
+
+    def clock(self) -> float:
+        return self.now
+
+    def open_context(self, _model: Any, config: ContextConfig) -> Any:
+        self.contexts.append(FakeContext(self, len(self.contexts), config))
+        return self.contexts[-1]
+
+    def of(self, what: str, lane: int | None = None) -> list[Event]:
+        return [event for event in self.events if event.what == what and lane in (None, event.lane)]
+
+    def evict(self, cache: Any, seq: int, _policy: Any, budget: int) -> bool:
+        self.now += EVICT_S
+        cache.context.evict(seq, budget)
+        return True
+
+
+class FakeModel:
+    """Tokens below ``n_special`` are control tokens, the last one ends a text."""
+
+    name = "fake"
+    n_ctx_train = 64
+    vocab = None
+
+    def __init__(self, world: World | None = None, n_vocab: int = 100, n_special: int = 3) -> None:
+        self.n_vocab = n_vocab
+        self.checked = 0
+        self.llama = SimpleNamespace(
+            llama_vocab_is_control=lambda _vocab, token: token < n_special,
+            llama_synchronize=lambda _handle: world and setattr(world, "waited", world.waited + 1),
+        )
+
+    def is_end(self, token: int) -> bool:
+        return token == self.n_vocab - 1
+
+    def check_paged(self) -> None:
+        self.checked += 1
+
+
+class FakeContext:
+    """Holds the positions of every sequence; all heads hold the same, save that a paged one can be evicted."""
+
+    handle = "handle"
+
+    def __init__(self, world: World, lane: int, config: ContextConfig) -> None:
+        self.world, self.lane, self.config = world, lane, config
+        self.model = FakeModel(world)
+        self.slots: list[list[int]] = [[] for _ in range(config.n_seq_max)]
+        self.peak = 0
+        self.closed = False
+        self.cache = FakeCache(self) if config.paged else None
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def allocated(self) -> int:
+        """Bytes; a branch shares what it has in common with sequence 0."""
+        return len(set().union(*map(set, self.slots))) * TOKEN_BYTES
+
+    def note(self, what: str, seq: int, **values: Any) -> None:
+        self.peak = max(self.peak, self.allocated)
+        self.world.events.append(Event(self.lane, what, seq, **values))
+
+    def decode(self, tokens: Sequence[int], pos: int, seq: int = 0, *, outputs: str = "last") -> None:
+        held = self.slots[seq]
+        assert pos == (held[-1] + 1 if held else 0), "a gap between the positions"
+        assert len(tokens) <= self.config.n_batch and pos + len(tokens) <= self.config.n_ctx
+        before = len(held)
+        held.extend(range(pos, pos + len(tokens)))
+        self.world.now += len(tokens) * self.world.unit(self.lane)
+        self.note("decode", seq, begin=pos, n=len(tokens), held=before, outputs=outputs)
+
+    def logits(self, n: int = 1) -> np.ndarray:
+        self.note("logits", 0)
+        return np.zeros((n, 100), np.float32)
+
+    def truncate(self, seq: int, n: int) -> None:
+        self.slots[seq] = [pos for pos in self.slots[seq] if pos < n]
+        self.note("truncate", seq, begin=n)
+
+    def branch(self, src: int, dst: int) -> None:
+        self.slots[dst] = list(self.slots[src])
+        self.note("branch", dst)
+
+    def evict(self, seq: int, budget: int) -> None:
+        held = self.slots[seq]
+        self.note("evict", seq, held=len(held), n=budget)
+        self.slots[seq] = held[max(len(held) - budget, 0) :]
+
+    def stats(self) -> Any:
+        seen = self.slots[0][-1] + 1 if self.slots[0] else 0
+        return SimpleNamespace(
+            used_bytes=len(self.slots[0]) * TOKEN_BYTES,
+            allocated_bytes=self.allocated,
+            peak_bytes=self.peak,
+            full_bytes=seen * TOKEN_BYTES,
+        )
+
+
+class FakeCache:
+    layers = LAYERS
+    bytes_per_token = TOKEN_BYTES
+
+    def __init__(self, context: FakeContext) -> None:
+        self.context = context
+
+    def held(self, seq: int) -> list[np.ndarray]:
+        n = len(self.context.slots[seq])
+        return [np.full(layer.n_head_kv, n, np.int32) for layer in self.layers]
+
+    def seq_stats(self, seq: int) -> Any:
+        slots = self.context.slots[seq]
+        seen = slots[-1] + 1 if slots else 0
+        n_heads = len(HEADS)
+        return SimpleNamespace(n_slots=len(slots) * n_heads, n_heads=n_heads, full_bytes=seen * TOKEN_BYTES)
+
+    def reset_peak(self) -> None:
+        self.context.peak = self.context.allocated
+
+
+def install(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    monkeypatch.setattr(bench, "evict", world.evict)
+
+
+def run(world: World, config: bench.BenchConfig, on_step: Any = lambda _step: None) -> Iterator[bench.Result]:
+    return bench.bench(
+        FakeModel(world),  # type: ignore[arg-type]
+        config,
+        on_step,
+        clock=world.clock,
+        open_context=world.open_context,
+    )
