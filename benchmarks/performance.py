@@ -139,13 +139,13 @@ def mass(path: Path, n_threads: int) -> list[dict[str, Any]]:
             fill(context, tokens, pos, depth)
             pos = depth
             rounds = []
-            for _ in range(9):
+            for _ in range(25):
                 times = []
                 for on in (False, True):
                     context.cache.accumulate_mass(on)
-                    decode_ms(context, tokens, n=2)
-                    times.append(decode_ms(context, tokens))
-                rounds.append((*times, decode_ms(empty, tokens)))
+                    decode_ms(context, tokens, n=1)
+                    times.append(decode_ms(context, tokens, n=8))
+                rounds.append((*times, decode_ms(empty, tokens, n=8)))
             plain, with_mass, base = (float(x) for x in np.median(rounds, axis=0))
             out.append({"depth": depth, "plain_ms": plain, "mass_ms": with_mass, "base_ms": base})
     model.close()
@@ -153,31 +153,30 @@ def mass(path: Path, n_threads: int) -> list[dict[str, Any]]:
 
 
 def linear(path: Path, n_threads: int) -> list[dict[str, Any]]:
-    """Milliseconds per token by slots kept, after nothing or much was evicted."""
+    """Milliseconds per token by slots kept: of a text of that length, and of one of 8192 tokens after eviction.
+
+    Both are branches of the same text and take turns.
+    """
     model = Model(path)
     kept = (256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
     tokens = random_tokens(model, kept[-1])
     policy = make_policy("streaming", {})
-    out = []
+    times: dict[tuple[int, int], list[float]] = {}
     with Context(model, ContextConfig(n_ctx=kept[-1] + 64, n_threads=n_threads, n_seq_max=2)) as context:
         assert context.cache is not None
-        pos = 0
-        for n in kept:
-            fill(context, tokens, pos, n)
-            pos = n
-            decode_ms(context, tokens, n=2)
-            out.append(
-                {"kept": n, "evicted": 0, "ms": float(np.median([decode_ms(context, tokens) for _ in range(5)]))}
-            )
-        for n in kept[:-1]:
-            context.branch(0, 1)
-            evict(context.cache, 1, policy, n)
-            decode_ms(context, tokens, 1, n=2)
-            ms = float(np.median([decode_ms(context, tokens, 1) for _ in range(5)]))
-            out.append({"kept": n, "evicted": kept[-1] - n, "ms": ms})
-            context.truncate(1, 0)
+        fill(context, tokens, 0, kept[-1])
+        for _ in range(7):
+            for n in kept:
+                for evicted in sorted({0, kept[-1] - n}):
+                    context.branch(0, 1)
+                    if evicted:
+                        evict(context.cache, 1, policy, n)
+                    else:
+                        context.truncate(1, n)
+                    decode_ms(context, tokens, 1, n=1)
+                    times.setdefault((n, evicted), []).append(decode_ms(context, tokens, 1, n=8))
     model.close()
-    return out
+    return [{"kept": n, "evicted": gone, "ms": float(np.median(ms))} for (n, gone), ms in sorted(times.items())]
 
 
 def main() -> None:
