@@ -361,6 +361,7 @@ def _open(
             n_seq_max=n_seq_max,
             paged=variant.paged,
             n_window=variant.policy.n_window,
+            mass="mass" in variant.policy.needs,
         ),
     )
     stack.callback(context.close)

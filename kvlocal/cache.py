@@ -45,6 +45,7 @@ class PagedCache:
         self._native = native.load()
         self._lib = self._native.lib
         self._ctx = ctx
+        self._evicted_at: dict[int, int] = {}
         self.layers: list[Layer] = []
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
@@ -115,6 +116,10 @@ class PagedCache:
         """Slots held, per layer int32 ``[n_head_kv]``."""
         return [self.lengths(seq, layer) for layer in range(len(self.layers))]
 
+    def evicted_at(self, seq: int) -> int:
+        """Tokens that a sequence had seen at its last eviction, 0 before the first."""
+        return self._evicted_at.get(seq, 0)
+
     def view(self, seq: int, budget: int, n_window: int) -> CacheView:
         """What a policy sees of a sequence; scores are computed when the policy asks."""
         n_seen = int(self.seq_stats(seq).n_seen)
@@ -127,6 +132,9 @@ class PagedCache:
                 n_seen=n_seen,
                 read_scores=partial(self.window_scores, seq, i) if n_window > 0 else None,
                 n_window=min(n_window, n_seen),
+                read_mass=partial(self.mass, seq, i),
+                read_kv=partial(self.keys_values, seq, i),
+                evicted_at=self.evicted_at(seq),
             )
             for i, layer in enumerate(self.layers)
         ]
@@ -137,10 +145,17 @@ class PagedCache:
     #
 
     def keep(self, seq: int, layer: int, slots: Sequence[np.ndarray]) -> None:
-        """Keep these slot indices of every KV head (ascending) and free the rest."""
+        """Keep these slot indices of every KV head (ascending) and free the rest.
+
+        An eviction ends with :meth:`note_eviction`.
+        """
         counts = np.array([len(s) for s in slots], np.int32)
         flat = np.ascontiguousarray(np.concatenate(slots), np.int32)
         self._check(self._lib.kvl_keep(self._ctx, seq, layer, _ints(counts), _ints(flat)))
+
+    def note_eviction(self, seq: int) -> None:
+        """Remember that a sequence was evicted now; see :meth:`evicted_at`."""
+        self._evicted_at[seq] = int(self.seq_stats(seq).n_seen)
 
     def select(self, seq: int, layer: int, slots: Sequence[np.ndarray] | None) -> None:
         """Let attention see only these slot indices of every KV head (ascending) and what comes later; ``None``: all.
@@ -170,10 +185,12 @@ class PagedCache:
     def branch(self, src: int, dst: int) -> None:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
         self._check(self._lib.kvl_branch(self._ctx, src, dst))
+        self._evicted_at[dst] = self.evicted_at(src)
 
     def truncate(self, seq: int, n: int) -> None:
         """Remove the tokens at positions >= n from every head."""
         self._check(self._lib.kvl_truncate(self._ctx, seq, n))
+        self._evicted_at[seq] = min(self.evicted_at(seq), n)
 
     def set_limit(self, seq: int, n_slots: int) -> None:
         """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""

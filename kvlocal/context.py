@@ -34,6 +34,7 @@ class ContextConfig:
         n_outputs: most positions of one batch whose logits are read.
         paged: our memory, or the stock cache.
         n_window: queries remembered for window scores (paged).
+        mass: accumulate the attention that every slot receives (paged).
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
         type_kv: ``f16`` or ``f32`` storage of the stock cache.
         flash_attn: flash attention over the stock cache.
@@ -48,6 +49,7 @@ class ContextConfig:
     n_outputs: int = 0
     paged: bool = True
     n_window: int = 32
+    mass: bool = False
     n_pool_ctx: int = 0
     type_kv: Literal["f16", "f32"] = "f16"
     flash_attn: bool = True
@@ -84,6 +86,12 @@ class Context:
             if not self.handle:
                 raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
         self.cache = PagedCache(self.handle) if config.paged else None
+        if self.cache is not None and config.mass:
+            try:
+                self.cache.accumulate_mass()
+            except BaseException:
+                self.close()
+                raise
         self._memory = self._llama.llama_get_memory(self.handle)
         self._make_batch(config.n_batch)
 

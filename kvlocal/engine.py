@@ -16,7 +16,7 @@ from kvlocal import native
 from kvlocal.budget import Budget
 from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import KVError, UsageError
-from kvlocal.evict import evict
+from kvlocal.evict import evict, guided_scores
 from kvlocal.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.report import KV, RSS, Budgeted, Report, Timing, Tokens, peak_rss_bytes, rss_bytes
@@ -40,6 +40,8 @@ class EngineConfig:
         prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
             memory stays below budget + chunk whatever the length.
         chunk: tokens per chunk.
+        guide: of a chunked prompt, this many tokens at its end are read after every chunk as if they came next, and
+            their attention decides what that chunk's eviction keeps (0: the chunk's own end does).
         slack: tokens per head a sequence may grow over its budget while decoding before it is evicted again.
         n_seq_max: sequences the cache can hold.
         n_outputs: most positions of a batch whose logits are read (evaluation).
@@ -55,12 +57,13 @@ class EngineConfig:
     n_gpu_layers: int = 0
     prefill: Literal["exact", "chunked"] = "exact"
     chunk: int = 512
+    guide: int = 0
     slack: int = 128
     n_seq_max: int = 1
     n_outputs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_ctx", "n_threads", "n_gpu_layers"):
+        for name in ("n_ctx", "n_threads", "n_gpu_layers", "guide"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         for name in ("n_batch", "n_ubatch", "chunk", "slack", "n_seq_max"):
@@ -71,6 +74,10 @@ class EngineConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be below {2**31}.")
         if self.prefill not in ("exact", "chunked"):
             raise UsageError(f"prefill is {self.prefill!r}; it must be exact or chunked.")
+        if self.guide and self.prefill != "chunked":
+            raise UsageError("A guide has no effect on an exact prefill; give --prefill chunked as well.")
+        if self.guide and "scores" not in self.policy.needs:
+            raise UsageError(f"Policy {self.policy.name} does not look at attention scores, so it cannot be guided.")
 
 
 class Engine:
@@ -101,9 +108,10 @@ class Engine:
         self.n_ctx = config.n_ctx or self.model.n_ctx_train
         if self._chunked:
             budget = int(config.budget.value) if config.budget.unit == "tokens" else self.policy.min_budget
-            if budget + config.chunk > self.n_ctx:
+            if budget + config.chunk + config.guide > self.n_ctx:
+                guide = f" and a guide of {config.guide}" if config.guide else ""
                 raise UsageError(
-                    f"A budget of {budget} tokens and a chunk of {config.chunk} do not fit into a context of "
+                    f"A budget of {budget} tokens and a chunk of {config.chunk}{guide} do not fit into a context of "
                     f"{self.n_ctx}; use a larger context (-c), a smaller --chunk or a smaller budget."
                 )
         self.context = Context(
@@ -117,6 +125,7 @@ class Engine:
                 n_outputs=config.n_outputs,
                 paged=self.policy.evicts,
                 n_window=self.policy.n_window,
+                mass="mass" in self.policy.needs,
             ),
         )
         self.cache = self.context.cache
@@ -185,8 +194,12 @@ class Engine:
 
     def _on_event(self, seq: int, event: int) -> None:
         # what comes next must find room in the cache, whatever the budget allows
-        rooms = {native.EVENT_CHUNK: self.n_ctx - self.config.chunk, native.EVENT_LIMIT: self.n_ctx - self.config.slack}
+        rooms = {native.EVENT_CHUNK: self._chunk_room, native.EVENT_LIMIT: self.n_ctx - self.config.slack}
         self.evict(seq, room=rooms.get(event))
+
+    @property
+    def _chunk_room(self) -> int:
+        return self.n_ctx - self.config.chunk - self.config.guide
 
     def budget_tokens(self, seq: int = 0) -> int:
         """The budget of a sequence now, tokens per head and layer on average."""
@@ -195,8 +208,10 @@ class Engine:
             return n_seen
         return self.config.budget.tokens(n_seen, self.cache.bytes_per_token, self.policy.min_budget)
 
-    def evict(self, seq: int = 0, *, room: int | None = None) -> bool:
+    def evict(self, seq: int = 0, *, room: int | None = None, guide: Sequence[int] = ()) -> bool:
         """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less.
+
+        ``guide``: tokens whose attention decides, as if they came next; they are not kept.
 
         Returns:
             ``False`` if it already holds no more.
@@ -205,11 +220,14 @@ class Engine:
             return False
         start = time.perf_counter()
         budget = self.budget_tokens(seq)
-        self.cache.set_limit(seq, min(budget + self.config.slack, self.n_ctx - 1))
+        self.cache.set_limit(seq, min(self.policy.limit(budget, self.config.slack), self.n_ctx - 1))
         if room is not None:
             budget = min(budget, max(room, self.policy.min_budget))
         rss = rss_bytes()
-        if not evict(self.cache, seq, self.policy, budget):
+        stats = self.cache.seq_stats(seq)
+        due = self.policy.due(stats.n_slots / stats.n_heads, budget)
+        scores = guided_scores(self.context, seq, guide) if guide and due else None
+        if not evict(self.cache, seq, self.policy, budget, scores):
             return False
         if self._rss.before_evict_bytes is None:
             self._rss.before_evict_bytes, self._rss.after_evict_bytes = rss, rss_bytes()
@@ -243,7 +261,13 @@ class Engine:
                 if self.config.prefill == "exact" and not last:
                     event = native.EVENT_NONE
                     self._set_limit(seq, 0)  # an exact prompt is seen whole, whatever the budget
+                guide = tokens[-self.config.guide :] if self._chunked and self.config.guide and not last else ()
+                if guide:
+                    event = native.EVENT_NONE  # the eviction follows below
+                    self._set_limit(seq, 0)
                 self._decode(part, seq, outputs="last" if last else "none", event=event)
+                if guide:
+                    self.evict(seq, room=self._chunk_room, guide=guide)
                 if on_progress:
                     on_progress(i + len(part), len(tokens))
         except BaseException:

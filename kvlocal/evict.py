@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from kvlocal.cache import PagedCache
+from kvlocal.context import Context
 from kvlocal.policies.base import Policy
 
 
-def evict(cache: PagedCache, seq: int, policy: Policy, budget: int) -> bool:
+def evict(cache: PagedCache, seq: int, policy: Policy, budget: int, scores: Sequence[np.ndarray] | None = None) -> bool:
     """Bring a sequence down to ``budget`` tokens per KV head and layer, on average.
 
+    Args:
+        cache: the cache.
+        seq: the sequence.
+        policy: says what stays.
+        budget: tokens per KV head and layer.
+        scores: window scores per layer, float32 ``[n_head, >= longest head]``, in place of those of the sequence's own
+            last queries; see :func:`guided_scores`.
+
     Returns:
-        ``False`` if it already is within the budget, and nothing was done.
+        ``False`` if the policy sees no need, and nothing was done.
     """
     stats = cache.seq_stats(seq)
-    if stats.n_slots <= budget * stats.n_heads:
+    if not policy.due(stats.n_slots / stats.n_heads, budget):
         return False
     view = cache.view(seq, budget, policy.n_window)
+    if scores is not None:
+        for layer, given in zip(view.layers, scores, strict=True):
+            layer.read_scores = lambda given=given: given  # type: ignore[misc]
     budgets = policy.allocate(view)
     for layer, counts in zip(view.layers, budgets, strict=True):
         cache.keep(seq, layer.layer, policy.keep(layer, counts))
         layer.release()
+    cache.note_eviction(seq)
     cache.trim()
     return True
+
+
+def guided_scores(context: Context, seq: int, guide: Sequence[int]) -> list[np.ndarray]:
+    """Window scores as they would be if ``guide`` came next: it is decoded, its attention read, and taken back.
+
+    Returns:
+        Per layer float32 ``[n_head, longest head]``; the attention that goes to the guide itself is cut off.
+    """
+    cache = context.cache
+    assert cache is not None
+    n = context.n_seen(seq)
+    lengths = [int(heads.max()) for heads in cache.held(seq)]
+    try:
+        context.decode(guide, n, seq, outputs="none")
+        return [cache.window_scores(seq, layer)[:, :longest] for layer, longest in enumerate(lengths)]
+    finally:
+        context.truncate(seq, n)

@@ -51,6 +51,7 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
                 n_gpu_layers=settings.n_gpu_layers,
                 prefill=settings.prefill,
                 chunk=settings.chunk,
+                guide=settings.guide,
             )
         )
 

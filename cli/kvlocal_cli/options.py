@@ -34,6 +34,7 @@ class Settings:
     n_gpu_layers: int = 0
     prefill: Literal["exact", "chunked"] = "exact"
     chunk: int = 512
+    guide: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ _CACHE = _stack(
         help="exact: evict once, after the whole prompt; chunked: after every chunk, so that the peak is bounded.",
     ),
     count("KV cache", "--chunk", default=512, minimum=1, help="Tokens per chunk of --prefill chunked."),
+    count(
+        "KV cache",
+        "--guide",
+        default=0,
+        minimum=0,
+        help="With --prefill chunked: the prompt's last N tokens (the question) decide what every chunk leaves.",
+    ),
 )
 _SAMPLING = _stack(
     option("Sampling", "--temp", type=Real(min=0), default=0.8, metavar="T", help="0: always the likeliest."),
@@ -242,6 +250,8 @@ def _gather(command: Callback) -> Callback:
         source = click.get_current_context().get_parameter_source("chunk")
         if source is ParameterSource.COMMANDLINE and values["prefill"] != "chunked":
             raise UsageError("--chunk has no effect without --prefill chunked; give both or neither.")
+        if values.get("guide") and values["prefill"] != "chunked":
+            raise UsageError("--guide has no effect without --prefill chunked; give both or neither.")
         return command(settings=Settings(model=model, policy_args=args, **values), **options)
 
     return gather

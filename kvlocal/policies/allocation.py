@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import UsageError
-from kvlocal.policies.base import CacheView, Policy
+from kvlocal.policies.base import CacheView, LayerView, Policy
 from kvlocal.policies.scoring import top
 
 Ints = npt.NDArray[np.int64]
@@ -35,6 +35,24 @@ def uniform_totals(view: CacheView) -> Ints:
     heads = np.array([layer.n_head_kv for layer in view.layers], dtype=np.int64)
     totals: Ints = np.minimum(heads * view.budget, slots_held(view))
     return totals
+
+
+def uniform_counts(policy: Policy, view: CacheView) -> Ints:
+    """The same number of slots for every head of every layer, where it holds that many, int64 ``[L, H]``.
+
+    Raises:
+        UsageError: the budget leaves no room for what the policy always keeps.
+    """
+    require_budget(policy, view)
+    counts = [spread(int(t), layer.n_slots) for t, layer in zip(uniform_totals(view), view.layers, strict=True)]
+    return np.array(counts, dtype=np.int64)
+
+
+def check_counts(layer: LayerView, counts: Ints, low: Ints | int = 1) -> None:
+    """Raises ``ValueError`` unless every head can keep its count: at least ``low``, at most what it holds."""
+    held = layer.n_slots
+    if np.shape(counts) != held.shape or (counts > held).any() or (counts < np.minimum(low, held)).any():
+        raise ValueError(f"cannot keep {counts} of {held} slots, and at least {low}")
 
 
 def spread(total: int, caps: Ints, start: Ints | None = None) -> Ints:

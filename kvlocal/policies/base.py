@@ -22,9 +22,13 @@ class LayerView:
         n_head_kv: number of KV heads.
         positions: per KV head, int32 ``[n_slots[h]]``: true token positions, ascending.
         n_seen: number of tokens the sequence has seen; the next token gets this position.
+        evicted_at: what ``n_seen`` was at the sequence's last eviction, 0 before the first.
         read_scores: returns float32 ``[n_head, max(n_slots)]``: attention of the last ``n_window`` queries, fp32
             softmax over all slots of the head, mean over the window rows; zero beyond ``n_slots[h]``.
         n_window: number of queries behind ``read_scores`` (at most the ``window`` that the policy asked for).
+        read_mass: returns float32 ``[n_head, max(n_slots)]``: attention that every slot has received from all queries
+            so far, its own included; zero beyond ``n_slots[h]``.
+        read_kv: for a KV head, its keys (after RoPE) ``[n_slots[h], d_k]`` and values ``[n_slots[h], d_v]``, float32.
     """
 
     layer: int
@@ -34,6 +38,9 @@ class LayerView:
     n_seen: int
     read_scores: Callable[[], np.ndarray] | None = None
     n_window: int = 0
+    read_mass: Callable[[], np.ndarray] | None = None
+    read_kv: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    evicted_at: int = 0
     _scores: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -49,6 +56,19 @@ class LayerView:
                 raise ValueError("this view carries no window scores; set `needs = {'scores'}` on the policy")
             self._scores = self.read_scores()
         return self._scores
+
+    @property
+    def mass(self) -> np.ndarray:
+        """Attention received, float32 ``[n_head, max(n_slots)]``."""
+        if self.read_mass is None:
+            raise ValueError("this view carries no attention mass; set `needs = {'mass'}` on the policy")
+        return self.read_mass()
+
+    def keys_values(self, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys ``[n_slots[head], d_k]`` and values ``[n_slots[head], d_v]`` of one KV head, float32."""
+        if self.read_kv is None:
+            raise ValueError("this view carries no keys and values")
+        return self.read_kv(head)
 
     def release(self) -> None:
         """Forget the scores (they are the largest thing a view holds)."""
@@ -75,8 +95,8 @@ class CacheView:
 class Policy:
     """Base of all policies. Subclasses are dataclasses whose fields are their hyper-parameters.
 
-    Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set: ``"scores"``), and
-    ``evicts`` (False only for ``full``).
+    Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set of ``"scores"`` and
+    ``"mass"``), and ``evicts`` (False only for ``full``).
     """
 
     name: ClassVar[str] = ""
@@ -93,6 +113,14 @@ class Policy:
     def n_window(self) -> int:
         """Window queries that the cache must remember for this policy (0: none)."""
         return 0
+
+    def due(self, held: float, budget: int) -> bool:
+        """Whether a sequence that holds so many tokens per head, on average, must be evicted."""
+        return held > budget
+
+    def limit(self, budget: int, slack: int) -> int:
+        """Tokens per head past which a growing sequence is looked at again; ``slack`` is what the engine allows."""
+        return budget + slack
 
     def allocate(self, view: CacheView) -> np.ndarray:
         """Slots to keep, int64 ``[n_layer, n_head_kv]``, window and sinks included, summing to ``L * H * budget``

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,8 +102,22 @@ def prefix_scores(
     scores = pool(np.where(beyond, scores.dtype.type(0 if kind == "avg" else -np.inf), scores), kernel, kind)
     if pool_first:
         scores = reduce_groups(scores, layer.n_head_kv, agg)
+    return competing(scores, where)
+
+
+def competing(scores: Floats, where: Region) -> Floats:
+    """``scores`` ``[H, n]`` with -inf where a slot does not compete."""
+    columns = np.arange(scores.shape[1])
     competes = (columns >= where.start[:, None]) & (columns < where.stop[:, None])
     return np.where(competes, scores, scores.dtype.type(-np.inf))
+
+
+def per_head(layer: LayerView, score: Callable[[int], Floats]) -> Floats:
+    """``score(h)`` ``[n_slots[h]]`` of every KV head as one array ``[H, n]``, zero beyond a head's length."""
+    out = np.zeros((layer.n_head_kv, int(layer.n_slots.max(initial=0))))
+    for h, n in enumerate(layer.n_slots):
+        out[h, :n] = score(h)
+    return out
 
 
 def top(values: Floats, k: int) -> Ints:

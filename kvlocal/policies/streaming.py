@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.allocation import require_budget, spread, uniform_totals
+from kvlocal.policies.allocation import check_counts, uniform_counts
 from kvlocal.policies.base import CacheView, LayerView, Policy
 from kvlocal.policies.params import validate, whole
 from kvlocal.policies.scoring import Ints
@@ -39,15 +39,12 @@ class Streaming(Policy):
         return self.sink + 1
 
     def allocate(self, view: CacheView) -> Ints:
-        require_budget(self, view)
-        counts = [spread(int(t), layer.n_slots) for t, layer in zip(uniform_totals(view), view.layers, strict=True)]
-        return np.array(counts, dtype=np.int64)
+        return uniform_counts(self, view)
 
     def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
+        sinks = np.array([np.searchsorted(positions, self.sink) for positions in layer.positions])
+        check_counts(layer, budgets, sinks + 1)
         kept = []
-        for positions, budget in zip(layer.positions, budgets, strict=True):
-            n, n_sink = len(positions), int(np.searchsorted(positions, self.sink))
-            if not min(n, n_sink + 1) <= budget <= n:
-                raise ValueError(f"cannot keep {budget} of {n} slots, {n_sink} of them sinks")
+        for n, n_sink, budget in zip(layer.n_slots, sinks, budgets, strict=True):
             kept.append(np.r_[0:n_sink, n - (budget - n_sink) : n].astype(np.int64))
         return kept

@@ -22,10 +22,12 @@ from needles import (
 from kvlocal import native
 from kvlocal.engine import Engine
 from kvlocal.errors import KVError, UsageError
+from kvlocal.policies import REGISTRY
+from kvlocal.policies.params import declared_rules
 from kvlocal.sampling import Sampling
 
 SCORING = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
-EVICTING = ["streaming", *SCORING]
+EVICTING = [name for name in REGISTRY if name not in ("full", "buzz")]
 
 
 def assert_bytes_in_order(engine: Engine) -> None:
@@ -98,7 +100,8 @@ def test_the_number_of_threads_does_not_change_the_text(open_engine: OpenEngine)
 @pytest.mark.parametrize("policy", EVICTING)
 def test_the_prompt_ends_within_the_budget(policy: str, budget: str, open_engine: OpenEngine) -> None:
     """The total over all heads is exact, and what the policy promises to keep is there in every head."""
-    args = {"sink": 4} if policy == "streaming" else {"sink": 4, "window": 24}
+    wanted = {"sink": 4, "window": 24, "newest": "keep"}
+    args = {key: value for key, value in wanted.items() if key in declared_rules(REGISTRY[policy])}
     engine = open_engine(policy, budget, args)
     cache = engine.cache
     assert cache is not None
@@ -110,8 +113,8 @@ def test_the_prompt_ends_within_the_budget(policy: str, budget: str, open_engine
     per_head = {"25%": n // 4, "512KiB": 256 - 31}.get(budget) or int(budget)
     assert sum(map(len, held)) == len(held) * per_head
     for positions in held:
-        assert {0, 1, 2, 3} <= set(positions)
-        window = 1 if policy == "streaming" else 24
+        window = int(args.get("window", 1))
+        assert {*range(int(args.get("sink", 0)))} <= set(positions)
         assert {*range(n - window, n)} <= set(positions)
         assert (np.diff(positions) > 0).all() and positions[-1] < n
     assert engine.budget_tokens() == per_head

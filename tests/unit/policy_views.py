@@ -16,7 +16,10 @@ def layer_view(
     n_seen: int | None = None,
     layer: int = 0,
 ) -> LayerView:
-    """A layer with the given window scores ``[n_head, n]``; positions default to ``0 .. n - 1`` in every head."""
+    """A layer with the given window scores (and masses) ``[n_head, n]`` and random keys.
+
+    Positions default to ``0 .. n - 1`` in every head.
+    """
     scores = np.asarray(scores)
     n_head, n = scores.shape
     n_head_kv = n_head_kv or n_head
@@ -24,7 +27,18 @@ def layer_view(
         positions = [np.arange(n, dtype=np.int32)] * n_head_kv
     if n_seen is None:
         n_seen = 1 + max(int(p[-1]) for p in positions)
-    return LayerView(layer, n_head, n_head_kv, positions, n_seen, lambda: scores)
+    rng = np.random.default_rng(layer)
+    keys = [rng.standard_normal((len(p), 4)).astype(np.float32) for p in positions]
+    return LayerView(
+        layer,
+        n_head,
+        n_head_kv,
+        positions,
+        n_seen,
+        lambda: scores,
+        read_mass=lambda: scores,
+        read_kv=lambda h: (keys[h], keys[h]),
+    )
 
 
 def cache_view(budget: int, *layers: LayerView) -> CacheView:

@@ -12,10 +12,13 @@ from policy_views import cache_view, evict, layer_view, random_layer, with_windo
 
 from kvlocal.errors import UsageError
 from kvlocal.policies import REGISTRY, make_policy
+from kvlocal.policies.params import declared_rules
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCORED = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
-EVICTING = ["streaming", *SCORED]
+ALLOCATED = ["observed", "keydiff", "knorm", "random"]
+EVICTING = [name for name in REGISTRY if name not in ("full", "buzz")]
+"""What holds a budget; the size of buzz swings (test_buzz.py)."""
 TWO = [[0.90, 0.03, 0.02, 0.01, 0.02, 0.02], [0.20, 0.18, 0.17, 0.16, 0.15, 0.14]]
 
 
@@ -26,8 +29,17 @@ def kept_of(name: str, args: dict, scores: np.ndarray, budget: int, n_head_kv: i
 
 
 def every_variant(name: str) -> list[dict]:
+    if name in ALLOCATED:
+        return [{"allocation": kind} for kind in ("uniform", "pyramid", "ada", "ada-pyramid")]
+    if name == "tova":
+        return [{"newest": "keep"}]
     base = [{}, {"compat": "kvpress"}] if name in SCORED else [{}]
     return base + ([{"safeguard": "protect"}] if "ada" in name else [])
+
+
+def fitting(policy: str, **args: object) -> dict:
+    """Those of the arguments that the policy has."""
+    return {key: value for key, value in args.items() if key in declared_rules(REGISTRY[policy])}
 
 
 EXACT = [
@@ -162,7 +174,7 @@ def test_full_keeps_everything():
 def check_invariants(policy, view) -> list[list[np.ndarray]]:
     budgets, kept = evict(policy, view)
     assert budgets.dtype == np.int64 and budgets.shape == (view.n_layer, view.layers[0].n_head_kv)
-    sink, window = getattr(policy, "sink", 0), policy.n_window
+    sink, window = getattr(policy, "sink", 0), getattr(policy, "window", 0)
     for layer, counts, slots in zip(view.layers, budgets, kept, strict=True):
         held = layer.n_slots
         assert (counts <= held).all() and (counts >= 1).all()
@@ -178,7 +190,7 @@ def check_totals(policy, view) -> None:
     budgets = policy.allocate(view)
     held = np.array([layer.n_slots.sum() for layer in view.layers])
     share = view.layers[0].n_head_kv * view.budget
-    if "pyramid" in policy.name:
+    if "pyramid" in policy.name or "pyramid" in getattr(policy, "allocation", ""):
         assert budgets.sum() == min(view.n_layer * share, held.sum())
     else:
         assert budgets.sum(axis=1).tolist() == np.minimum(share, held).tolist()
@@ -208,8 +220,7 @@ def draw_cache(cache, budget, *, ragged, window):
 )
 @settings(max_examples=40, deadline=None)
 def test_invariants(name, args, cache, ragged, tail, sink, window, extra, pool):
-    scored = {"window": window, "pool": pool, "kernel": 3} if name in SCORED else {}
-    policy = make_policy(name, {**args, **scored, "sink": sink})
+    policy = make_policy(name, {**args, **fitting(name, window=window, pool=pool, kernel=3, sink=sink)})
     view = draw_cache(cache, policy.min_budget - 1 + extra, ragged=ragged, window=0 if tail else window)
     check_invariants(policy, view)
     check_totals(policy, view)
@@ -230,7 +241,8 @@ def test_invariants_of_upstream_rounding(name, args, cache, ragged, window, extr
 def test_repeated_evictions(name, seed, budget, chunk):
     """Tokens arrive in chunks, as in a long chat: heads become ragged, totals stay exact."""
     rng = np.random.default_rng(seed)
-    policy = make_policy(name, {} if name == "streaming" else {"window": 4, "sink": 2, "kernel": 3})
+    shared = {"window": 4, "kernel": 3, "newest": "keep"} | ({} if name == "streaming" else {"sink": 2})
+    policy = make_policy(name, fitting(name, **shared))
     n_layer, n_head = 3, 2
     held = [[np.arange(0)] * n_head for _ in range(n_layer)]
     n_seen = 0
@@ -295,7 +307,8 @@ def test_permuting_heads_permutes_what_is_kept(seed, order, extra):
 @pytest.mark.parametrize("name", EVICTING)
 def test_nothing_is_read_when_nothing_is_evicted(name):
     view = cache_view(50, layer_view(np.zeros((2, 50))))
-    view.layers[0].read_scores = None
+    layer = view.layers[0]
+    layer.read_scores = layer.read_mass = layer.read_kv = None
     _, kept = evict(make_policy(name), view)
     assert [s.tolist() for s in kept[0]] == [list(range(50))] * 2
 
@@ -303,15 +316,17 @@ def test_nothing_is_read_when_nothing_is_evicted(name):
 @pytest.mark.parametrize("name", EVICTING)
 def test_budget_below_the_minimum_is_refused(name):
     policy = make_policy(name)
-    with pytest.raises(UsageError, match=f"{name} needs a budget of at least {policy.min_budget} .* given 4"):
-        policy.allocate(cache_view(4, layer_view(np.ones((2, 50)))))
+    low = policy.min_budget - 1
+    with pytest.raises(UsageError, match=f"{name} needs a budget of at least {low + 1} .* given {low}"):
+        policy.allocate(cache_view(low, layer_view(np.ones((2, 50)))))
 
 
 @pytest.mark.parametrize("name", EVICTING)
-@pytest.mark.parametrize("budgets", [[51, 40], [2, 40]])
-def test_impossible_counts_are_refused(name, budgets):
-    with pytest.raises(ValueError, match=r"keep|budgets"):
-        make_policy(name).keep(layer_view(np.ones((2, 50))), np.array(budgets))
+def test_impossible_counts_are_refused(name):
+    policy = make_policy(name)
+    for budgets in ([51, 40], [policy.min_budget - 2, 40]):
+        with pytest.raises(ValueError, match=r"keep|budgets"):
+            policy.keep(layer_view(np.ones((2, 50))), np.array(budgets))
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))

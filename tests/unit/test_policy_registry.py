@@ -16,7 +16,18 @@ SCORED = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
 
 
 def test_registry_names():
-    assert list(REGISTRY) == ["full", "streaming", *SCORED]
+    assert list(REGISTRY) == [
+        "full",
+        "streaming",
+        *SCORED,
+        "buzz",
+        "h2o",
+        "tova",
+        "observed",
+        "keydiff",
+        "knorm",
+        "random",
+    ]
     assert all(name == cls.name and make_policy(name) == cls() for name, cls in REGISTRY.items())
 
 
@@ -35,6 +46,16 @@ def test_defaults_of_the_others():
     assert dataclasses.asdict(make_policy("streaming")) == {"sink": 4}
     assert make_policy("streaming").min_budget == 5 and make_policy("streaming").n_window == 0
     assert dataclasses.asdict(make_policy("full")) == {}
+    assert dataclasses.asdict(make_policy("h2o")) == {"recent": 0.5}
+    assert dataclasses.asdict(make_policy("tova")) == {"newest": "free"}
+    shared = {"sink": 0, "alpha": 0.2, "safeguard": "mix", "beta": 20, "allocation": "uniform"}
+    for name in ("observed", "keydiff", "knorm"):
+        assert dataclasses.asdict(make_policy(name)) == {"window": 0, **shared}
+        assert make_policy(name).min_budget == 1 and make_policy(name).n_window == 0
+    assert dataclasses.asdict(make_policy("random")) == {"window": 32, **shared, "seed": 0}
+    assert make_policy("tova").n_window == 1 and make_policy("h2o").n_window == 0
+    needs = {name: set(make_policy(name).needs) for name in REGISTRY}
+    assert [n for n, what in needs.items() if what == {"mass"}] == ["buzz", "h2o", "observed"]
     assert not make_policy("full").evicts
     assert not make_policy("full").needs and not make_policy("streaming").needs
 
@@ -67,8 +88,8 @@ def test_unknown_policy(name, closest):
 
 
 def test_unknown_policy_far_from_all():
-    with pytest.raises(UsageError, match="no policy 'zzzz'; known policies: full, streaming"):
-        make_policy("zzzz")
+    with pytest.raises(UsageError, match="no policy 'qqqq'; known policies: full, streaming"):
+        make_policy("qqqq")
 
 
 def test_unknown_parameter():
