@@ -214,7 +214,7 @@ def page(results: dict[str, Any]) -> str:
     if "eviction" in results:
         text.append(
             f"\n## Eviction\n\nAt the end of a prompt of {results['eviction'][0]['prompt']} tokens on the first model, "
-            "down to 1024 per head; the first line also pays for what is made once:\n"
+            "down to 1024 per head:\n"
         )
         rows = [
             [

@@ -6,6 +6,7 @@ import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -157,7 +158,6 @@ class Engine:
         if self.cache is not None:
             self.cache.reset_peak()
         self.tokens: list[list[int]] = [[] for _ in range(self.config.n_seq_max)]  # position -> token, per sequence
-        self._evicted_at = [0] * self.config.n_seq_max  # below this position slots may be missing
         self.finish_reason: str | None = None
         self._text = ""
         self._n_prompt = self._n_generated = 0
@@ -224,14 +224,11 @@ class Engine:
         if room is not None:
             budget = min(budget, max(room, self.policy.min_budget))
         rss = rss_bytes()
-        stats = self.cache.seq_stats(seq)
-        due = self.policy.due(stats.n_slots / stats.n_heads, budget)
-        scores = guided_scores(self.context, seq, guide) if guide and due else None
-        if not evict(self.cache, seq, self.policy, budget, scores):
+        read_scores = partial(guided_scores, self.context, seq, guide) if guide else None
+        if not evict(self.cache, seq, self.policy, budget, read_scores):
             return False
         if self._rss.before_evict_bytes is None:
             self._rss.before_evict_bytes, self._rss.after_evict_bytes = rss, rss_bytes()
-        self._evicted_at[seq] = self.context.n_seen(seq)
         self._evict_s += time.perf_counter() - start
         return True
 
@@ -284,6 +281,10 @@ class Engine:
         stats = self.cache.seq_stats(seq)
         return int(-(-stats.n_slots // stats.n_heads))
 
+    def _evicted_at(self, seq: int) -> int:
+        """Below this position slots may be missing."""
+        return self.cache.evicted_at(seq) if self.cache is not None else 0
+
     def _make_room(self, n: int, seq: int) -> None:
         """A prompt that is read whole, after what is already there, may need an eviction before it."""
         room = self.n_ctx - n - 1
@@ -331,11 +332,10 @@ class Engine:
 
     def _roll_back(self, seq: int, n: int) -> None:
         """Cut a sequence back to n tokens; one that was evicted since then starts anew on its next use."""
-        if self._evicted_at[seq] > n:
+        if self._evicted_at(seq) > n:
             n = 0
         self.context.truncate(seq, n)
         del self.tokens[seq][n:]
-        self._evicted_at[seq] = min(self._evicted_at[seq], n)
 
     def extend(self, tokens: Sequence[int], *, seq: int = 0, on_progress: Progress | None = None) -> bool:
         """Make a sequence end in exactly ``tokens``, reading only what is new.
@@ -350,7 +350,7 @@ class Engine:
                 break
             common += 1
         common = min(common, len(tokens) - 1)  # the last token must be computed to have logits
-        reread = common < len(have) and common < self._evicted_at[seq]
+        reread = common < len(have) and common < self._evicted_at(seq)
         common = 0 if reread else common
         if common < len(have):
             self._check_prompt(len(tokens) - common, seq, common)

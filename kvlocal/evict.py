@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,7 +11,13 @@ from kvlocal.context import Context
 from kvlocal.policies.base import Policy
 
 
-def evict(cache: PagedCache, seq: int, policy: Policy, budget: int, scores: Sequence[np.ndarray] | None = None) -> bool:
+def evict(
+    cache: PagedCache,
+    seq: int,
+    policy: Policy,
+    budget: int,
+    read_scores: Callable[[], Sequence[np.ndarray]] | None = None,
+) -> bool:
     """Bring a sequence down to ``budget`` tokens per KV head and layer, on average.
 
     Args:
@@ -19,8 +25,8 @@ def evict(cache: PagedCache, seq: int, policy: Policy, budget: int, scores: Sequ
         seq: the sequence.
         policy: says what stays.
         budget: tokens per KV head and layer.
-        scores: window scores per layer, float32 ``[n_head, >= longest head]``, in place of those of the sequence's own
-            last queries; see :func:`guided_scores`.
+        read_scores: called if something is evicted: window scores per layer, float32 ``[n_head, >= longest head]``, in
+            place of those of the sequence's own last queries; see :func:`guided_scores`.
 
     Returns:
         ``False`` if the policy sees no need, and nothing was done.
@@ -28,6 +34,7 @@ def evict(cache: PagedCache, seq: int, policy: Policy, budget: int, scores: Sequ
     stats = cache.seq_stats(seq)
     if not policy.due(stats.n_slots / stats.n_heads, budget):
         return False
+    scores = read_scores() if read_scores else None
     view = cache.view(seq, budget, policy.n_window)
     if scores is not None:
         for layer, given in zip(view.layers, scores, strict=True):

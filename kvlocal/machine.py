@@ -60,7 +60,7 @@ def read_bandwidth(n_threads: int, n_bytes: int = 0) -> float:
     One array, far larger than the caches (512 MiB, or 8 times the last-level cache; at most a quarter of the free
     memory), is filled, so that its pages exist, and cut into one slice per thread. Every thread takes the maximum of
     its slice of int32: a vectorised reduction that releases the interpreter lock and computes less than it loads. The
-    fastest of five passes counts. It comes within some 10 % of a loop in C.
+    fastest of five passes counts.
 
     Args:
         n_threads: at least 1.

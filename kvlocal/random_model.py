@@ -2,8 +2,8 @@
 
     path = random_model("llama-1b")
 
-Blocks are written as they are stored, random bits under a fixed scale, without ever holding the weights as floats: a
-model of a gigabyte takes seconds. The types are those that llama.cpp's quantizer chooses for "Q4_0": Q4_0 for the
+Blocks are written as they are stored, random bits under a fixed scale, without ever holding the weights as floats. The
+types are those that llama.cpp's quantizer chooses for "Q4_0": Q4_0 for the
 matrices, Q6_K for the output matrix (which is the token embedding where both are one), F32 for vectors.
 """
 

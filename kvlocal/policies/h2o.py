@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.allocation import check_counts, uniform_counts
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import real, validate
+from kvlocal.policies.base import LayerView
+from kvlocal.policies.params import real
 from kvlocal.policies.scoring import Ints, top
+from kvlocal.policies.uniform import Uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class H2O(Uniform):
     """Keeps the tokens that received the most attention of all queries so far, and the most recent ones.
 
     Paper: Zhang et al., *H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models*,
@@ -38,20 +38,7 @@ class H2O(Policy):
 
     recent: float = real(0.5, low=0, high=1, help="share of the budget for the most recent tokens")
 
-    def __post_init__(self) -> None:
-        validate(self)
-
-    @property
-    def min_budget(self) -> int:
-        return 1
-
-    def allocate(self, view: CacheView) -> Ints:
-        return uniform_counts(self, view)
-
-    def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
-        check_counts(layer, budgets)
-        if np.array_equal(budgets, layer.n_slots):
-            return [np.arange(n, dtype=np.int64) for n in layer.n_slots]
+    def choose(self, layer: LayerView, budgets: Ints) -> list[Ints]:
         mass = layer.mass.reshape(layer.n_head_kv, -1, layer.mass.shape[-1]).sum(axis=1)
         kept = []
         for acc, n, budget in zip(mass, layer.n_slots, budgets, strict=True):

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.allocation import check_counts, uniform_counts
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import choice, validate
+from kvlocal.policies.base import LayerView
+from kvlocal.policies.params import choice
 from kvlocal.policies.scoring import Floats, Ints, reduce_groups, top
+from kvlocal.policies.uniform import Uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tova(Policy):
+class Tova(Uniform):
     """Keeps the tokens that the last query attends to, the same ones in every head of a layer.
 
     Paper: Oren et al., *Transformers are Multi-State RNNs*, arXiv:2401.06104.
@@ -33,24 +33,11 @@ class Tova(Policy):
 
     newest: str = choice("free", ["free", "keep"], help="whether the newest token always stays")
 
-    def __post_init__(self) -> None:
-        validate(self)
-
-    @property
-    def min_budget(self) -> int:
-        return 1
-
     @property
     def n_window(self) -> int:
         return 1
 
-    def allocate(self, view: CacheView) -> Ints:
-        return uniform_counts(self, view)
-
-    def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
-        check_counts(layer, budgets)
-        if np.array_equal(budgets, layer.n_slots):
-            return [np.arange(n, dtype=np.int64) for n in layer.n_slots]
+    def choose(self, layer: LayerView, budgets: Ints) -> list[Ints]:
         scores: Floats = layer.scores
         alike = all(np.array_equal(p, layer.positions[0]) for p in layer.positions)
         if alike:

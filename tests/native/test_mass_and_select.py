@@ -157,3 +157,20 @@ def test_select_checks_its_slots(open_model: OpenModel, open_context: OpenContex
     paged(context).select(0, 0, [np.array([], int), np.array([0])])
     context.decode([4], 40, 0)
     assert np.isfinite(context.logits()).all()
+
+
+def test_keeping_everything_ends_a_selection(open_model: OpenModel, open_context: OpenContext) -> None:
+    model = open_model("llama", **SHAPE)
+    tokens = random_tokens(model, 61)
+    context = open_context(model, n_seq_max=2)
+    cache = paged(context)
+    context.decode(tokens[:60], 0, 0)
+    cache.branch(0, 1)
+    for layer in range(2):
+        cache.select(0, layer, [np.array([0, 59])] * 2)
+        cache.keep(0, layer, [np.arange(60)] * 2)
+    logits = []
+    for seq in range(2):
+        context.decode(tokens[60:], 60, seq)
+        logits.append(context.logits()[0])
+    np.testing.assert_array_equal(*logits)

@@ -40,16 +40,20 @@ struct kvl_attn_params {
 //     src[3] table i32: n_slots[n_stream], first[n_stream], page[n], live[n] with room for n pages: stream i has
 //                  ceil(n_slots[i]/32) of them from first[i] on; bit j of live: slot j of the page can be seen
 //
-// kvl_attn_compute: up to KVL_ATTN_FEW_ROWS rows, with n_split > 1 or mass:
-//                       dst f32 parts [d_v + 2, n_rows, n_split, n_stream]: unnormalized output, maximum, sum;
-//                       with mass, then logits [n_kv, n_rows, n_stream]
-//                   otherwise dst f32 [d_v, n_head, n_seq_tokens*n_seqs];
-//                       with mass, then maximum and sum [2, n_rows, n_stream]
-// kvl_attn_merge:   src[0] the parts (and logits), src[1] table; dst f32 [d_v, n_head, n_seq_tokens*n_seqs]; adds to
-// the mass kvl_attn_mass:    for more than KVL_ATTN_FEW_ROWS rows: src[4] the result of kvl_attn_compute; dst is not
-// written kvl_attn_scores:  one sequence, live masks ignored. src[4] i32 [n_seq_tokens, n_head_kv]: slots seen, not
-// falling
-//                   from token to token; dst f32 [n_kv, n_head]: softmax over these slots, mean over the tokens, 0 on
+// kvl_attn_compute
+//     up to KVL_ATTN_FEW_ROWS rows, with n_split > 1 or mass: dst f32 parts [d_v + 2, n_rows, n_split, n_stream]
+//     (unnormalized output, maximum, sum); with mass, then logits [n_kv, n_rows, n_stream]
+//     otherwise: dst f32 [d_v, n_head, n_seq_tokens*n_seqs]; with mass, then maximum and sum [2, n_rows, n_stream]
+//
+// kvl_attn_merge
+//     src[0] the parts (and logits), src[1] table; dst f32 [d_v, n_head, n_seq_tokens*n_seqs]; adds to the mass
+//
+// kvl_attn_mass
+//     for more than KVL_ATTN_FEW_ROWS rows: src[4] the result of kvl_attn_compute; dst is not written
+//
+// kvl_attn_scores
+//     one sequence, live masks ignored: src[4] i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the
+//     token before; dst f32 [n_kv, n_head], softmax over these slots, mean over the tokens, 0 beyond
 
 // Rows up to which a stream's pages are split among threads.
 #define KVL_ATTN_FEW_ROWS 24

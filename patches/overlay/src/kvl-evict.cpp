@@ -85,6 +85,7 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
     for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
         kvl_head & head = heads[h];
         const uint32_t n = n_keep[h];
+        std::fill(head.live.begin(), head.live.end(), UINT32_MAX);
         if (n == head.n()) {
             continue;
         }
@@ -122,7 +123,6 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
                 mass[i] = mass[s[i]];
             }
         }
-        std::fill(head.live.begin(), head.live.end(), UINT32_MAX);
         note_peak();
         for (const uint32_t page : replaced) {
             pool.drop(page);

@@ -1,15 +1,12 @@
-// The C API: argument checks, error codes, and the evict hook around llama_decode.
+// The C API: contexts, decoding with the evict hook around it, and what is measured. Slots: kvl-slots.cpp.
 
-#include "kvl.h"
+#include "kvl-api.h"
 
-#include "kvl-scores.h"
 #include "llama-context.h"
-#include "llama-kv-paged.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <set>
 
 #ifdef __GLIBC__
@@ -20,18 +17,20 @@
 #define KVL_LLAMA_COMMIT "unknown"
 #endif
 
+using namespace kvl_api;
+
 static thread_local std::string last_error;
 
 void kvl_set_error(const std::string & what) {
     last_error = what;
 }
 
-static int32_t fail(kvl_status status, const std::string & what) {
+int32_t kvl_api::fail(kvl_status status, const std::string & what) {
     kvl_set_error(what);
     return status;
 }
 
-static llama_kv_paged * memory_of(const llama_context * ctx) {
+llama_kv_paged * kvl_api::memory_of(const llama_context * ctx) {
     auto * kv = ctx ? dynamic_cast<llama_kv_paged *>(ctx->get_memory()) : nullptr;
     if (!kv) {
         kvl_set_error("the context has no paged memory; create it with kvl_init_from_model");
@@ -39,7 +38,7 @@ static llama_kv_paged * memory_of(const llama_context * ctx) {
     return kv;
 }
 
-static llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq) {
+llama_kv_paged * kvl_api::memory_of(const llama_context * ctx, llama_seq_id seq) {
     auto * kv = memory_of(ctx);
     if (kv && !kv->valid_seq(seq)) {
         kvl_set_error("sequence " + std::to_string(seq) +
@@ -49,24 +48,13 @@ static llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq) {
     return kv;
 }
 
-static llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq, int32_t layer) {
+llama_kv_paged * kvl_api::memory_of(const llama_context * ctx, llama_seq_id seq, int32_t layer) {
     auto * kv = memory_of(ctx, seq);
     if (kv && (layer < 0 || size_t(layer) >= kv->layers.size())) {
         kvl_set_error("layer " + std::to_string(layer) + " is not below " + std::to_string(kv->layers.size()));
         return nullptr;
     }
     return kv;
-}
-
-// Runs f and turns an exception (no memory, say) into a status.
-template <typename F> static int32_t guarded(F && f) {
-    try {
-        return f();
-    } catch (const std::bad_alloc &) {
-        return fail(KVL_ERR_MEMORY, "out of memory");
-    } catch (const std::exception & e) {
-        return fail(KVL_ERR_COMPUTE, e.what());
-    }
 }
 
 int32_t kvl_abi_version(void) {
@@ -235,191 +223,8 @@ int32_t kvl_set_limit(llama_context * ctx, llama_seq_id seq, int32_t n_slots) {
 }
 
 //
-// read
+// measure
 //
-
-int32_t kvl_lengths(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out) {
-    const auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !out) {
-        return KVL_ERR_ARGUMENT;
-    }
-    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        *out++ = int32_t(head.n());
-    }
-    return KVL_OK;
-}
-
-int32_t kvl_positions(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out) {
-    const auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !out) {
-        return KVL_ERR_ARGUMENT;
-    }
-    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        out = std::copy(head.pos.begin(), head.pos.end(), out);
-    }
-    return KVL_OK;
-}
-
-int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, float * out, int64_t stride) {
-    auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !out) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        const int64_t t0 = ggml_time_us();
-        ctx->synchronize();
-        const int n_threads = int(ctx->n_threads_batch());
-        const int32_t rc = kvl_compute_window_scores(*kv, seq, uint32_t(layer), n_threads, out, stride);
-        kv->score_us += uint64_t(ggml_time_us() - t0);
-        return rc;
-    });
-}
-
-int32_t kvl_set_mass(llama_context * ctx, int32_t on) {
-    auto * kv = memory_of(ctx);
-    if (!kv) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        return int32_t(kv->set_mass(on != 0) ? KVL_OK : KVL_ERR_UNSUPPORTED);
-    });
-}
-
-// The heads of a layer whose mass fits [n_head][stride], nullptr with the error set.
-static const std::vector<kvl_head> * mass_of(const llama_kv_paged & kv, llama_seq_id seq, int32_t layer,
-                                             int64_t stride) {
-    if (!kv.has_mass()) {
-        kvl_set_error("attention mass is not accumulated; call kvl_set_mass first");
-        return nullptr;
-    }
-    const auto & heads = kv.seqs[seq].heads[layer];
-    for (const kvl_head & head : heads) {
-        if (int64_t(head.n()) > stride) {
-            kvl_set_error("a head holds " + std::to_string(head.n()) + " slots, the array has room for " +
-                          std::to_string(stride));
-            return nullptr;
-        }
-    }
-    return &heads;
-}
-
-int32_t kvl_read_mass(const llama_context * ctx, llama_seq_id seq, int32_t layer, float * out, int64_t stride) {
-    const auto * kv = memory_of(ctx, seq, layer);
-    const auto * heads = kv && out ? mass_of(*kv, seq, layer, stride) : nullptr;
-    if (!heads) {
-        return KVL_ERR_ARGUMENT;
-    }
-    for (const kvl_head & head : *heads) {
-        for (const std::vector<float> & mass : head.mass) {
-            std::fill(std::copy(mass.begin(), mass.end(), out), out + stride, 0.0f);
-            out += stride;
-        }
-    }
-    return KVL_OK;
-}
-
-int32_t kvl_write_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, const float * in, int64_t stride) {
-    auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !in || !mass_of(*kv, seq, layer, stride)) {
-        return KVL_ERR_ARGUMENT;
-    }
-    for (kvl_head & head : kv->seqs[seq].heads[layer]) {
-        for (std::vector<float> & mass : head.mass) {
-            std::copy_n(in, mass.size(), mass.begin());
-            in += stride;
-        }
-    }
-    return KVL_OK;
-}
-
-int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k, float * v) {
-    auto * kv = memory_of(ctx, seq, layer);
-    if (!kv) {
-        return KVL_ERR_ARGUMENT;
-    }
-    if (head < 0 || uint32_t(head) >= kv->layers[layer].n_head_kv) {
-        return fail(KVL_ERR_ARGUMENT, "KV head " + std::to_string(head) + " does not exist");
-    }
-    return guarded([&] {
-        ctx->synchronize();
-        const kvl_pool & pool = *kv->layers[layer].pool;
-        const kvl_head & hd = kv->seqs[seq].heads[layer][head];
-        for (uint32_t i = 0; i < hd.n(); i += KVL_PAGE_SLOTS) {
-            const uint32_t n = std::min<uint32_t>(hd.n() - i, KVL_PAGE_SLOTS);
-            pool.read_rows(hd.row(i), n, k ? k + uint64_t(i) * pool.d_k : nullptr,
-                           v ? v + uint64_t(i) * pool.d_v : nullptr);
-        }
-        return int32_t(KVL_OK);
-    });
-}
-
-int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, float * q) {
-    auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !q) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        ctx->synchronize();
-        const ggml_tensor * t = kv->layers[layer].queries;
-        const std::vector<int32_t> rows = kv->window_rows(seq);
-        for (const int32_t row : rows) {
-            ggml_backend_tensor_get(t, q, t->nb[1] * size_t(row), t->nb[1]);
-            q += t->ne[0];
-        }
-        return int32_t(rows.size());
-    });
-}
-
-//
-// change
-//
-
-int32_t kvl_keep(llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep, const int32_t * slots) {
-    auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !n_keep || !slots) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        const int64_t t0 = ggml_time_us();
-        ctx->synchronize();
-        const bool ok = kv->keep(seq, uint32_t(layer), n_keep, slots);
-        kv->keep_us += uint64_t(ggml_time_us() - t0);
-        return int32_t(ok ? KVL_OK : KVL_ERR_ARGUMENT);
-    });
-}
-
-int32_t kvl_select(llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
-                   const int32_t * slots) {
-    auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || (n_select && !slots)) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        return int32_t(kv->select(seq, uint32_t(layer), n_select, slots) ? KVL_OK : KVL_ERR_ARGUMENT);
-    });
-}
-
-int32_t kvl_branch(llama_context * ctx, llama_seq_id src, llama_seq_id dst) {
-    auto * kv = memory_of(ctx, src);
-    if (!kv || !memory_of(ctx, dst)) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        ctx->synchronize();
-        return int32_t(kv->branch(src, dst) ? KVL_OK : KVL_ERR_ARGUMENT);
-    });
-}
-
-int32_t kvl_truncate(llama_context * ctx, llama_seq_id seq, llama_pos p0) {
-    auto * kv = memory_of(ctx, seq);
-    if (!kv) {
-        return KVL_ERR_ARGUMENT;
-    }
-    return guarded([&] {
-        ctx->synchronize();
-        return int32_t(kv->truncate(seq, p0) ? KVL_OK : KVL_ERR_ARGUMENT);
-    });
-}
 
 // The stock cache takes everything at once; what is in use follows from the tokens it has seen.
 static void stock_stats(const llama_context & ctx, kvl_stats & out) {

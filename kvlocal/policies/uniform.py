@@ -1,0 +1,37 @@
+"""Base of the policies that give every head of every layer the same number of slots and protect none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvlocal.policies.allocation import check_counts, uniform_counts
+from kvlocal.policies.base import CacheView, LayerView, Policy
+from kvlocal.policies.params import validate
+from kvlocal.policies.scoring import Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Policy):
+    """Subclasses define :meth:`choose`."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def min_budget(self) -> int:
+        return 1
+
+    def allocate(self, view: CacheView) -> Ints:
+        return uniform_counts(self, view)
+
+    def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
+        check_counts(layer, budgets)
+        if np.array_equal(budgets, layer.n_slots):
+            return [np.arange(n, dtype=np.int64) for n in layer.n_slots]
+        return self.choose(layer, budgets)
+
+    def choose(self, layer: LayerView, budgets: Ints) -> list[Ints]:
+        """As :meth:`keep`, with counts that are possible and some slot to evict."""
+        raise NotImplementedError

@@ -1,0 +1,33 @@
+// Shared by the C API's files: argument checks and error codes.
+
+#pragma once
+
+#include "kvl.h"
+#include "llama-kv-paged.h"
+
+#include <exception>
+#include <new>
+#include <string>
+
+namespace kvl_api {
+
+// sets the error and returns the status
+int32_t fail(kvl_status status, const std::string & what);
+
+// the paged memory of a context, once its arguments are in range; nullptr with the error set
+llama_kv_paged * memory_of(const llama_context * ctx);
+llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq);
+llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq, int32_t layer);
+
+// Runs f and turns an exception (no memory, say) into a status.
+template <typename F> int32_t guarded(F && f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return fail(KVL_ERR_MEMORY, "out of memory");
+    } catch (const std::exception & e) {
+        return fail(KVL_ERR_COMPUTE, e.what());
+    }
+}
+
+} // namespace kvl_api
