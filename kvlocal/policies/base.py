@@ -29,6 +29,11 @@ class LayerView:
         read_mass: returns float32 ``[n_head, max(n_slots)]``: attention that every slot has received from all queries
             so far, its own included; zero beyond ``n_slots[h]``.
         read_kv: for a KV head, its keys (after RoPE) ``[n_slots[h], d_k]`` and values ``[n_slots[h], d_v]``, float32.
+        read_queries: the last ``n_window`` queries (after RoPE), oldest first, float32 ``[n_window, n_head, d_k]``; they
+            stand at the positions ``n_seen - n_window .. n_seen - 1``.
+        rotate: applies this layer's RoPE to rows ``[n, d_k]`` at the positions int32 ``[n]`` (negative ones turn back;
+            no magnitude is scaled), float32 ``[n, d_k]``.
+        kq_scale: what the attention logits are multiplied with (usually ``1 / sqrt(d_k)``).
     """
 
     layer: int
@@ -40,6 +45,9 @@ class LayerView:
     n_window: int = 0
     read_mass: Callable[[], np.ndarray] | None = None
     read_kv: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    read_queries: Callable[[], np.ndarray] | None = None
+    rotate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    kq_scale: float = 0.0
     evicted_at: int = 0
     _scores: np.ndarray | None = field(default=None, repr=False)
 
