@@ -135,14 +135,14 @@ def mass(path: Path, n_threads: int) -> list[dict[str, Any]]:
         assert context.cache is not None
         pos = 0
         for depth in (2048, 8192):
-            context.cache.accumulate_mass(False)
+            context.cache.accumulate_mass("none")
             fill(context, tokens, pos, depth)
             pos = depth
             rounds = []
             for _ in range(25):
                 times = []
-                for on in (False, True):
-                    context.cache.accumulate_mass(on)
+                for kind in ("none", "sum"):
+                    context.cache.accumulate_mass(kind)
                     decode_ms(context, tokens, n=1)
                     times.append(decode_ms(context, tokens, n=8))
                 rounds.append((*times, decode_ms(empty, tokens, n=8)))

@@ -178,7 +178,8 @@ class Lane:
 
     def _run(self, begin: int, end: int, seq: int, outputs: Literal["last", "none"]) -> None:
         """Decode the text from ``begin`` to ``end`` as one batch, and wait for it: accelerators run on their own."""
-        self.context.decode(self._tokens[begin:end], begin, seq, outputs=outputs)
+        # the sequence's own count: a policy that renumbers has taken positions away
+        self.context.decode(self._tokens[begin:end], self.context.n_seen(seq), seq, outputs=outputs)
         self.context.model.llama.llama_synchronize(self.context.handle)
 
     def _evict(self, seq: int) -> float:
@@ -235,22 +236,24 @@ class Lane:
             self._prefill_tps.append(self._config.n_prompt / self._read(self._config.n_prompt))
 
     def _decode(self, n: int) -> float:
+        n_seen = self.context.n_seen(self._seq)
         start = self._clock()
         for pos in range(self.pos, self.pos + n):
             self._run(pos, pos + 1, self._seq, "last")
             self.context.logits()
         seconds = self._clock() - start
         self._used_end = self._used_bytes()
-        self.context.truncate(self._seq, self.pos)
+        self.context.truncate(self._seq, n_seen)
         return seconds
 
     def _read(self, n: int) -> float:
+        n_seen = self.context.n_seen(0)
         start = self._clock()
         for begin in range(self.pos, self.pos + n, self._config.n_batch):
             end = min(begin + self._config.n_batch, self.pos + n)
             self._run(begin, end, 0, "last" if end == self.pos + n else "none")
         seconds = self._clock() - start
-        self.context.truncate(0, self.pos)
+        self.context.truncate(0, n_seen)
         return seconds
 
     def _used_bytes(self) -> int:
@@ -361,7 +364,7 @@ def _open(
             n_seq_max=n_seq_max,
             paged=variant.paged,
             n_window=variant.policy.n_window,
-            mass="mass" in variant.policy.needs,
+            mass=variant.policy.mass,
         ),
     )
     stack.callback(context.close)

@@ -6,13 +6,18 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from kvlocal import native
 from kvlocal.native import KvlLayerInfo, KvlSeqStats, KvlStats
 from kvlocal.policies.base import CacheView, LayerView
+
+
+MassKind = Literal["none", "sum", "last"]
+MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
+"""In the order of ``kvl_mass``."""
 
 
 def _ints(array: np.ndarray) -> Any:
@@ -25,13 +30,15 @@ def _floats(array: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Layer:
-    """Shape of one attention layer: ``il`` is its index in the model, ``d_k`` and ``d_v`` are per head."""
+    """Shape of one attention layer: ``il`` is its index in the model, ``d_k`` and ``d_v`` are per head; ``kq_scale`` is
+    what its attention logits are multiplied with."""
 
     il: int
     n_head: int
     n_head_kv: int
     d_k: int
     d_v: int
+    kq_scale: float
 
 
 class PagedCache:
@@ -50,7 +57,7 @@ class PagedCache:
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
             self._check(self._lib.kvl_get_layer(ctx, i, ctypes.byref(info)))
-            self.layers.append(Layer(info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v))
+            self.layers.append(Layer(info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale))
 
     def _check(self, status: int) -> int:
         return self._native.check(status)
@@ -87,14 +94,14 @@ class PagedCache:
         self._check(self._lib.kvl_positions(self._ctx, seq, layer, _ints(out)))
         return np.split(out, np.cumsum(lengths)[:-1])
 
-    def window_scores(self, seq: int, layer: int) -> np.ndarray:
-        """Attention of the remembered window queries, float32 ``[n_head, longest head]``; see ``kvl_window_scores``."""
+    def window_scores(self, seq: int, layer: int, n_queries: int = 0) -> np.ndarray:
+        """Mean attention of the last ``n_queries`` remembered queries (0: of all), float32 ``[n_head, longest head]``."""
         out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
-        self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, _floats(out), out.shape[1]))
+        self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, n_queries, _floats(out), out.shape[1]))
         return out
 
     def mass(self, seq: int, layer: int) -> np.ndarray:
-        """Attention that every slot received since :meth:`accumulate_mass`, float32 ``[n_head, longest head]``."""
+        """What every slot received since :meth:`accumulate_mass`, float32 ``[n_head, longest head]``."""
         out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
         self._check(self._lib.kvl_read_mass(self._ctx, seq, layer, _floats(out), out.shape[1]))
         return out
@@ -107,10 +114,20 @@ class PagedCache:
         self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, _floats(k), _floats(v)))
         return k, v
 
-    def queries(self, seq: int, layer: int, n_window: int) -> np.ndarray:
-        """Remembered queries (after RoPE), oldest first, float32 ``[<= n_window, n_head, d_k]``."""
-        out = np.empty((n_window, self.layers[layer].n_head, self.layers[layer].d_k), np.float32)
-        return out[: self._check(self._lib.kvl_read_queries(self._ctx, seq, layer, _floats(out)))]
+    def queries(self, seq: int, layer: int, n_queries: int) -> np.ndarray:
+        """The last remembered queries (after RoPE), oldest first, float32 ``[<= n_queries, n_head, d_k]``."""
+        out = np.empty((n_queries, self.layers[layer].n_head, self.layers[layer].d_k), np.float32)
+        return out[: self._check(self._lib.kvl_read_queries(self._ctx, seq, layer, n_queries, _floats(out)))]
+
+    def rotate(self, layer: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """A layer's RoPE at int32 ``[n]`` positions (negative: back) applied to ``[n, d_k]``; float32, angles only."""
+        out = np.array(rows, np.float32, order="C")
+        if out.shape != (len(positions), self.layers[layer].d_k):
+            raise ValueError(
+                f"rows {out.shape} do not fit {len(positions)} positions of {self.layers[layer].d_k} values"
+            )
+        self._check(self._lib.kvl_rotate(self._ctx, layer, len(out), _floats(out), _ints(np.int32(positions))))
+        return out
 
     def held(self, seq: int) -> list[np.ndarray]:
         """Slots held, per layer int32 ``[n_head_kv]``."""
@@ -130,8 +147,11 @@ class PagedCache:
                 n_head_kv=layer.n_head_kv,
                 positions=self.positions(seq, i),
                 n_seen=n_seen,
-                read_scores=partial(self.window_scores, seq, i) if n_window > 0 else None,
+                read_scores=partial(self.window_scores, seq, i, n_window) if n_window > 0 else None,
                 n_window=min(n_window, n_seen),
+                read_queries=partial(self.queries, seq, i, n_window),
+                rotate=partial(self.rotate, i),
+                kq_scale=layer.kq_scale,
                 read_mass=partial(self.mass, seq, i),
                 read_kv=partial(self.keys_values, seq, i),
                 evicted_at=self.evicted_at(seq),
@@ -169,13 +189,16 @@ class PagedCache:
         flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)
         self._check(self._lib.kvl_select(self._ctx, seq, layer, _ints(counts), _ints(flat)))
 
-    def accumulate_mass(self, on: bool = True) -> None:
-        """Sum up from now on, per query head, the attention that every slot receives; from zero.
+    def accumulate_mass(self, kind: MassKind = "sum") -> None:
+        """Accumulate from now on, per query head, what every slot receives; from zero.
+
+        ``sum``: attention from all queries. ``last``: the position + 1 of the last query that gave the slot at least
+        the mean of what it saw, a probability of 1 / slots seen; 0: none did.
 
         Raises:
             UsageError: the context computes attention without the page kernels.
         """
-        self._check(self._lib.kvl_set_mass(self._ctx, on))
+        self._check(self._lib.kvl_set_mass(self._ctx, MASS_KINDS.index(kind)))
 
     def set_mass(self, seq: int, layer: int, mass: np.ndarray) -> None:
         """Replace the accumulated mass, float32 ``[n_head, >= longest head]``."""
@@ -186,6 +209,14 @@ class PagedCache:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
         self._check(self._lib.kvl_branch(self._ctx, src, dst))
         self._evicted_at[dst] = self.evicted_at(src)
+
+    def roll(self, seq: int) -> None:
+        """Renumber: slot ``i`` of every head gets position ``i``, its key is turned there, the next token comes after.
+
+        All heads must hold the same number of slots. Keys are stored in f16, so each call rounds them once more. An
+        eviction that does this ends with :meth:`note_eviction` too.
+        """
+        self._check(self._lib.kvl_roll(self._ctx, seq))
 
     def truncate(self, seq: int, n: int) -> None:
         """Remove the tokens at positions >= n from every head."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvlocal import native
-from kvlocal.cache import PagedCache
+from kvlocal.cache import MassKind, PagedCache
 from kvlocal.errors import KVError
 from kvlocal.model import Model
 from kvlocal.native import KvlParams, KvlStats
@@ -34,7 +34,7 @@ class ContextConfig:
         n_outputs: most positions of one batch whose logits are read.
         paged: our memory, or the stock cache.
         n_window: queries remembered for window scores (paged).
-        mass: accumulate the attention that every slot receives (paged).
+        mass: what every slot receives is accumulated (paged); see :meth:`PagedCache.accumulate_mass`.
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
         type_kv: ``f16`` or ``f32`` storage of the stock cache.
         flash_attn: flash attention over the stock cache.
@@ -49,7 +49,7 @@ class ContextConfig:
     n_outputs: int = 0
     paged: bool = True
     n_window: int = 32
-    mass: bool = False
+    mass: MassKind = "none"
     n_pool_ctx: int = 0
     type_kv: Literal["f16", "f32"] = "f16"
     flash_attn: bool = True
@@ -86,9 +86,9 @@ class Context:
             if not self.handle:
                 raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
         self.cache = PagedCache(self.handle) if config.paged else None
-        if self.cache is not None and config.mass:
+        if self.cache is not None and config.mass != "none":
             try:
-                self.cache.accumulate_mass()
+                self.cache.accumulate_mass(config.mass)
             except BaseException:
                 self.close()
                 raise

@@ -43,7 +43,8 @@ class EngineConfig:
         chunk: tokens per chunk.
         guide: of a chunked prompt, this many tokens at its end are read after every chunk as if they came next, and
             their attention decides what that chunk's eviction keeps (0: the chunk's own end does).
-        slack: tokens per head a sequence may grow over its budget while decoding before it is evicted again.
+        evict_every: tokens per head that a sequence grows over its budget while decoding until it is evicted again; 1
+            is the papers' exact form.
         n_seq_max: sequences the cache can hold.
         n_outputs: most positions of a batch whose logits are read (evaluation).
     """
@@ -59,7 +60,7 @@ class EngineConfig:
     prefill: Literal["exact", "chunked"] = "exact"
     chunk: int = 512
     guide: int = 0
-    slack: int = 128
+    evict_every: int = 32
     n_seq_max: int = 1
     n_outputs: int = 0
 
@@ -67,10 +68,10 @@ class EngineConfig:
         for name in ("n_ctx", "n_threads", "n_gpu_layers", "guide"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("n_batch", "n_ubatch", "chunk", "slack", "n_seq_max"):
+        for name in ("n_batch", "n_ubatch", "chunk", "evict_every", "n_seq_max"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in ("n_ctx", "n_batch", "n_ubatch", "chunk", "slack"):
+        for name in ("n_ctx", "n_batch", "n_ubatch", "chunk", "evict_every"):
             if getattr(self, name) >= 2**31:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be below {2**31}.")
         if self.prefill not in ("exact", "chunked"):
@@ -126,7 +127,7 @@ class Engine:
                 n_outputs=config.n_outputs,
                 paged=self.policy.evicts,
                 n_window=self.policy.n_window,
-                mass="mass" in self.policy.needs,
+                mass=self.policy.mass,
             ),
         )
         self.cache = self.context.cache
@@ -157,7 +158,8 @@ class Engine:
             self.context.truncate(seq, 0)
         if self.cache is not None:
             self.cache.reset_peak()
-        self.tokens: list[list[int]] = [[] for _ in range(self.config.n_seq_max)]  # position -> token, per sequence
+        self.tokens: list[list[int]] = [[] for _ in range(self.config.n_seq_max)]  # all that was read, per sequence
+        self._rolled = [0] * self.config.n_seq_max  # tokens read minus the next position: what renumbering took away
         self.finish_reason: str | None = None
         self._text = ""
         self._n_prompt = self._n_generated = 0
@@ -171,7 +173,9 @@ class Engine:
 
     @property
     def n_max(self) -> int:
-        """Most tokens a sequence can see: the cache for those that keep everything, positions for the others."""
+        """Most tokens of a sequence: the cache bounds those that keep everything, positions those that do not roll."""
+        if self._bounded and self.policy.rolls:
+            return 2**31 - 1
         return max(self.n_ctx, self.model.n_ctx_train) if self._bounded else self.n_ctx
 
     @property
@@ -194,7 +198,7 @@ class Engine:
 
     def _on_event(self, seq: int, event: int) -> None:
         # what comes next must find room in the cache, whatever the budget allows
-        rooms = {native.EVENT_CHUNK: self._chunk_room, native.EVENT_LIMIT: self.n_ctx - self.config.slack}
+        rooms = {native.EVENT_CHUNK: self._chunk_room, native.EVENT_LIMIT: self.n_ctx - self.config.evict_every}
         self.evict(seq, room=rooms.get(event))
 
     @property
@@ -203,7 +207,7 @@ class Engine:
 
     def budget_tokens(self, seq: int = 0) -> int:
         """The budget of a sequence now, tokens per head and layer on average."""
-        n_seen = self.context.n_seen(seq)
+        n_seen = self.context.n_seen(seq) + self._rolled[seq]
         if self.cache is None or self.config.budget.keeps_all:
             return n_seen
         return self.config.budget.tokens(n_seen, self.cache.bytes_per_token, self.policy.min_budget)
@@ -220,13 +224,16 @@ class Engine:
             return False
         start = time.perf_counter()
         budget = self.budget_tokens(seq)
-        self.cache.set_limit(seq, min(self.policy.limit(budget, self.config.slack), self.n_ctx - 1))
+        self.cache.set_limit(seq, min(self.policy.limit(budget, self.config.evict_every), self.n_ctx - 1))
         if room is not None:
             budget = min(budget, max(room, self.policy.min_budget))
         rss = rss_bytes()
-        read_scores = partial(guided_scores, self.context, seq, guide) if guide else None
+        n_window = self.policy.n_window
+        read_scores = partial(guided_scores, self.context, seq, guide, n_window) if guide else None
+        n_seen = self.context.n_seen(seq)
         if not evict(self.cache, seq, self.policy, budget, read_scores):
             return False
+        self._rolled[seq] += n_seen - self.context.n_seen(seq)
         if self._rss.before_evict_bytes is None:
             self._rss.before_evict_bytes, self._rss.after_evict_bytes = rss, rss_bytes()
         self._evict_s += time.perf_counter() - start
@@ -282,8 +289,8 @@ class Engine:
         return int(-(-stats.n_slots // stats.n_heads))
 
     def _evicted_at(self, seq: int) -> int:
-        """Below this position slots may be missing."""
-        return self.cache.evicted_at(seq) if self.cache is not None else 0
+        """Of the tokens read before this one some may be missing."""
+        return self.cache.evicted_at(seq) + self._rolled[seq] if self.cache is not None else 0
 
     def _make_room(self, n: int, seq: int) -> None:
         """A prompt that is read whole, after what is already there, may need an eviction before it."""
@@ -321,7 +328,7 @@ class Engine:
     def _decode(self, tokens: Sequence[int], seq: int, *, outputs: Literal["last", "none"], event: int) -> None:
         self._hook_errors.clear()
         try:
-            self.context.decode(tokens, len(self.tokens[seq]), seq, outputs=outputs, event=event)
+            self.context.decode(tokens, self.context.n_seen(seq), seq, outputs=outputs, event=event)
         except KVError:
             if self._hook_errors:
                 # the step was computed and is in the cache; only the eviction after it failed
@@ -333,8 +340,8 @@ class Engine:
     def _roll_back(self, seq: int, n: int) -> None:
         """Cut a sequence back to n tokens; one that was evicted since then starts anew on its next use."""
         if self._evicted_at(seq) > n:
-            n = 0
-        self.context.truncate(seq, n)
+            n = self._rolled[seq] = 0
+        self.context.truncate(seq, n - self._rolled[seq])
         del self.tokens[seq][n:]
 
     def extend(self, tokens: Sequence[int], *, seq: int = 0, on_progress: Progress | None = None) -> bool:
@@ -416,6 +423,8 @@ class Engine:
         """What was measured since the start or the last :meth:`reset`; bytes come from the pools themselves."""
         stats = self.context.stats()
         n_seen = len(self.tokens[seq])
+        if self.cache is not None:
+            stats.full_bytes += self.cache.bytes_per_token * sum(self._rolled)
         budget = self.budget_tokens(seq)
         tokens = Tokens(prompt=self._n_prompt, generated=self._n_generated)
         if self.cache is not None:

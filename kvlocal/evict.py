@@ -43,13 +43,17 @@ def evict(
     for layer, counts in zip(view.layers, budgets, strict=True):
         cache.keep(seq, layer.layer, policy.keep(layer, counts))
         layer.release()
+    if policy.rolls:
+        cache.roll(seq)
     cache.note_eviction(seq)
     cache.trim()
     return True
 
 
-def guided_scores(context: Context, seq: int, guide: Sequence[int]) -> list[np.ndarray]:
+def guided_scores(context: Context, seq: int, guide: Sequence[int], n_window: int) -> list[np.ndarray]:
     """Window scores as they would be if ``guide`` came next: it is decoded, its attention read, and taken back.
+
+    ``n_window``: how many of its last queries look.
 
     Returns:
         Per layer float32 ``[n_head, longest head]``; the attention that goes to the guide itself is cut off.
@@ -60,6 +64,6 @@ def guided_scores(context: Context, seq: int, guide: Sequence[int]) -> list[np.n
     lengths = [int(heads.max()) for heads in cache.held(seq)]
     try:
         context.decode(guide, n, seq, outputs="none")
-        return [cache.window_scores(seq, layer)[:, :longest] for layer, longest in enumerate(lengths)]
+        return [cache.window_scores(seq, layer, n_window)[:, :longest] for layer, longest in enumerate(lengths)]
     finally:
         context.truncate(seq, n)

@@ -33,6 +33,7 @@ class _AttnParams(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
         ("mass", ctypes.c_void_p),
+        ("last", ctypes.c_void_p),
     )
 
 

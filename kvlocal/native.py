@@ -20,7 +20,7 @@ from typing import Any
 
 from kvlocal.errors import KVError, UsageError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
 EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
 
@@ -68,7 +68,10 @@ class KvlSeqStats(ctypes.Structure):
 
 
 class KvlLayerInfo(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int32) for name in ("il", "n_head", "n_head_kv", "d_k", "d_v", "on_device"))
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("il", "n_head", "n_head_kv", "d_k", "d_v", "on_device")),
+        ("kq_scale", ctypes.c_float),
+    )
 
 
 EVICT_HOOK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
@@ -128,15 +131,17 @@ def _declare(lib: Any) -> None:
         "kvl_set_limit": (i32, [ptr, i32, i32]),
         "kvl_lengths": (i32, [ptr, i32, i32, ints]),
         "kvl_positions": (i32, [ptr, i32, i32, ints]),
-        "kvl_window_scores": (i32, [ptr, i32, i32, floats, i64]),
+        "kvl_window_scores": (i32, [ptr, i32, i32, i32, floats, i64]),
         "kvl_set_mass": (i32, [ptr, i32]),
         "kvl_read_mass": (i32, [ptr, i32, i32, floats, i64]),
         "kvl_write_mass": (i32, [ptr, i32, i32, floats, i64]),
         "kvl_read_kv": (i32, [ptr, i32, i32, i32, floats, floats]),
-        "kvl_read_queries": (i32, [ptr, i32, i32, floats]),
+        "kvl_read_queries": (i32, [ptr, i32, i32, i32, floats]),
         "kvl_keep": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_select": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_branch": (i32, [ptr, i32, i32]),
+        "kvl_rotate": (i32, [ptr, i32, i32, floats, ints]),
+        "kvl_roll": (i32, [ptr, i32]),
         "kvl_truncate": (i32, [ptr, i32, i32]),
         "kvl_get_stats": (i32, [ptr, ctypes.POINTER(KvlStats)]),
         "kvl_get_seq_stats": (i32, [ptr, i32, ctypes.POINTER(KvlSeqStats)]),

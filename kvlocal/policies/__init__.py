@@ -16,6 +16,7 @@ from kvlocal.policies.ada_pyramid import AdaPyramid
 from kvlocal.policies.ada_snapkv import AdaSnapKV
 from kvlocal.policies.base import CacheView, LayerView, Policy
 from kvlocal.policies.buzz import Buzz
+from kvlocal.policies.corm import Corm
 from kvlocal.policies.full import Full
 from kvlocal.policies.h2o import H2O
 from kvlocal.policies.keydiff import KeyDiff
@@ -33,7 +34,7 @@ REGISTRY: dict[str, type[Policy]] = {
     for cls in (
         *(Full, Streaming),
         *(SnapKV, PyramidKV, AdaSnapKV, AdaPyramid),
-        *(Buzz, H2O, Tova, Observed, KeyDiff, Knorm, Random),
+        *(Buzz, H2O, Tova, Corm, Observed, KeyDiff, Knorm, Random),
     )
 }
 

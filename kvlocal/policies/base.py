@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class LayerView:
             softmax over all slots of the head, mean over the window rows; zero beyond ``n_slots[h]``.
         n_window: number of queries behind ``read_scores`` (at most the ``window`` that the policy asked for).
         read_mass: returns float32 ``[n_head, max(n_slots)]``: attention that every slot has received from all queries
-            so far, its own included; zero beyond ``n_slots[h]``.
+            so far, its own included; zero beyond ``n_slots[h]``. For a policy that needs ``"last"``: the position + 1
+            of the last query that gave the slot at least 1 / (slots that the query saw), 0 if none did.
         read_kv: for a KV head, its keys (after RoPE) ``[n_slots[h], d_k]`` and values ``[n_slots[h], d_v]``, float32.
         read_queries: the last ``n_window`` queries (after RoPE), oldest first, float32 ``[n_window, n_head, d_k]``; they
             stand at the positions ``n_seen - n_window .. n_seen - 1``.
@@ -67,9 +68,9 @@ class LayerView:
 
     @property
     def mass(self) -> np.ndarray:
-        """Attention received, float32 ``[n_head, max(n_slots)]``."""
+        """What the slots received, float32 ``[n_head, max(n_slots)]``; see ``read_mass``."""
         if self.read_mass is None:
-            raise ValueError("this view carries no attention mass; set `needs = {'mass'}` on the policy")
+            raise ValueError("this view carries no attention mass; set `needs = {'mass'}` (or 'last') on the policy")
         return self.read_mass()
 
     def keys_values(self, head: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,8 +104,9 @@ class CacheView:
 class Policy:
     """Base of all policies. Subclasses are dataclasses whose fields are their hyper-parameters.
 
-    Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set of ``"scores"`` and
-    ``"mass"``), and ``evicts`` (False only for ``full``).
+    Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set of ``"scores"``,
+    ``"queries"``, and ``"mass"`` or ``"last"``: what the cache must gather for it), and ``evicts`` (False only for
+    ``full``).
     """
 
     name: ClassVar[str] = ""
@@ -118,6 +120,11 @@ class Policy:
         raise NotImplementedError
 
     @property
+    def mass(self) -> Literal["none", "sum", "last"]:
+        """What the cache accumulates for this policy."""
+        return "sum" if "mass" in self.needs else "last" if "last" in self.needs else "none"
+
+    @property
     def n_window(self) -> int:
         """Window queries that the cache must remember for this policy (0: none)."""
         return 0
@@ -126,9 +133,14 @@ class Policy:
         """Whether a sequence that holds so many tokens per head, on average, must be evicted."""
         return held > budget
 
-    def limit(self, budget: int, slack: int) -> int:
-        """Tokens per head past which a growing sequence is looked at again; ``slack`` is what the engine allows."""
-        return budget + slack
+    def limit(self, budget: int, evict_every: int) -> int:
+        """Tokens per head past which a growing sequence is looked at again, to evict every so many tokens."""
+        return budget + evict_every - 1
+
+    @property
+    def rolls(self) -> bool:
+        """Whether an eviction renumbers what stays by its place in the cache (all heads must then keep as many)."""
+        return False
 
     def allocate(self, view: CacheView) -> np.ndarray:
         """Slots to keep, int64 ``[n_layer, n_head_kv]``, window and sinks included, summing to ``L * H * budget``

@@ -50,10 +50,15 @@ class Buzz(Policy):
     stride: int = whole(5, low=3, help="fresh tokens of which one is kept")
     threshold: int = whole(0, low=0, help="tokens between sinks and window that start an eviction; 0: by the budget")
     old: str = choice("stride", ["stride", "localmax"], help="which of the older tokens stay")
+    positions: str = choice("true", ["true", "rolled"], help="whether an eviction renumbers the tokens that stay")
     prefill_fit: str = choice("no", ["no", "yes"], help="bring a long prompt to the steady size at once")
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def rolls(self) -> bool:
+        return self.positions == "rolled"
 
     @property
     def min_budget(self) -> int:
@@ -81,7 +86,7 @@ class Buzz(Policy):
         """Most slots per head after a step."""
         return self.sink + self.window + self.middle(budget)
 
-    def limit(self, budget: int, slack: int) -> int:
+    def limit(self, budget: int, evict_every: int) -> int:
         return self.peak(budget)
 
     def due(self, held: float, budget: int) -> bool:

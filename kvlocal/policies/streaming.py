@@ -9,7 +9,7 @@ import numpy as np
 
 from kvlocal.policies.allocation import check_counts, uniform_counts
 from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import validate, whole
+from kvlocal.policies.params import choice, validate, whole
 from kvlocal.policies.scoring import Ints
 
 
@@ -21,18 +21,24 @@ class Streaming(Policy):
 
     Formula: with budget ``M``, a head keeps its slots at positions ``< sink`` and its ``M - sink`` newest slots.
     Shapes: reads nothing but the positions, so it works with any kernel and costs nothing.
-    Limits: the middle of a long prompt is lost. Tokens keep their true positions (and rotations), where the paper
-    renumbers them by their place in the cache; a text much longer than the model's training length therefore
-    still runs into the model's position limit.
+    Limits: the middle of a long prompt is lost. With ``positions=true`` tokens keep their positions and rotations, and a
+    text longer than the model's training length runs into its position limit; ``positions=rolled`` renumbers them at
+    every eviction by their place in the cache, as the paper does, and goes on for ever. Keys are then turned, and
+    rounded to f16, once per eviction.
     """
 
     name: ClassVar[str] = "streaming"
     paper: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
 
     sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always kept")
+    positions: str = choice("true", ["true", "rolled"], help="whether an eviction renumbers the tokens that stay")
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def rolls(self) -> bool:
+        return self.positions == "rolled"
 
     @property
     def min_budget(self) -> int:

@@ -178,7 +178,7 @@ def test_turns_beyond_the_budget_are_not_read_again_either(open_engine: OpenEngi
             ask(chat, fact.question)
             assert len(seen) - before < 80
             assert not chat.reread
-            assert engine.report().tokens.held_mean <= 280 + engine.config.slack
+            assert engine.report().tokens.held_mean <= 280 + engine.config.evict_every
         assert seen == engine.tokens[0]
     assert engine.context.n_seen(0) == len(engine.tokens[0])
 
@@ -249,4 +249,4 @@ def test_an_interrupted_question_that_had_evicted_is_read_again(open_engine: Ope
     with decoded(engine) as seen:
         ask(chat, MILL.question)
     assert seen == engine.tokens[0] == engine.chat_tokens(chat.messages)[: len(seen)]
-    assert engine.report().tokens.held_mean <= 280 + engine.config.slack
+    assert engine.report().tokens.held_mean <= 280 + engine.config.evict_every

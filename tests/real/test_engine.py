@@ -125,8 +125,8 @@ def test_the_prompt_ends_within_the_budget(policy: str, budget: str, open_engine
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_memory_stays_bounded_in_a_long_answer(policy: str, open_engine: OpenEngine) -> None:
-    budget, slack, n_answer = 96, 32, 400
-    engine = open_engine(policy, str(budget), slack=slack)
+    budget, every, n_answer = 96, 33, 400
+    engine = open_engine(policy, str(budget), evict_every=every)
     cache = engine.cache
     assert cache is not None
     engine.prefill(engine.tokenize(FILLER * 8))
@@ -135,19 +135,19 @@ def test_memory_stays_bounded_in_a_long_answer(policy: str, open_engine: OpenEng
     for _ in engine.generate(n_answer, GREEDY):
         stats = cache.seq_stats(0)
         held.append(stats.n_slots / stats.n_heads)
-        assert engine.context.stats().allocated_bytes <= (budget + slack + 32) * cache.bytes_per_token
+        assert engine.context.stats().allocated_bytes <= (budget + every + 31) * cache.bytes_per_token
     assert engine.finish_reason == "length", "the model ended its answer: choose a text that it continues for longer"
-    assert max(held) <= budget + slack
+    assert max(held) <= budget + every - 1
     # back to the budget each time, not a little at a time; all layers are evicted together
     n_times, rest = divmod(engine.context.stats().n_evict - at_start, len(cache.layers))
-    assert n_times == n_answer // (slack + 1) and rest == 0
+    assert n_times == n_answer // every and rest == 0
     assert min(held) == budget
     assert engine.context.n_seen(0) == len(engine.tokens[0])
 
 
 def test_a_growing_share_is_a_growing_budget(open_engine: OpenEngine) -> None:
     """25 % are a quarter of what was seen so far, not of the prompt."""
-    engine = open_engine(budget="25%", slack=16)
+    engine = open_engine(budget="25%", evict_every=17)
     assert engine.cache is not None
     engine.prefill(engine.tokenize(FILLER * 6))
     n = len(engine.tokens[0])
@@ -193,7 +193,7 @@ def test_a_long_text_in_chunks_takes_twice_the_budget_at_most(open_engine: OpenE
 
 def test_an_exact_prompt_is_held_whole_once(open_engine: OpenEngine) -> None:
     """Across several passes, and also where the limit of an earlier turn would have cut it."""
-    engine = open_engine(budget="64", n_ubatch=128, slack=8)
+    engine = open_engine(budget="64", n_ubatch=128, evict_every=9)
     cache = engine.cache
     assert cache is not None
     engine.prefill(engine.tokenize(FILLER * 3))
@@ -286,7 +286,7 @@ def test_a_failing_eviction_is_an_error_and_not_a_crash(
 def test_an_eviction_that_fails_in_an_answer_keeps_the_books(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = open_engine(budget="64", slack=8)
+    engine = open_engine(budget="64", evict_every=9)
     engine.prefill(engine.tokenize(FILLER * 4))
 
     def fail(seq: int, *, room: int | None = None) -> bool:
@@ -369,7 +369,7 @@ def test_nothing_is_in_use_after_a_reset(policy: str, open_engine: OpenEngine) -
 
 def test_the_hook_reports_why_it_was_called(open_engine: OpenEngine) -> None:
     """End of a chunk, end of the prompt, and past the limit while decoding."""
-    engine = open_engine("streaming", "64", prefill="chunked", chunk=128, slack=10)
+    engine = open_engine("streaming", "64", prefill="chunked", chunk=128, evict_every=11)
     events: list[int] = []
 
     def on_event(seq: int, event: int) -> None:

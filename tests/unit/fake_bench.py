@@ -14,7 +14,7 @@ from kvlocal import bench
 from kvlocal.cache import Layer
 from kvlocal.context import ContextConfig
 
-LAYERS = [Layer(0, 4, 2, 8, 8), Layer(1, 4, 2, 16, 8)]
+LAYERS = [Layer(0, 4, 2, 8, 8, 1.0), Layer(1, 4, 2, 16, 8, 1.0)]
 HEADS = [(layer, head) for layer in range(2) for head in range(2)]
 TOKEN_BYTES = 2 * 2 * (8 + 8) + 2 * 2 * (16 + 8)  # heads x bytes x (d_k + d_v), of both layers
 EVICT_S = 10.0
@@ -114,6 +114,9 @@ class FakeContext:
         held.extend(range(pos, pos + len(tokens)))
         self.world.now += len(tokens) * self.world.unit(self.lane)
         self.note("decode", seq, begin=pos, n=len(tokens), held=before, outputs=outputs)
+
+    def n_seen(self, seq: int) -> int:
+        return self.slots[seq][-1] + 1 if self.slots[seq] else 0
 
     def logits(self, n: int = 1) -> np.ndarray:
         self.note("logits", 0)

@@ -23,6 +23,7 @@ def test_registry_names():
         "buzz",
         "h2o",
         "tova",
+        "corm",
         "observed",
         "keydiff",
         "knorm",
@@ -43,7 +44,7 @@ def test_defaults_of_scored_policies(name):
 
 
 def test_defaults_of_the_others():
-    assert dataclasses.asdict(make_policy("streaming")) == {"sink": 4}
+    assert dataclasses.asdict(make_policy("streaming")) == {"sink": 4, "positions": "true"}
     assert make_policy("streaming").min_budget == 5 and make_policy("streaming").n_window == 0
     assert dataclasses.asdict(make_policy("full")) == {}
     assert dataclasses.asdict(make_policy("h2o")) == {"recent": 0.5}
@@ -148,7 +149,7 @@ def test_describe_has_a_row_per_policy():
     assert list(rows) == list(REGISTRY)
     assert all(row.summary.endswith(".") and "\n" not in row.summary for row in rows.values())
     assert all(row.paper or row.name == "full" for row in rows.values())
-    assert [(p.name, p.default) for p in rows["streaming"].parameters] == [("sink", 4)]
+    assert [(p.name, p.default) for p in rows["streaming"].parameters] == [("sink", 4), ("positions", "true")]
     assert rows["full"].parameters == ()
     for row in rows.values():
         for p in row.parameters:

@@ -13,6 +13,22 @@ namespace kvl {
 
 constexpr int PAGE = 32;
 
+// How many of the first n slots are live.
+inline int n_live(const int32_t * live, int n) {
+    int count = 0;
+    for (int i = 0; i * PAGE < n; i++) {
+        const int left = n - i * PAGE;
+        const uint32_t bits = uint32_t(live[i]) & (left < PAGE ? (1u << left) - 1 : UINT32_MAX);
+        count += __builtin_popcount(bits);
+    }
+    return count;
+}
+
+// Smallest logit of a row that is a probability of at least 1 / n, from its maximum and sum.
+inline float mean_logit(float m, float l, int n) {
+    return m + logf(l) - logf(float(n));
+}
+
 // The operator's tensors and shape, decoded once per thread and call.
 struct attn {
     const kvl_attn_params & p;
@@ -47,6 +63,8 @@ struct attn {
     }
     // slots that a row sees: indices below this
     int visible(int stream, int r) const { return n_slots(stream) - p.n_seq_tokens + r / group + 1; }
+    // how many of the first n slots are live
+    int n_live(int stream, int n) const { return kvl::n_live(live(stream), n); }
 };
 
 // Work item of a thread by cost: items [first, last) of those whose costs are summed up.
@@ -140,5 +158,7 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, f
 
 // to[j] += exp(logits[j] - m) * scale
 void add_weights(const float * logits, int n, float m, float scale, float * to);
+// to[j] = value where logits[j] >= least
+void note_weights(const float * logits, int n, float least, float value, float * to);
 
 } // namespace kvl

@@ -30,7 +30,32 @@ void add_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int 
     }
 }
 
+// to[j] = number of the last row whose logit is at least t.m, first + row, for slots [slot0, slot1)
+void note_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int slot1, int first,
+               float * to) {
+    slot1 = std::min(slot1, t.visible[rows.n - 1]);
+    for (; slot0 < slot1; slot0 += BLOCK) {
+        const int n = std::min(BLOCK, slot1 - slot0);
+        tile_logits(a, t, stream, rows, slot0, n, true);
+        for (int j = 0; j < n; j++) {
+            int last = -1;
+            for (int r = 0; r < rows.n; r++) {
+                last = t.s[j * TILE + r] >= t.m[r] ? r : last;
+            }
+            if (last >= 0) {
+                to[slot0 + j] = float(first + last);
+            }
+        }
+    }
+}
+
 } // namespace
+
+void note_weights(const float * logits, int n, float least, float value, float * to) {
+    for (int j = 0; j < n; j++) {
+        to[j] = logits[j] >= least ? value : to[j];
+    }
+}
 
 void add_weights(const float * logits, int n, float m, float scale, float * to) {
     int j = 0;
@@ -70,10 +95,15 @@ extern "C" void kvl_attn_mass(ggml_tensor * dst, int ith, int nth, void * userda
                 std::fill_n(t.m, TILE, 0.0f);
                 for (int r = 0; r < rows.n; r++) {
                     const float * stat = stats + 2 * (int64_t(stream) * a.n_rows + rows.first + r * rows.step);
-                    t.m[r] = stat[0];
+                    t.m[r] = a.p.last ? mean_logit(stat[0], stat[1], a.n_live(stream, t.visible[r])) : stat[0];
                     t.l[r] = 1.0f / stat[1];
                 }
-                add_mass(a, t, stream, rows, slot0, slot1, true, a.p.mass[stream * a.group + g]);
+                float * to = a.p.mass[stream * a.group + g];
+                if (a.p.last) {
+                    note_mass(a, t, stream, rows, slot0, slot1, a.p.last[stream / a.p.n_head_kv] + t0, to);
+                } else {
+                    add_mass(a, t, stream, rows, slot0, slot1, true, to);
+                }
             }
         });
 }

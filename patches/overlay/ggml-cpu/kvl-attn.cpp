@@ -73,6 +73,7 @@ extern "C" void kvl_attn_merge(ggml_tensor * dst, int ith, int nth, void * userd
     const int d_v = int(dst->ne[0]);
     const float * parts = static_cast<const float *>(dst->src[0]->data);
     const int32_t * n_slots = static_cast<const int32_t *>(dst->src[1]->data);
+    const int32_t * live = n_slots + 2 * n_stream + (dst->src[1]->ne[0] - 2 * n_stream) / 2;
     const float * logits = parts + int64_t(n_stream) * p.n_split * n_rows * (d_v + 2);
     const int64_t stride = int64_t(n_rows) * (d_v + 2);
     // maximum and sum over the parts of a row
@@ -112,7 +113,15 @@ extern "C" void kvl_attn_merge(ggml_tensor * dst, int ith, int nth, void * userd
         for (int r = i % group; r < n_rows; r += group) {
             float m, l;
             total(parts + stream * p.n_split * stride + int64_t(r) * (d_v + 2), m, l);
-            kvl::add_weights(logits + (int64_t(stream) * n_rows + r) * p.n_kv, n_slots[stream], m, 1.0f / l, p.mass[i]);
+            const float * row = logits + (int64_t(stream) * n_rows + r) * p.n_kv;
+            if (!p.last) {
+                kvl::add_weights(row, n_slots[stream], m, 1.0f / l, p.mass[i]);
+                continue;
+            }
+            const int t = r / group;
+            const int n = kvl::n_live(live + n_slots[n_stream + stream], n_slots[stream] - p.n_seq_tokens + t + 1);
+            kvl::note_weights(row, n_slots[stream], kvl::mean_logit(m, l, n), float(p.last[stream / p.n_head_kv] + t),
+                              p.mass[i]);
         }
     }
 }

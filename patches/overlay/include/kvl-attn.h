@@ -28,6 +28,9 @@ struct kvl_attn_params {
     float soft_cap; // 0: none
     // attention mass per stream and query head of its group, f32 [n_slots]: added to. NULL: not asked for
     float * const * mass;
+    // NULL: the mass is a sum. Else each slot keeps the number of the last query that gave it at least the mean of what
+    // the query saw (a probability of 1 / slots seen): last[s] for the first new token of sequence s, counting on
+    const int32_t * last;
 };
 
 // Streams are (sequence s, KV head h) pairs, stream s*n_head_kv + h; group = n_head / n_head_kv; a row is a (token,

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 2
+#define KVL_ABI_VERSION 3
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -31,6 +31,13 @@ typedef enum kvl_event {
     KVL_EVENT_PROMPT = 2, // end of the prompt
     KVL_EVENT_LIMIT = 3,  // a sequence has passed its limit
 } kvl_event;
+
+// What is accumulated per query head and slot.
+typedef enum kvl_mass {
+    KVL_MASS_NONE = 0,
+    KVL_MASS_SUM = 1,  // attention received, summed over all queries
+    KVL_MASS_LAST = 2, // position + 1 of the last query that gave it at least 1 / (slots that the query saw), 0: none
+} kvl_mass;
 
 typedef struct kvl_params {
     int32_t n_window;    // queries remembered per layer and sequence for window scores (0: none)
@@ -68,6 +75,7 @@ typedef struct kvl_layer_info {
     int32_t d_k;       // key size per head
     int32_t d_v;       // value size per head
     int32_t on_device; // 1: the pages live on an accelerator
+    float kq_scale;    // what attention logits are multiplied with
 } kvl_layer_info;
 
 // Called after a decode step has been computed: it still saw everything. Non-zero: failure.
@@ -102,15 +110,15 @@ LLAMA_API int32_t kvl_set_limit(struct llama_context * ctx, llama_seq_id seq, in
 LLAMA_API int32_t kvl_lengths(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
 // Positions of all heads of a layer, head after head: out[sum of lengths].
 LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
-// Attention of the remembered window queries: f32 out[n_head][stride], softmax in f32 over all slots of the head, mean
-// over the window, zero beyond the head's length; stride >= the longest head. Returns the number of queries used.
-LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out,
-                                    int64_t stride);
-// Accumulate from now on the attention that every slot receives, starting at 0 (on = 1), or stop and forget (on = 0).
-// Needs the page kernels. Truncation does not undo what the tokens removed had added to others.
-LLAMA_API int32_t kvl_set_mass(struct llama_context * ctx, int32_t on);
-// Accumulated mass: f32 [n_head][stride], summed over all queries since it was last written, zero beyond the head's
-// length when read; stride >= the longest head.
+// Attention of the last n_queries remembered window queries (0: of all): f32 out[n_head][stride], softmax in f32 over
+// all slots of the head, mean over the queries, zero beyond the head's length; stride >= the longest head. Returns the
+// number of queries used.
+LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
+                                    float * out, int64_t stride);
+// Accumulate from now on what every slot receives, starting at 0, or stop and forget (a kvl_mass). Needs the page
+// kernels. Truncation does not undo what the tokens removed had given to others.
+LLAMA_API int32_t kvl_set_mass(struct llama_context * ctx, int32_t kind);
+// What was accumulated: f32 [n_head][stride], zero beyond the head's length when read; stride >= the longest head.
 LLAMA_API int32_t kvl_read_mass(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out,
                                 int64_t stride);
 LLAMA_API int32_t kvl_write_mass(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * in,
@@ -118,8 +126,14 @@ LLAMA_API int32_t kvl_write_mass(struct llama_context * ctx, llama_seq_id seq, i
 // Keys or values as stored, converted to f32: k[len][d_k], v[len][d_v] (either may be NULL).
 LLAMA_API int32_t kvl_read_kv(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k,
                               float * v);
-// Window queries, oldest first: q[n][n_head][d_k] with room for n_window. Returns n.
-LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * q);
+// The last n_queries window queries, oldest first: q[n][n_head][d_k] with room for n_queries. Returns n, which is less
+// if fewer are remembered.
+LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
+                                   float * q);
+
+// Apply a layer's rotary embedding to rows x[n][d_k] at positions pos[n], in place; negative positions turn back. Only
+// the angle: a magnitude that the model scales along with it is left alone. A layer without RoPE changes nothing.
+LLAMA_API int32_t kvl_rotate(struct llama_context * ctx, int32_t layer, int32_t n, float * x, const int32_t * pos);
 
 // Keep these slots of every KV head of a layer and give the rest back: n_keep[n_head_kv] counts, slots concatenated,
 // strictly ascending within a head. All or nothing.
@@ -131,6 +145,9 @@ LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32
                              const int32_t * slots);
 // Share all pages of src with dst, copy-on-write. dst is emptied first.
 LLAMA_API int32_t kvl_branch(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst);
+// Renumber: slot i of every head gets position i, its key is turned there, and the next token comes after the last of
+// them. All heads must hold the same number of slots. Window queries are forgotten.
+LLAMA_API int32_t kvl_roll(struct llama_context * ctx, llama_seq_id seq);
 // Remove the tokens at positions >= p0 from every head.
 LLAMA_API int32_t kvl_truncate(struct llama_context * ctx, llama_seq_id seq, llama_pos p0);
 

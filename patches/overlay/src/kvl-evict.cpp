@@ -151,12 +151,44 @@ bool llama_kv_paged::select(llama_seq_id seq_id, uint32_t layer_id, const int32_
     return true;
 }
 
-bool llama_kv_paged::set_mass(bool on) {
+bool llama_kv_paged::own_pages(llama_seq_id seq_id) {
+    kvl_sequence & seq = seqs[seq_id];
+    std::map<const kvl_pool *, uint32_t> need;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            need[layers[l].pool] += uint32_t(std::count_if(head.pages.begin(), head.pages.end(), [&](uint32_t page) {
+                return layers[l].pool->shared(page);
+            }));
+        }
+    }
+    for (const auto & [pool, n] : need) {
+        if (n > pool->n_free()) {
+            kvl_set_error("the KV pool is full: a sequence needs " + std::to_string(n) + " pages of its own, " +
+                          std::to_string(pool->n_free()) + " are free; use a larger context (-c)");
+            return false;
+        }
+    }
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (kvl_head & head : seq.heads[l]) {
+            for (uint32_t p = 0; p < head.pages.size(); p++) {
+                if (layers[l].pool->shared(head.pages[p])) {
+                    const uint32_t n = std::min<uint32_t>(head.n() - p * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
+                    head.pages[p] = layers[l].pool->unshare(head.pages[p], n);
+                }
+            }
+        }
+    }
+    note_peak();
+    return true;
+}
+
+bool llama_kv_paged::set_mass(kvl_mass kind) {
+    const bool on = kind != KVL_MASS_NONE;
     if (on && !fused()) {
         kvl_set_error("attention mass needs the page kernels, which run on the CPU only");
         return false;
     }
-    mass_on = on;
+    mass_kind = kind;
     for (kvl_sequence & seq : seqs) {
         for (size_t l = 0; l < layers.size(); l++) {
             for (kvl_head & head : seq.heads[l]) {

@@ -19,6 +19,7 @@ llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, 
     : llm_graph_input_attn_kv(g.hparams, g.cparams, nullptr), paged(paged), n_seqs(g.ubatch.n_seqs),
       n_seq_tokens(g.ubatch.n_seq_tokens),
       n_ring(std::min<uint32_t>(g.ubatch.n_seq_tokens, std::max(paged->kv->params.n_window, 0))) {
+    number.resize(n_seqs);
     uint32_t n_kv_max = 0;
     const bool fused = paged->kv->fused();
     for (uint32_t l = 0; l < paged->kv->layers.size(); l++) {
@@ -106,6 +107,9 @@ void llm_graph_input_kv_paged::set_gather(uint32_t l, const llama_ubatch * ubatc
 
 void llm_graph_input_kv_paged::set_input(const llama_ubatch * ubatch) {
     const llama_kv_paged & kv = *paged->kv;
+    for (uint32_t s = 0; s < n_seqs; s++) {
+        number[s] = ubatch->pos[s * n_seq_tokens] + 1;
+    }
     for (uint32_t l = 0; l < layers.size(); l++) {
         const uint32_t n_head_kv = kv.layers[l].n_head_kv;
         assert(ggml_backend_buffer_is_host(layers[l].append->buffer));
@@ -252,9 +256,9 @@ static ggml_tensor * build_fused(const llm_graph_context & g, const llama_kv_pag
     const bool few = n_rows <= KVL_ATTN_FEW_ROWS;
     // enough parts for many threads, however many there are: the result does not depend on their number
     const int64_t n_split = few ? std::clamp<int64_t>(n_kv / 128, 1, std::max<int64_t>(1, 32 / (H * S))) : 1;
-    in.kernel = std::make_unique<kvl_attn_params>(
-        kvl_attn_params{int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale,
-                        layer.soft_cap, in.shape.mass ? in.mass.data() : nullptr});
+    in.kernel = std::make_unique<kvl_attn_params>(kvl_attn_params{
+        int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale, layer.soft_cap,
+        in.shape.mass ? in.mass.data() : nullptr, in.shape.mass == KVL_MASS_LAST ? inp.number.data() : nullptr});
     const auto op = [&](ggml_custom_op_t f, int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), int(args.size()), f, GGML_N_TASKS_MAX,
                               in.kernel.get());

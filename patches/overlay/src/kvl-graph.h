@@ -35,6 +35,7 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
         ggml_tensor * live = nullptr;   // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
     };
     std::vector<layer_input> layers;
+    std::vector<int32_t> number;    // position + 1 of the first new token of each sequence
     ggml_tensor * causal = nullptr; // f16 [max n_kv, n_seq_tokens]: order among the new tokens
     ggml_tensor * ring = nullptr;   // i64 [n_ring*n_seqs]: query row of each remembered token
 

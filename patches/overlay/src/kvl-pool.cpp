@@ -200,3 +200,9 @@ void kvl_pool::read_rows(uint64_t row, uint32_t n, float * k_out, float * v_out)
         }
     }
 }
+
+void kvl_pool::write_keys(uint64_t row, uint32_t n, const float * keys) {
+    std::vector<ggml_fp16_t> tmp(size_t(n) * d_k);
+    ggml_fp32_to_fp16_row(keys, tmp.data(), int64_t(tmp.size()));
+    ggml_backend_tensor_set(k, tmp.data(), row * k->nb[1], n * k->nb[1]);
+}

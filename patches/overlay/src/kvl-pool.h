@@ -64,6 +64,7 @@ class kvl_pool {
     // move slot rows within or between pages: dst and src are row numbers (page * 32 + slot)
     void move_rows(uint64_t dst, uint64_t src, uint32_t n);
     void read_rows(uint64_t row, uint32_t n, float * k_out, float * v_out) const;
+    void write_keys(uint64_t row, uint32_t n, const float * keys);
 
     const uint32_t d_k;
     const uint32_t d_v;

@@ -164,14 +164,12 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     const auto & heads = kv.seqs[seq].heads[layer_id];
     const int64_t w = int64_t(query_rows.size());
     const int64_t H = layer.n_head_kv;
-    if (!kv.scorer) {
-        kv.scorer.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    }
-    if (!kv.scorer) {
+    ggml_backend_t cpu = kv.host_backend();
+    if (!cpu) {
         kvl_set_error("cannot create the backend for window scores");
         return KVL_ERR_COMPUTE;
     }
-    set_threads(kv.scorer.get(), n_threads);
+    set_threads(cpu, n_threads);
 
     int64_t n_pages = 0;
     for (const kvl_head & head : heads) {
@@ -185,14 +183,14 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
     ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
     ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
-    kvl_attn_params params = {int32_t(layer.n_head), int32_t(H),     1,      int32_t(w), 1, int32_t(stride),
-                              layer.kq_scale,        layer.soft_cap, nullptr};
+    kvl_attn_params params = {int32_t(layer.n_head), int32_t(H),     1,       int32_t(w), 1, int32_t(stride),
+                              layer.kq_scale,        layer.soft_cap, nullptr, nullptr};
     ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible};
     ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, stride, layer.n_head, 1, 1, args, 5, kv.attn.scores,
                                           GGML_N_TASKS_MAX, &params);
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
     ggml_build_forward_expand(gf, scores);
-    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, kv.scorer.get()));
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
     if (!buffer) {
         kvl_set_error("no memory for window scores over " + std::to_string(stride) + " slots");
         return KVL_ERR_MEMORY;
@@ -216,7 +214,7 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
             *v++ = int32_t(std::upper_bound(head.pos.begin(), head.pos.end(), pos) - head.pos.begin());
         }
     }
-    if (ggml_backend_graph_compute(kv.scorer.get(), gf) != GGML_STATUS_SUCCESS) {
+    if (ggml_backend_graph_compute(cpu, gf) != GGML_STATUS_SUCCESS) {
         kvl_set_error("the window scores failed in layer " + std::to_string(layer.il));
         return KVL_ERR_COMPUTE;
     }
@@ -224,11 +222,14 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     return int32_t(w);
 }
 
-int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int n_threads, float * out,
-                                  int64_t stride) {
+int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int32_t n_queries,
+                                  int n_threads, float * out, int64_t stride) {
     const kvl_layer & layer = kv.layers[layer_id];
     const auto & heads = kv.seqs[seq].heads[layer_id];
-    const std::vector<int32_t> rows = kv.window_rows(seq);
+    std::vector<int32_t> rows = kv.window_rows(seq);
+    if (n_queries > 0 && rows.size() > size_t(n_queries)) {
+        rows.erase(rows.begin(), rows.end() - n_queries);
+    }
     if (rows.empty()) {
         kvl_set_error("no window queries: the sequence is empty, was cut back past its window, or n_window is 0");
         return KVL_ERR_ARGUMENT;

@@ -2,6 +2,7 @@
 
 #include "kvl-api.h"
 
+#include "kvl-rope.h"
 #include "kvl-scores.h"
 #include "llama-context.h"
 
@@ -35,28 +36,35 @@ int32_t kvl_positions(const llama_context * ctx, llama_seq_id seq, int32_t layer
     return KVL_OK;
 }
 
-int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, float * out, int64_t stride) {
+int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * out,
+                          int64_t stride) {
     auto * kv = memory_of(ctx, seq, layer);
     if (!kv || !out) {
         return KVL_ERR_ARGUMENT;
+    }
+    if (n_queries < 0) {
+        return fail(KVL_ERR_ARGUMENT, "n_queries is " + std::to_string(n_queries) + "; it must be 0 or more");
     }
     return guarded([&] {
         const int64_t t0 = ggml_time_us();
         ctx->synchronize();
         const int n_threads = int(ctx->n_threads_batch());
-        const int32_t rc = kvl_compute_window_scores(*kv, seq, uint32_t(layer), n_threads, out, stride);
+        const int32_t rc = kvl_compute_window_scores(*kv, seq, uint32_t(layer), n_queries, n_threads, out, stride);
         kv->score_us += uint64_t(ggml_time_us() - t0);
         return rc;
     });
 }
 
-int32_t kvl_set_mass(llama_context * ctx, int32_t on) {
+int32_t kvl_set_mass(llama_context * ctx, int32_t kind) {
     auto * kv = memory_of(ctx);
     if (!kv) {
         return KVL_ERR_ARGUMENT;
     }
+    if (kind < KVL_MASS_NONE || kind > KVL_MASS_LAST) {
+        return fail(KVL_ERR_ARGUMENT, "there is no kvl_mass " + std::to_string(kind));
+    }
     return guarded([&] {
-        return int32_t(kv->set_mass(on != 0) ? KVL_OK : KVL_ERR_UNSUPPORTED);
+        return int32_t(kv->set_mass(kvl_mass(kind)) ? KVL_OK : KVL_ERR_UNSUPPORTED);
     });
 }
 
@@ -128,20 +136,31 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
     });
 }
 
-int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, float * q) {
+int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * q) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !q) {
+    if (!kv || !q || n_queries < 0) {
         return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
         ctx->synchronize();
         const ggml_tensor * t = kv->layers[layer].queries;
         const std::vector<int32_t> rows = kv->window_rows(seq);
-        for (const int32_t row : rows) {
-            ggml_backend_tensor_get(t, q, t->nb[1] * size_t(row), t->nb[1]);
+        const size_t n = std::min(rows.size(), size_t(n_queries));
+        for (size_t i = rows.size() - n; i < rows.size(); i++) {
+            ggml_backend_tensor_get(t, q, t->nb[1] * size_t(rows[i]), t->nb[1]);
             q += t->ne[0];
         }
-        return int32_t(rows.size());
+        return int32_t(n);
+    });
+}
+
+int32_t kvl_rotate(llama_context * ctx, int32_t layer, int32_t n, float * x, const int32_t * pos) {
+    auto * kv = memory_of(ctx, 0, layer);
+    if (!kv || n < 0 || (n > 0 && (!x || !pos))) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        return kvl_rotate_rows(*ctx, *kv, uint32_t(layer), n, x, pos);
     });
 }
 
@@ -193,5 +212,16 @@ int32_t kvl_truncate(llama_context * ctx, llama_seq_id seq, llama_pos p0) {
     return guarded([&] {
         ctx->synchronize();
         return int32_t(kv->truncate(seq, p0) ? KVL_OK : KVL_ERR_ARGUMENT);
+    });
+}
+
+int32_t kvl_roll(llama_context * ctx, llama_seq_id seq) {
+    auto * kv = memory_of(ctx, seq);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        return kvl_roll_sequence(*ctx, *kv, seq);
     });
 }

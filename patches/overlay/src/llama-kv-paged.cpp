@@ -285,6 +285,13 @@ std::vector<int32_t> llama_kv_paged::window_rows(llama_seq_id seq_id) const {
     return rows;
 }
 
+ggml_backend_t llama_kv_paged::host_backend() {
+    if (!host) {
+        host.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    }
+    return host.get();
+}
+
 //
 // accounting
 //
@@ -407,7 +414,7 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tok
     // a graph is used again until a head crosses a multiple of this; accelerators want it larger
     const uint32_t pad = kv->all_host() && !kv->fused() ? 2 * KVL_PAGE_SLOTS : 256;
     if (worst_case) {
-        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->has_mass()};
+        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->mass()};
     }
     bool all_live = true;
     uint32_t n_min = UINT32_MAX;
@@ -421,7 +428,7 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tok
                                     }));
         }
     }
-    return {GGML_PAD(n_max, pad), n_min == n_max && all_live && !kv->fused(), kv->has_mass()};
+    return {GGML_PAD(n_max, pad), n_min == n_max && all_live && !kv->fused(), kv->mass()};
 }
 
 //

@@ -26,7 +26,7 @@ struct kvl_head {
     std::vector<uint32_t> pages;
     std::vector<uint32_t> live;           // bits per page: slots that attention sees
     std::vector<llama_pos> pos;           // ascending, true positions
-    std::vector<std::vector<float>> mass; // per query head of the group: attention received by each slot
+    std::vector<std::vector<float>> mass; // per query head of the group: what each slot received, a kvl_mass
 
     uint32_t n() const { return uint32_t(pos.size()); }
     uint64_t row(uint32_t slot) const {
@@ -97,8 +97,10 @@ class llama_kv_paged : public llama_memory_i {
     bool truncate(llama_seq_id seq, llama_pos p0);
     // make only the given slots visible, nullptr: all; false with the error set, and nothing changed
     bool select(llama_seq_id seq, uint32_t layer, const int32_t * n_select, const int32_t * slots);
-    // accumulate the attention that every slot receives from now on; false with the error set
-    bool set_mass(bool on);
+    // accumulate what every slot receives from now on; false with the error set
+    bool set_mass(kvl_mass kind);
+    // copy the pages that a sequence shares with others; false with the error set, and nothing changed
+    bool own_pages(llama_seq_id seq);
     // remembered queries of the newest tokens without a gap: ring rows, oldest first
     std::vector<int32_t> window_rows(llama_seq_id seq) const;
 
@@ -110,7 +112,8 @@ class llama_kv_paged : public llama_memory_i {
     int32_t find_layer(int32_t il) const { return il < int32_t(layer_of.size()) ? layer_of[il] : -1; }
     bool all_host() const;
     bool fused() const { return attn.compute != nullptr; }
-    bool has_mass() const { return mass_on; }
+    bool has_mass() const { return mass_kind != KVL_MASS_NONE; }
+    kvl_mass mass() const { return mass_kind; }
 
     const llama_hparams & hparams;
     const kvl_params params;
@@ -123,7 +126,7 @@ class llama_kv_paged : public llama_memory_i {
     struct {
         ggml_custom_op_t compute, merge, mass, scores;
     } attn = {};
-    ggml_backend_ptr scorer; // computes window scores with them
+    ggml_backend_t host_backend(); // for what is computed outside the model's graph, made once; nullptr: it cannot be
 
     kvl_evict_hook hook = nullptr;
     void * hook_user = nullptr;
@@ -146,14 +149,15 @@ class llama_kv_paged : public llama_memory_i {
     ggml_context_ptr query_ctx;
     uint64_t query_bytes = 0;
     uint64_t peak_bytes = 0;
-    bool mass_on = false;
+    kvl_mass mass_kind = KVL_MASS_NONE;
+    ggml_backend_ptr host;
 };
 
 // What the graph needs to know about one layer in the current ubatch.
 struct kvl_layer_shape {
     uint32_t n_kv; // rows gathered per head, padding included
     bool uniform;  // every head of every stream holds the same number of slots, all of them live
-    bool mass;     // attention mass is asked for
+    kvl_mass mass; // what is accumulated
 
     bool operator==(const kvl_layer_shape & o) const {
         return n_kv == o.n_kv && uniform == o.uniform && mass == o.mass;
