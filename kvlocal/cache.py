@@ -14,7 +14,6 @@ from kvlocal import native
 from kvlocal.native import KvlLayerInfo, KvlSeqStats, KvlStats
 from kvlocal.policies.base import CacheView, LayerView
 
-
 MassKind = Literal["none", "sum", "last"]
 MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
 """In the order of ``kvl_mass``."""
@@ -95,7 +94,7 @@ class PagedCache:
         return np.split(out, np.cumsum(lengths)[:-1])
 
     def window_scores(self, seq: int, layer: int, n_queries: int = 0) -> np.ndarray:
-        """Mean attention of the last ``n_queries`` remembered queries (0: of all), float32 ``[n_head, longest head]``."""
+        """Mean attention of the last ``n_queries`` remembered queries (0: all), float32 ``[n_head, longest head]``."""
         out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
         self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, n_queries, _floats(out), out.shape[1]))
         return out
@@ -126,7 +125,8 @@ class PagedCache:
             raise ValueError(
                 f"rows {out.shape} do not fit {len(positions)} positions of {self.layers[layer].d_k} values"
             )
-        self._check(self._lib.kvl_rotate(self._ctx, layer, len(out), _floats(out), _ints(np.int32(positions))))
+        at = np.ascontiguousarray(positions, np.int32)
+        self._check(self._lib.kvl_rotate(self._ctx, layer, len(out), _floats(out), _ints(at)))
         return out
 
     def held(self, seq: int) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvlocal.budget import Budget
@@ -31,6 +31,7 @@ class Variant:
     budget: Budget
     storage: str = "f16"
     prefill: Prefill = "exact"
+    guide: int = 0
 
     @property
     def paged(self) -> bool:
@@ -44,6 +45,7 @@ class Variant:
     def label(self) -> str:
         """``ada-snapkv 25% chunked``: what tells it from the others."""
         parts = [self.name, str(self.budget) if self.policy.evicts else "", "chunked" if self.chunked else ""]
+        parts.append(f"guide {self.guide}" if self.guide else "")
         return " ".join(filter(None, [*parts, self.storage if self.storage != "f16" else ""]))
 
 
@@ -53,10 +55,12 @@ def expand(
     budgets: Sequence[str],
     storages: Sequence[str] = STORAGES,
     prefills: Sequence[Prefill] = ("exact",),
+    guides: Sequence[int] = (0,),
 ) -> tuple[Variant, ...]:
-    """All combinations, by policy, storage, budget, prefill; what does not evict appears once per storage.
+    """All combinations, by policy, storage, budget, prefill, guide; what does not evict appears once per storage.
 
-    ``policy_args`` go to the policies that have such a parameter.
+    ``policy_args`` go to the policies that have such a parameter; a guide to chunked prefill of those that look at
+    attention scores.
 
     Raises:
         UsageError: unknown policy, budget or storage; a parameter that no policy has; a budget in tokens below what
@@ -68,11 +72,13 @@ def expand(
     parsed = [Budget.parse(text) for text in budgets]
     out: list[Variant] = []
     for name, policy in _policies(names, policy_args).items():
-        choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills)
-        for storage, budget, prefill in choices:
+        choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills, guides)
+        for storage, budget, prefill, guide in choices:
             if policy.evicts and budget.unit == "tokens":
                 budget.tokens(0, 1, policy.min_budget)
             variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")
+            if variant.chunked and "scores" in policy.needs:
+                variant = replace(variant, guide=guide)
             if variant not in out:
                 out.append(variant)
     return tuple(out)

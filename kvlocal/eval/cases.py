@@ -15,7 +15,7 @@ class Question:
 
     Attributes:
         text: follows the document in the user's turn (the first question) or is a turn of its own (later ones).
-        expected: what the answer should hold.
+        expected: what the answer should hold, all of it; with ``any_of`` they are several ways to say one thing.
         n_answer: most tokens of the answer.
         answer_prefix: how the assistant's turn begins; the model goes on from there.
     """
@@ -24,6 +24,7 @@ class Question:
     expected: tuple[str, ...]
     n_answer: int
     answer_prefix: str = ""
+    any_of: bool = False
 
 
 @dataclass(frozen=True)

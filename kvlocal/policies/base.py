@@ -30,8 +30,8 @@ class LayerView:
             so far, its own included; zero beyond ``n_slots[h]``. For a policy that needs ``"last"``: the position + 1
             of the last query that gave the slot at least 1 / (slots that the query saw), 0 if none did.
         read_kv: for a KV head, its keys (after RoPE) ``[n_slots[h], d_k]`` and values ``[n_slots[h], d_v]``, float32.
-        read_queries: the last ``n_window`` queries (after RoPE), oldest first, float32 ``[n_window, n_head, d_k]``; they
-            stand at the positions ``n_seen - n_window .. n_seen - 1``.
+        read_queries: the last ``n_window`` queries (after RoPE), oldest first, float32 ``[n_window, n_head, d_k]``, at
+            the positions ``n_seen - n_window .. n_seen - 1``.
         rotate: applies this layer's RoPE to rows ``[n, d_k]`` at the positions int32 ``[n]`` (negative ones turn back;
             no magnitude is scaled), float32 ``[n, d_k]``.
         kq_scale: what the attention logits are multiplied with (usually ``1 / sqrt(d_k)``).

@@ -33,8 +33,8 @@ class Corm(AdaHeads):
 
     Shapes: reads ``[n_head, n]`` floats per layer, which the page kernels write. Cost: one more look at the keys per
     step; O(H n log n) per eviction.
-    Limits: all queries count alike, whatever they are about. The paper's own ``queries`` and ``window`` are unknown here
-    (256 and 256 in a second-hand account).
+    Limits: all queries count alike, whatever they are about. The paper's own ``queries`` and ``window`` are unknown
+    here (256 and 256 in a second-hand account).
     """
 
     name: ClassVar[str] = "corm"

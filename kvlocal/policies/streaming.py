@@ -21,8 +21,8 @@ class Streaming(Policy):
 
     Formula: with budget ``M``, a head keeps its slots at positions ``< sink`` and its ``M - sink`` newest slots.
     Shapes: reads nothing but the positions, so it works with any kernel and costs nothing.
-    Limits: the middle of a long prompt is lost. With ``positions=true`` tokens keep their positions and rotations, and a
-    text longer than the model's training length runs into its position limit; ``positions=rolled`` renumbers them at
+    Limits: the middle of a long prompt is lost. With ``positions=true`` tokens keep their positions and rotations, and
+    a text longer than the model's training length runs into its position limit; ``positions=rolled`` renumbers them at
     every eviction by their place in the cache, as the paper does, and goes on for ever. Keys are then turned, and
     rounded to f16, once per eviction.
     """

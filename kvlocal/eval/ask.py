@@ -1,0 +1,173 @@
+"""Questions about documents: every case under every variant, with the question seen by the eviction or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from kvlocal.errors import UsageError
+from kvlocal.eval.cases import Case, Score
+from kvlocal.eval.records import Record, Store, digest, identity
+from kvlocal.eval.scores import measure
+from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
+from kvlocal.model import Model
+from kvlocal.sweep import Variant
+
+_ANSWER = "\x02answer\x03"  # stands for an answer while a template is rendered
+
+
+@dataclass(frozen=True)
+class Step:
+    """What goes on: case ``done`` of ``total``, and its name."""
+
+    done: int
+    total: int
+    what: str
+
+
+OnStep = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A case as tokens: the document, the first question up to where the model answers, and the later ones."""
+
+    document: list[int]
+    questions: list[list[int]]
+
+
+def turns(model: Model, case: Case) -> Turns:
+    """A case in the model's chat template, or as plain text if it has none."""
+
+    def rendered(messages: list[dict[str, str]]) -> str:
+        if model.meta("tokenizer.chat_template"):
+            return model.chat_text(messages)
+        return "\n".join(message["content"] for message in messages) + "\n"
+
+    first = case.questions[0]
+    messages = [{"role": "user", "content": case.document + first.text}]
+    text = rendered(messages)
+    # templates trim what they are given
+    document = case.document.strip()
+    end = text.index(document) + len(document)
+    head = model.template_tokens(text[:end])
+    tails = [model.tokenize(text[end:] + first.answer_prefix, add_special=False)]
+    for question in case.questions[1:]:
+        messages += [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": question.text}]
+        text = rendered(messages)
+        after = text.rindex(_ANSWER) + len(_ANSWER)
+        tails.append(model.tokenize(text[after:] + question.answer_prefix, add_special=False))
+    return Turns(head, tails)
+
+
+class Ask:
+    """Runs cases under variants.
+
+    Args:
+        metric: its name in the records.
+        score: an answer and what was expected, to measures.
+        modes: ``inside``: the eviction sees the first question; ``after``: it has only seen the document.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        metric: str,
+        cases: Sequence[Case],
+        score: Score,
+        variants: Sequence[Variant],
+        modes: Sequence[str],
+        config: StageConfig,
+        store: Store,
+    ) -> None:
+        self.model, self.metric, self.cases, self.score = model, metric, cases, score
+        self.variants, self.modes, self.config, self.store = variants, modes, config, store
+
+    def run(self, on_step: OnStep = lambda _step: None) -> Iterator[Record]:
+        """Every record, measured now or before, case by case."""
+        with ExitStack() as stack:
+            stages: list[tuple[Stage, list[Variant]]] = []
+            for i, case in enumerate(self.cases):
+                on_step(Step(i, len(self.cases), case.id))
+                missing = [p for p in self._pairs() if self.store.get(self._key(case, *p)) is None]
+                if missing and not stages:
+                    stages = open_stages(self.model, group(self.variants), self.config, stack)
+                if missing:
+                    case_turns = turns(self.model, case)
+                    self._check(case, case_turns)
+                    for stage, variants in stages:
+                        wanted = [(v, mode) for v, mode in missing if v in variants]
+                        self._run_case(stage, case, case_turns, wanted)
+                for variant, mode in self._pairs():
+                    record = self.store.get(self._key(case, variant, mode))
+                    assert record is not None
+                    yield record
+        on_step(Step(len(self.cases), len(self.cases), ""))
+
+    def _pairs(self) -> list[tuple[Variant, str]]:
+        return [(variant, mode) for mode in self.modes for variant in self.variants]
+
+    def _key(self, case: Case, variant: Variant, mode: str) -> str:
+        return digest(self.metric, asdict(case), identity(variant), mode)
+
+    def _check(self, case: Case, case_turns: Turns) -> None:
+        n = len(case_turns.document) + sum(map(len, case_turns.questions)) + sum(q.n_answer for q in case.questions)
+        if n >= self.config.n_ctx:
+            raise UsageError(
+                f"The case {case.id} needs {n} tokens, the context has room for {self.config.n_ctx - 1}; use a larger "
+                "context (-c) if the model allows it, or shorter cases."
+            )
+
+    def _run_case(self, stage: Stage, case: Case, case_turns: Turns, wanted: Sequence[tuple[Variant, str]]) -> None:
+        # in this order: the document alone must be the newest text when what follows it is not to be seen
+        for mode in ("after", "inside"):
+            variants = [v for v, m in wanted if m == mode]
+            if not variants:
+                continue
+            inside = mode == "inside"
+            stage.read(case_turns.document + (case_turns.questions[0] if inside else []))
+            for i in range(0, len(variants), self.config.parallel):
+                some = variants[i : i + self.config.parallel]
+                self._run_some(stage, case, case_turns, mode, some)
+                stage.close_branches()
+
+    def _run_some(self, stage: Stage, case: Case, case_turns: Turns, mode: str, variants: Sequence[Variant]) -> None:
+        branches = [stage.branch(seq, variant) for seq, variant in enumerate(variants, start=1)]
+        measures: list[list[dict[str, float]]] = [[] for _ in branches]
+        answers: list[list[str]] = [[] for _ in branches]
+        for turn, question in enumerate(case.questions):
+            if turn == 0 and mode == "inside":
+                logits = np.array([branch.logits for branch in branches])
+            else:
+                follow = np.array(case_turns.questions[turn], np.int32)
+                logits = stage.extend(branches, np.tile(follow, (len(branches), 1)))
+            for i, tokens in enumerate(stage.answer(branches, logits, question.n_answer)):
+                answers[i].append(self.model.detokenize(tokens))
+                measures[i].append(measure(self.score, answers[i][-1], question))
+        for branch, given, found in zip(branches, answers, measures, strict=True):
+            self.store.put(self._key(case, branch.variant, mode), self._record(case, mode, branch, given, found))
+
+    def _record(
+        self, case: Case, mode: str, branch: Branch, answers: list[str], measures: list[dict[str, float]]
+    ) -> Record:
+        means = {name: float(np.mean([m[name] for m in measures])) for name in measures[0]}
+        if len(measures) > 1:  # the first question is the one that the eviction may have seen
+            later = float(np.mean([m["score"] for m in measures[1:]]))
+            means |= {"score_first": measures[0]["score"], "score_later": later}
+        return Record(
+            metric=self.metric,
+            task=case.task,
+            case=case.id,
+            question=mode,
+            held_mean=branch.held_mean,
+            used_bytes=branch.used_bytes,
+            full_bytes=branch.full_bytes,
+            evict_s=branch.evict_s,
+            measures=means,
+            labels=dict(case.labels),
+            answer="\n".join(answers),
+            **identity(branch.variant),
+        )

@@ -1,0 +1,248 @@
+"""Where an evaluation runs: a text that is read once, and branches of it, each kept in its own way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from kvlocal.bench import held_bytes
+from kvlocal.context import Context, ContextConfig
+from kvlocal.evict import evict, guided_scores
+from kvlocal.model import Model
+from kvlocal.sweep import Variant
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How texts are read.
+
+    Attributes:
+        n_ctx: tokens of the longest text with everything that follows it.
+        parallel: branches that are decoded together.
+        n_ubatch: most tokens of one pass, and the steps of exact prefill.
+        n_threads: 0 = all cores.
+        chunk: tokens between two evictions of chunked prefill.
+        evict_every: tokens that a branch grows over its budget until it is evicted again.
+        n_outputs: most positions of a batch whose logits are read.
+    """
+
+    n_ctx: int
+    parallel: int = 16
+    n_ubatch: int = 512
+    n_threads: int = 0
+    chunk: int = 512
+    evict_every: int = 32
+    n_outputs: int = 1
+
+
+@dataclass
+class Branch:
+    """A sequence of a stage, and the variant that bounds it.
+
+    Attributes:
+        used_bytes: K and V held after the first eviction; held_mean: tokens per layer and KV head, likewise.
+        full_bytes: what a full f16 cache of the text takes.
+        evict_s: time of the evictions so far.
+        logits: after the last token of the text, float32 ``[n_vocab]``, as it was before that token's eviction.
+    """
+
+    seq: int
+    variant: Variant
+    used_bytes: int = 0
+    held_mean: float = 0.0
+    full_bytes: int = 0
+    evict_s: float = 0.0
+    n_rolled: int = 0
+    logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
+
+
+def group(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Variants that can branch from one reading: llama.cpp's own cache, and ours by what it accumulates."""
+    groups: dict[object, list[Variant]] = {}
+    for variant in variants:
+        last = variant.policy.mass == "last"
+        groups.setdefault((not variant.paged, last), []).append(variant)
+    return list(groups.values())
+
+
+class Stage:
+    """A context for one group of variants; sequence 0 holds the text, the others are branches.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, model: Model, variants: Sequence[Variant], config: StageConfig) -> None:
+        self.config = config
+        kinds = {v.policy.mass for v in variants} - {"none"}
+        self.context = Context(
+            model,
+            ContextConfig(
+                n_ctx=config.n_ctx,
+                n_batch=max(2048, config.n_ubatch),
+                n_ubatch=config.n_ubatch,
+                n_threads=config.n_threads,
+                n_seq_max=config.parallel + 1,
+                n_outputs=max(config.n_outputs, config.parallel + 1),
+                paged=variants[0].paged,
+                n_window=max(v.policy.n_window for v in variants),
+                mass=next(iter(kinds), "none"),
+            ),
+        )
+        self.text: list[int] = []
+        self._logits = np.empty(0, np.float32)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+    #
+    # the text
+    #
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Make the text end in exactly ``tokens``; what it already begins with is not read again."""
+        common = 0
+        while common < min(len(self.text), len(tokens) - 1) and self.text[common] == tokens[common]:
+            common += 1
+        self.context.truncate(0, common)
+        del self.text[common:]
+        for i in range(common, len(tokens), self.config.n_ubatch):
+            part = tokens[i : i + self.config.n_ubatch]
+            self.context.decode(part, i, 0)
+            self.text += part
+        self._logits = self.context.logits()[0]
+
+    #
+    # branches
+    #
+
+    def branch(self, seq: int, variant: Variant) -> Branch:
+        """The text as a variant keeps it, in sequence ``seq``. Chunked prefill reads it once more."""
+        tokens = self.text
+        out = Branch(seq, variant)
+        if variant.chunked:
+            self._read_chunked(out, tokens)
+        else:
+            self.context.branch(0, seq)
+            out.logits = self._logits
+            self._evict(out)
+        cache = self.context.cache
+        if cache is None:
+            out.held_mean = len(tokens)
+            all_bytes = self.context.stats().full_bytes
+            out.used_bytes = out.full_bytes = int(all_bytes * len(tokens) / max(self._n_cells(), 1))
+            return out
+        stats = cache.seq_stats(seq)
+        out.held_mean = stats.n_slots / stats.n_heads
+        out.used_bytes = held_bytes(cache, seq)
+        out.full_bytes = cache.bytes_per_token * len(tokens)
+        return out
+
+    def _n_cells(self) -> int:
+        """Tokens of all sequences, as the stock cache's statistics count them."""
+        return sum(self.context.n_seen(seq) for seq in range(self.config.parallel + 1))
+
+    def _read_chunked(self, branch: Branch, tokens: Sequence[int]) -> None:
+        self.context.truncate(branch.seq, 0)
+        guide = tokens[-branch.variant.guide :] if branch.variant.guide else ()
+        for i in range(0, len(tokens), self.config.chunk):
+            part = tokens[i : i + self.config.chunk]
+            self.context.decode(part, self.context.n_seen(branch.seq), branch.seq)
+            last = i + len(part) == len(tokens)
+            branch.logits = self.context.logits()[0]
+            self._evict(branch, () if last else guide)
+
+    def _evict(self, branch: Branch, guide: Sequence[int] = ()) -> None:
+        cache, policy = self.context.cache, branch.variant.policy
+        if cache is None or not policy.evicts:
+            return
+        start = time.perf_counter()
+        read_scores = partial(guided_scores, self.context, branch.seq, guide, policy.n_window) if guide else None
+        n_seen = self.context.n_seen(branch.seq)
+        evict(cache, branch.seq, policy, self._budget(branch), read_scores)
+        branch.n_rolled += n_seen - self.context.n_seen(branch.seq)
+        branch.evict_s += time.perf_counter() - start
+
+    def _budget(self, branch: Branch) -> int:
+        cache, variant = self.context.cache, branch.variant
+        assert cache is not None
+        n_seen = self.context.n_seen(branch.seq) + branch.n_rolled
+        return variant.budget.tokens(n_seen, cache.bytes_per_token, variant.policy.min_budget)
+
+    def extend(
+        self,
+        branches: Sequence[Branch],
+        tokens: np.ndarray,
+        *,
+        outputs: Literal["last", "all"] = "last",
+        step: int = 0,
+    ) -> np.ndarray:
+        """Append ``tokens`` int32 ``[n_branch, n]`` to the branches, row by row, and evict those past their limit.
+
+        ``step``: most tokens per branch and batch (0: as many as fit).
+
+        Returns:
+            Logits float32 ``[n_branch, n_vocab]`` of the last token, or ``[n_branch, n, n_vocab]`` of all of them.
+        """
+        n_branch, n = tokens.shape
+        seqs = np.array([b.seq for b in branches])
+        first = np.array([self.context.n_seen(b.seq) for b in branches])
+        step = min(step or n, max(1, self.context.config.n_batch // n_branch))
+        if outputs == "all":
+            step = max(1, min(step, self.context.config.n_outputs // n_branch))
+        parts = []
+        for i in range(0, n, step):
+            part = tokens[:, i : i + step]
+            width = part.shape[1]
+            pos = first[:, None] + np.arange(i, i + width)
+            self.context.decode(part.ravel(), pos.ravel(), np.repeat(seqs, width), outputs=outputs)
+            if outputs == "all":
+                parts.append(self.context.logits(n_branch * width).reshape(n_branch, width, -1))
+        logits = np.concatenate(parts, axis=1) if parts else self.context.logits(n_branch)
+        for branch in branches:
+            self._evict_if_due(branch)
+        return logits
+
+    def _evict_if_due(self, branch: Branch) -> None:
+        cache, policy = self.context.cache, branch.variant.policy
+        if cache is None or not policy.evicts:
+            return
+        stats = cache.seq_stats(branch.seq)
+        if stats.n_slots > policy.limit(self._budget(branch), self.config.evict_every) * stats.n_heads:
+            self._evict(branch)
+
+    def answer(self, branches: Sequence[Branch], logits: np.ndarray, n: int) -> list[list[int]]:
+        """The likeliest continuations, up to ``n`` tokens each or to the model's end; ``logits`` choose the first."""
+        out: list[list[int]] = [[] for _ in branches]
+        going = list(range(len(branches)))
+        tokens = logits.argmax(axis=1)
+        while True:
+            alive = [j for j, i in enumerate(going) if not self.context.model.is_end(int(tokens[j]))]
+            for j in alive:
+                out[going[j]].append(int(tokens[j]))
+            alive = [j for j in alive if len(out[going[j]]) < n]
+            if not alive:
+                return out
+            tokens, going = tokens[alive], [going[j] for j in alive]
+            logits = self.extend([branches[i] for i in going], tokens[:, None].astype(np.int32))
+            tokens = logits.argmax(axis=1)
+
+    def close_branches(self) -> None:
+        """Give the memory of all branches back."""
+        for seq in range(1, self.config.parallel + 1):
+            self.context.truncate(seq, 0)
+
+
+def open_stages(
+    model: Model, groups: Sequence[Sequence[Variant]], config: StageConfig, stack: ExitStack
+) -> list[tuple[Stage, list[Variant]]]:
+    """A stage for every group of variants, closed by ``stack``."""
+    return [(stack.enter_context(Stage(model, variants, config)), list(variants)) for variants in groups]
