@@ -377,7 +377,7 @@ class Engine:
         self._text = ""
         self.finish_reason = "interrupted"
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        sampler = Sampler(sampling, self.model.n_vocab)
+        sampler = Sampler(sampling, self.model.n_vocab, self.model.end_tokens if sampling.ignore_eos else ())
         start, evict_s = time.perf_counter(), self._evict_s
         first_token = start
         n = 0

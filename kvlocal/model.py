@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ class Model:
     def is_end(self, token: int) -> bool:
         """Whether a token ends the answer."""
         return bool(self.llama.llama_vocab_is_eog(self.vocab, token))
+
+    @functools.cached_property
+    def end_tokens(self) -> list[int]:
+        """Every token that ends an answer."""
+        return [token for token in range(self.n_vocab) if self.is_end(token)]
 
     def chat_text(self, messages: list[dict[str, str]]) -> str:
         """The conversation in the model's own chat template, up to where the assistant answers.

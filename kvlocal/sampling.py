@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ class Sampling:
         min_p: only those at least this likely relative to the best (0: all).
         repeat_penalty: divides the logits of the last 64 tokens (1: off).
         seed: of the random generator (-1: a random one).
+        ignore_eos: never end the text, go on to the limit.
     """
 
     temp: float = 0.8
@@ -28,6 +31,7 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int = -1
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.temp < 0:
@@ -45,11 +49,17 @@ class Sampling:
 
 
 class Sampler:
-    """A chain of llama.cpp samplers; :meth:`sample` takes from the last output of a context."""
+    """A chain of llama.cpp samplers; :meth:`sample` takes from the last output of a context.
 
-    def __init__(self, sampling: Sampling, n_vocab: int) -> None:
+    ``ends``: the tokens that end a text, which ``ignore_eos`` forbids.
+    """
+
+    def __init__(self, sampling: Sampling, n_vocab: int, ends: Sequence[int] = ()) -> None:
         self._llama = native.load().llama
         self._chain: Any = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
+        if sampling.ignore_eos and ends:
+            bias = (self._llama.llama_logit_bias * len(ends))(*((token, -math.inf) for token in ends))
+            self._add("logit_bias", n_vocab, len(ends), bias)
         if sampling.repeat_penalty != 1:
             self._add("penalties", n_vocab, 64, sampling.repeat_penalty, 0.0, 0.0)
         if sampling.temp == 0:
@@ -64,7 +74,7 @@ class Sampler:
         self._add("temp", sampling.temp)
         self._add("dist", sampling.seed & 0xFFFFFFFF)
 
-    def _add(self, name: str, *arguments: float) -> None:
+    def _add(self, name: str, *arguments: Any) -> None:
         init = getattr(self._llama, f"llama_sampler_init_{name}")
         self._llama.llama_sampler_chain_add(self._chain, init(*arguments))
 

@@ -52,6 +52,7 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
                 prefill=settings.prefill,
                 chunk=settings.chunk,
                 guide=settings.guide,
+                evict_every=settings.evict_every,
             )
         )
 

@@ -35,6 +35,7 @@ class Settings:
     prefill: Literal["exact", "chunked"] = "exact"
     chunk: int = 512
     guide: int = 0
+    evict_every: int = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SamplingSettings:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int = -1
+    ignore_eos: bool = False
 
 
 class Whole(click.IntRange):
@@ -167,6 +169,13 @@ _CACHE = _stack(
         minimum=0,
         help="With --prefill chunked: the prompt's last N tokens (the question) decide what every chunk leaves.",
     ),
+    count(
+        "KV cache",
+        "--evict-every",
+        default=32,
+        minimum=1,
+        help="Tokens that a growing sequence may exceed the budget by until it is evicted again; 1: at every token.",
+    ),
 )
 _SAMPLING = _stack(
     option("Sampling", "--temp", type=Real(min=0), default=0.8, metavar="T", help="0: always the likeliest."),
@@ -189,6 +198,7 @@ _SAMPLING = _stack(
         minimum=-1,
         help="The same seed gives the same text; -1: another one every time.",
     ),
+    option("Sampling", "--ignore-eos", is_flag=True, help="Do not let the model end its answer before -n tokens."),
 )
 
 

@@ -381,3 +381,14 @@ def test_the_hook_reports_why_it_was_called(open_engine: OpenEngine) -> None:
     engine.prefill(engine.tokenize(FILLER * 10)[:300])
     list(engine.generate(23, GREEDY))
     assert events == [native.EVENT_CHUNK] * 2 + [native.EVENT_PROMPT] + [native.EVENT_LIMIT] * 2
+
+
+def test_an_answer_that_must_not_end_goes_on_to_its_limit(open_engine: OpenEngine) -> None:
+    engine = open_engine("streaming", "64")
+    engine.prefill(engine.chat_tokens([{"role": "user", "content": FILLER}]))
+    ended = "".join(engine.generate(200, GREEDY))
+    assert engine.finish_reason == "stop", "choose a prompt whose answer ends"
+    engine.reset()
+    engine.prefill(engine.chat_tokens([{"role": "user", "content": FILLER}]))
+    text = "".join(engine.generate(200, Sampling(temp=0, ignore_eos=True)))
+    assert engine.finish_reason == "length" and text.startswith(ended) and len(text) > len(ended)

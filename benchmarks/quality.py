@@ -1,0 +1,187 @@
+"""What every policy loses: the figures of docs/results.md.
+
+Texts continued after an eviction, RULER, key-value retrieval, summaries, chunked prompts with and without a guide, and
+memory over ten thousand generated tokens; the default model with its weights as F32. What was measured is kept: a run
+goes on where it stopped, and measures only what is new.
+
+    python benchmarks/quality.py                     # everything, some two hours, then the page
+    python benchmarks/quality.py --only kld,page     # one part, then the page from all that is there
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, parser
+from quality_page import write_page
+
+from kvlocal.budget import Budget
+from kvlocal.dequantize import f32_copy
+from kvlocal.engine import Engine, EngineConfig
+from kvlocal.eval.ask import Ask, Step
+from kvlocal.eval.cases import Case, Score
+from kvlocal.eval.kv_retrieval import kv_cases
+from kvlocal.eval.records import Store, rows, store_path
+from kvlocal.eval.ruler import ruler_cases
+from kvlocal.eval.scores import contains, rouge
+from kvlocal.eval.stage import StageConfig
+from kvlocal.eval.summarize import summary_cases
+from kvlocal.eval.text import Kld, Ppl, excerpts
+from kvlocal.model import Model
+from kvlocal.models import resolve_model
+from kvlocal.policies import REGISTRY, make_policy
+from kvlocal.sampling import Sampling
+from kvlocal.sweep import PAGED, Variant, expand
+
+BUDGETS = ("50%", "25%", "12.5%")
+NOVELS = ("Burnett_Garden_1911.txt", "Doyle_Hound_1902.txt")
+OTHERS = {
+    "snapkv, no pooling": ("snapkv", {"pool": "none"}),
+    "expected-attention, ada": ("expected-attention", {"allocation": "ada"}),
+    "random, 4 sinks": ("random", {"sink": "4"}),
+}
+"""Beside every policy with its defaults."""
+
+RESULTS = ROOT / "benchmarks" / "results"
+N_GENERATED = 10_000
+
+
+def variants(budgets: Sequence[str] = BUDGETS) -> list[Variant]:
+    """Nothing evicted, then every policy and the others at every budget."""
+    out = list(expand([PAGED], {}, []))
+    policies = {name: make_policy(name) for name, cls in REGISTRY.items() if cls.evicts}
+    policies |= {label: make_policy(*named) for label, named in OTHERS.items() if named[0] in REGISTRY}
+    for name, policy in policies.items():
+        out += [Variant(name, policy, Budget.parse(budget)) for budget in budgets]
+    return out
+
+
+class Run:
+    """The model, the data, and where results go."""
+
+    def __init__(self, model: Model, data: Path, threads: int, parallel: int) -> None:
+        self.model, self.data, self.parallel = model, data, parallel
+        self.config = StageConfig(n_ctx=8192, n_threads=threads, parallel=parallel)
+
+    def _collect(self, part: str, measure: Callable[[Store], Any]) -> list[dict[str, Any]]:
+        settings = {"chunk": self.config.chunk, "evict_every": self.config.evict_every}
+        store = Store(store_path(self.model.path, part, settings))
+        start = time.perf_counter()
+
+        def on_step(step: Step) -> None:
+            print(f"{part} {step.done}/{step.total} {step.what} {time.perf_counter() - start:.0f} s", flush=True)
+
+        try:
+            table = rows(measure(store).run(on_step))
+        finally:
+            store.close()
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"quality-{part}.json").write_text(json.dumps(table, indent=1) + "\n")
+        return table
+
+    def ask(self, part: str, cases: Sequence[Case], score: Score, wanted: Sequence[Variant], *modes: str) -> Any:
+        return self._collect(part, lambda store: Ask(self.model, part, cases, score, wanted, modes, self.config, store))
+
+    def texts(self) -> list[Path]:
+        return [self.data / "text" / name for name in NOVELS]
+
+    #
+    # parts
+    #
+
+    def kld(self) -> None:
+        found = excerpts(self.model, self.texts(), 3072, 256, 3)
+        wanted = [*expand(["full"], {}, []), *variants()]
+        config = replace(self.config, n_ctx=3072 + 256 + 64)
+        table = self._collect("kld", lambda store: Kld(self.model, found, wanted, config, store))
+        # the sizes of buzz are not a budget: the others at what it held
+        held = sorted({round(r["held_tokens"]) for r in table if r["policy"] == "buzz" and r["task"] == "all"})
+        control = [*expand([PAGED], {}, []), *expand(["buzz"], {}, BUDGETS)]
+        control += expand(["streaming", "snapkv", "ada-snapkv"], {}, [str(n) for n in held])
+        self._collect("kld-buzz", lambda store: Kld(self.model, found, control, config, store))
+
+    def ppl(self) -> None:
+        found = excerpts(self.model, self.texts(), 1024, 2048, 1)
+        config = replace(self.config, n_ctx=3072 + 64)
+        wanted = variants(("512", "256"))
+        self._collect("ppl", lambda store: Ppl(self.model, found, wanted, config, store))
+
+    def ruler(self) -> None:
+        self.ask("ruler", ruler_cases(self.data / "ruler-4096", rows=5), contains, variants(), "inside", "after")
+
+    def kv(self) -> None:
+        cases = kv_cases(self.data / "needle" / "kv_retrieval_75_keys.jsonl", rows=10)
+        self.ask("kv", cases, contains, variants(), "inside", "after")
+
+    def summaries(self) -> None:
+        cases = summary_cases(self.data / "summarization" / "cnn_dailymail.jsonl", rows=20)
+        self.ask("summaries", cases, rouge, variants(), "inside")
+
+    def guide(self) -> None:
+        """Single needles under chunked prefill, with and without a guide, against exact prefill."""
+        cases = ruler_cases(self.data / "ruler-4096", tasks=["niah_single_1", "niah_single_2"], rows=15)
+        wanted = [*expand([PAGED], {}, [])]
+        for name in ("snapkv", "ada-snapkv"):
+            wanted += expand([name], {}, ["25%"], prefills=["exact"])
+            wanted += expand([name], {}, ["25%"], prefills=["chunked"], guides=[0, 64])
+        self.ask("guide", cases, contains, wanted, "inside")
+
+    def growth(self) -> None:
+        """Bytes of the pools while an answer of ten thousand tokens is generated."""
+        text = (ROOT / "demo" / "expedition-log.txt").read_text("utf-8")
+        out = []
+        for name, cls in REGISTRY.items():
+            if not cls.evicts:
+                continue
+            policy = make_policy(name)
+            settings = EngineConfig(resolve_model(None), policy, Budget.parse("256"), n_ctx=12288)
+            with Engine(replace(settings, n_threads=self.config.n_threads)) as engine:
+                out.append({"policy": name} | grow(engine, engine.tokenize(text)[:1024]))
+                print(out[-1], flush=True)
+        (RESULTS / "quality-growth.json").write_text(json.dumps(out, indent=1) + "\n")
+
+
+def grow(engine: Engine, prompt: list[int]) -> dict[str, Any]:
+    """Most bytes allocated in the first and in the last thousand tokens of an answer, and how often it was evicted."""
+    engine.prefill(prompt)
+    cache = engine.cache
+    assert cache is not None
+    allocated = [
+        engine.context.stats().allocated_bytes for _ in engine.generate(N_GENERATED, Sampling(temp=0, ignore_eos=True))
+    ]
+    tokens = len(engine.tokens[0]) - len(prompt)
+    part = len(allocated) // 10
+    return {
+        "tokens": tokens,
+        "evictions": engine.context.stats().n_evict // len(cache.layers),
+        "first": max(allocated[:part]),
+        "last": max(allocated[-part:]),
+        "full": engine.report().kv.full_bytes,
+    }
+
+
+PARTS = ("kld", "ruler", "summaries", "kv", "guide", "ppl", "growth")
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--only", default=",".join([*PARTS, "page"]), help="parts, with commas between them")
+    p.add_argument("--parallel", type=int, default=32, help="branches that are decoded together")
+    args = p.parse_args()
+    wanted = args.only.split(",")
+    model = Model(f32_copy(resolve_model(args.model)))
+    run = Run(model, args.data, args.threads, args.parallel)
+    for part in PARTS:
+        if part in wanted:
+            getattr(run, part)()
+    if "page" in wanted:
+        write_page(RESULTS, ROOT / "docs" / "results.md", model.name)
+
+
+if __name__ == "__main__":
+    main()
