@@ -134,6 +134,9 @@ class Stage:
             self.context.branch(0, seq)
             out.logits = self._logits
             self._evict(out)
+            # a policy may come down to its size in several evictions, which an engine would do on the next tokens
+            while self._evict_if_due(out):
+                pass
         cache = self.context.cache
         if cache is None:
             out.held_mean = len(tokens)
@@ -211,13 +214,16 @@ class Stage:
             self._evict_if_due(branch)
         return logits
 
-    def _evict_if_due(self, branch: Branch) -> None:
+    def _evict_if_due(self, branch: Branch) -> bool:
+        """Whether the branch was past its limit and got smaller."""
         cache, policy = self.context.cache, branch.variant.policy
         if cache is None or not policy.evicts:
-            return
+            return False
         stats = cache.seq_stats(branch.seq)
-        if stats.n_slots > policy.limit(self._budget(branch), self.config.evict_every) * stats.n_heads:
-            self._evict(branch)
+        if stats.n_slots <= policy.limit(self._budget(branch), self.config.evict_every) * stats.n_heads:
+            return False
+        self._evict(branch)
+        return bool(cache.seq_stats(branch.seq).n_slots < stats.n_slots)
 
     def answer(self, branches: Sequence[Branch], logits: np.ndarray, n: int) -> list[list[int]]:
         """The likeliest continuations, up to ``n`` tokens each or to the model's end; ``logits`` choose the first."""
