@@ -97,8 +97,8 @@ def _kld(found: dict[str, list[Row]]) -> str:
     text = f"""{TITLES["kld"]}
 
 3,072 tokens of a novel are read and evicted, the next 256 are given one after the other. KL divergence (nats, mean
-over the tokens) of the predictions from those of the same cache with nothing evicted; {full["n"]} excerpts of two novels.
-The same variant in other batches, and so through other kernels, differs from itself by at most {floor:.1e} (the noise
+over the tokens) of the predictions from those of the same cache with nothing evicted; {full["n"]} excerpts of two
+novels. The same variant in other batches, and so through other kernels, differs from itself by at most {floor:.1e} (the noise
 floor); llama.cpp's own cache and kernels differ from ours with nothing evicted by {full["kl"]:.5f}, and from themselves
 in other batches by {full["floor"]:.5f}.
 
@@ -138,8 +138,8 @@ def _ppl(found: dict[str, list[Row]]) -> str:
     rows = _overall(found["ppl"])
     return (
         f"{TITLES['ppl']}\n\n1,024 tokens are read and evicted, the next 2,048 follow, with an eviction whenever one "
-        "is due (every 32 tokens). Ratio of the perplexity to that with nothing evicted, and the tokens held on average "
-        f"meanwhile; {rows[0]['n']} excerpts.\n\n"
+        "is due (every 32 tokens). Ratio of the perplexity to that with nothing evicted, and the tokens held on "
+        f"average meanwhile; {rows[0]['n']} excerpts.\n\n"
         + _grid(rows, lambda r: f"{r['ppl_ratio']:.4f}, {r['held_tokens']:.0f}", _budgets(rows))
     )
 
@@ -199,8 +199,8 @@ def _guide(found: dict[str, list[Row]]) -> str:
         lines.append([row["policy"], "" if row["policy"] == "paged" else how, _budget(row), _interval(row, "score", 2)])
     return (
         f"{TITLES['guide']}\n\nSingle needles of RULER-4k ({rows[0]['n']} prompts), the question inside. Chunked "
-        "prefill evicts after every 512 tokens and never holds more than the budget and a chunk; with a guide, the last "
-        "64 tokens of the prompt decide each time.\n\n" + table(["policy", "prefill", "budget", "score"], lines)
+        "prefill evicts after every 512 tokens and never holds more than the budget and a chunk; with a guide, the "
+        "last 64 tokens of the prompt decide each time.\n\n" + table(["policy", "prefill", "budget", "score"], lines)
     )
 
 
