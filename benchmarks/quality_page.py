@@ -98,7 +98,7 @@ def _kld(found: dict[str, list[Row]]) -> str:
 
 3,072 tokens of a novel are read and evicted, the next 256 are given one after the other. KL divergence (nats, mean
 over the tokens) of the predictions from those of the same cache with nothing evicted; {full["n"]} excerpts of two
-novels. novels. The same variant in other batches, and so through other kernels, differs from itself by at most {floor:.1e}
+novels. The same variant in other batches, and so through other kernels, differs from itself by at most {floor:.1e}
 (the noise floor); llama.cpp's own cache and kernels differ from ours with nothing evicted by {full["kl"]:.5f}, and from
 themselves in other batches by {full["floor"]:.5f}.
 

@@ -14,6 +14,7 @@ from . import backend
 from .bench import bench
 from .chat import chat
 from .demo import demo
+from .eval import evaluate
 from .options import GroupedCommand
 from .policies import policies
 from .run import run
@@ -93,5 +94,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (run, chat, bench, policies, demo):
+for command in (run, chat, bench, evaluate, policies, demo):
     main.add_command(command)

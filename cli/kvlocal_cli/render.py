@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kvlocal.bench import Step
+    from kvlocal.eval.ask import Step as Case
 
 ReportDict = Mapping[str, Any]
 
@@ -96,6 +97,21 @@ class Screen:
 
             yield on_step
 
+    @contextmanager
+    def evaluation(self) -> Iterator[Callable[[Case], None]]:
+        """How far an evaluation is: `3/40 · niah_single_1/2`."""
+        if not self.console.is_terminal:
+            yield lambda _step: None
+            return
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("")
+
+            def on_step(step: Case) -> None:
+                progress.update(task, description=case_text(step), completed=step.done, total=step.total)
+
+            yield on_step
+
 
 class PrefillBar:
     """Tokens done, tokens per second. Gone before the answer starts: call :meth:`stop` at its first piece."""
@@ -144,6 +160,10 @@ class _TokensColumn(ProgressColumn):
 
 def step_text(step: Step) -> str:
     return f"depth {step.depth:,} · {step.label} · {step.action} {step.done:,}/{step.total:,}"
+
+
+def case_text(step: Case) -> str:
+    return " · ".join(filter(None, [f"{step.done:,}/{step.total:,}", step.what]))
 
 
 def out(*renderables: RenderableType) -> None:
@@ -298,6 +318,17 @@ def _mib(n_bytes: float | None) -> str:
 
 def _rounded(fraction: float | None) -> str:
     return "n/a" if fraction is None else f"{fraction:.0%}"
+
+
+def results_table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> Table:
+    """Titles, and whether they head names (to the left) or numbers (to the right)."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title, is_name in columns:
+        table.add_column(title, justify="left" if is_name else "right", no_wrap=is_name)
+    for row in rows:
+        # as text: brackets are no markup
+        table.add_row(*map(Text, row))
+    return table
 
 
 def policies_table(rows: Iterable[Any]) -> Table:

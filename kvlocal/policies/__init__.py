@@ -16,7 +16,10 @@ from kvlocal.policies.ada_pyramid import AdaPyramid
 from kvlocal.policies.ada_snapkv import AdaSnapKV
 from kvlocal.policies.base import CacheView, LayerView, Policy
 from kvlocal.policies.buzz import Buzz
+from kvlocal.policies.cascading import Cascading
+from kvlocal.policies.chunkkv import ChunkKV
 from kvlocal.policies.corm import Corm
+from kvlocal.policies.expected_attention import ExpectedAttention
 from kvlocal.policies.full import Full
 from kvlocal.policies.h2o import H2O
 from kvlocal.policies.keydiff import KeyDiff
@@ -32,9 +35,9 @@ from kvlocal.policies.tova import Tova
 REGISTRY: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
-        *(Full, Streaming),
+        *(Full, Streaming, Cascading),
         *(SnapKV, PyramidKV, AdaSnapKV, AdaPyramid),
-        *(Buzz, H2O, Tova, Corm, Observed, KeyDiff, Knorm, Random),
+        *(Buzz, H2O, Tova, Corm, Observed, ExpectedAttention, ChunkKV, KeyDiff, Knorm, Random),
     )
 }
 

@@ -16,7 +16,7 @@ def layer_view(
     n_seen: int | None = None,
     layer: int = 0,
 ) -> LayerView:
-    """A layer with the given window scores (and masses) ``[n_head, n]`` and random keys.
+    """A layer with the given window scores (and masses) ``[n_head, n]``, random keys and up to 16 random queries.
 
     Positions default to ``0 .. n - 1`` in every head.
     """
@@ -29,6 +29,8 @@ def layer_view(
         n_seen = 1 + max(int(p[-1]) for p in positions)
     rng = np.random.default_rng(layer)
     keys = [rng.standard_normal((len(p), 4)).astype(np.float32) for p in positions]
+    n_window = min(n_seen, 16)
+    queries = rng.standard_normal((n_window, n_head, 4)).astype(np.float32)
     return LayerView(
         layer,
         n_head,
@@ -36,9 +38,23 @@ def layer_view(
         positions,
         n_seen,
         lambda: scores,
+        n_window,
         read_mass=lambda: scores,
         read_kv=lambda h: (keys[h], keys[h]),
+        read_queries=lambda: queries,
+        rotate=rotate,
+        kq_scale=0.5,
     )
+
+
+def rotate(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """RoPE over neighbouring pairs of values, with base 10000; a last odd value is not turned."""
+    d = rows.shape[1] // 2 * 2
+    angles = np.asarray(positions)[:, None] * 10000.0 ** -(np.arange(0, d, 2) / d)
+    turned = (rows[:, 0:d:2] + 1j * rows[:, 1:d:2]) * np.exp(1j * angles)
+    out = np.array(rows, np.float32)
+    out[:, 0:d:2], out[:, 1:d:2] = turned.real, turned.imag
+    return out
 
 
 def cache_view(budget: int, *layers: LayerView) -> CacheView:

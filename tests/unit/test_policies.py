@@ -16,7 +16,7 @@ from kvlocal.policies.params import declared_rules
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCORED = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
-ALLOCATED = ["observed", "keydiff", "knorm", "random"]
+ALLOCATED = ["observed", "expected-attention", "chunkkv", "keydiff", "knorm", "random"]
 EVICTING = [name for name in REGISTRY if name not in ("full", "buzz")]
 """What holds a budget; the size of buzz swings (test_buzz.py)."""
 TWO = [[0.90, 0.03, 0.02, 0.01, 0.02, 0.02], [0.20, 0.18, 0.17, 0.16, 0.15, 0.14]]

@@ -19,12 +19,15 @@ def test_registry_names():
     assert list(REGISTRY) == [
         "full",
         "streaming",
+        "cascading",
         *SCORED,
         "buzz",
         "h2o",
         "tova",
         "corm",
         "observed",
+        "expected-attention",
+        "chunkkv",
         "keydiff",
         "knorm",
         "random",
@@ -54,9 +57,18 @@ def test_defaults_of_the_others():
         assert dataclasses.asdict(make_policy(name)) == {"window": 0, **shared}
         assert make_policy(name).min_budget == 1 and make_policy(name).n_window == 0
     assert dataclasses.asdict(make_policy("random")) == {"window": 32, **shared, "seed": 0}
+    assert dataclasses.asdict(make_policy("chunkkv")) == {"window": 32, **shared, "chunk": 16}
+    assert make_policy("chunkkv").n_window == 32 and make_policy("chunkkv").min_budget == 33
+    assert dataclasses.asdict(make_policy("cascading")) == {"sink": 4, "cascades": 4}
+    assert make_policy("cascading").min_budget == 5 and make_policy("cascading").n_window == 0
+    expected = make_policy("expected-attention")
+    own = {"queries": 256, "n_future": 512, "covariance": "yes", "vnorm": "yes", "epsilon": 0.0}
+    assert dataclasses.asdict(expected) == {"window": 0, **shared, "sink": 4, **own}
+    assert expected.n_window == 256 and expected.min_budget == 5
     assert make_policy("tova").n_window == 1 and make_policy("h2o").n_window == 0
     needs = {name: set(make_policy(name).needs) for name in REGISTRY}
-    assert [n for n, what in needs.items() if what == {"mass"}] == ["buzz", "h2o", "observed"]
+    assert [n for n, what in needs.items() if what == {"mass"}] == ["cascading", "buzz", "h2o", "observed"]
+    assert [n for n, what in needs.items() if what == {"queries"}] == ["expected-attention"]
     assert not make_policy("full").evicts
     assert not make_policy("full").needs and not make_policy("streaming").needs
 
