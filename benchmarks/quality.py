@@ -43,6 +43,7 @@ NOVELS = ("Burnett_Garden_1911.txt", "Doyle_Hound_1902.txt")
 OTHERS = {
     "snapkv, no pooling": ("snapkv", {"pool": "none"}),
     "expected-attention, ada": ("expected-attention", {"allocation": "ada"}),
+    "buzz, prefill_fit": ("buzz", {"prefill_fit": "yes"}),
     "random, 4 sinks": ("random", {"sink": "4"}),
 }
 """Beside every policy with its defaults."""
@@ -55,7 +56,7 @@ def variants(budgets: Sequence[str] = BUDGETS) -> list[Variant]:
     """Nothing evicted, then every policy and the others at every budget."""
     out = list(expand([PAGED], {}, []))
     policies = {name: make_policy(name) for name, cls in REGISTRY.items() if cls.evicts}
-    policies |= {label: make_policy(*named) for label, named in OTHERS.items() if named[0] in REGISTRY}
+    policies |= {label: make_policy(*named) for label, named in OTHERS.items()}
     for name, policy in policies.items():
         out += [Variant(name, policy, Budget.parse(budget)) for budget in budgets]
     return out

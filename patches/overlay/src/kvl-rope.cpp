@@ -34,7 +34,7 @@ static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint3
                                          cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow);
     ggml_cgraph * gf = ggml_new_graph_custom(g, n_nodes, false);
     ggml_build_forward_expand(gf, turned);
-    ggml_backend_t cpu = kv.host_backend();
+    ggml_backend_t cpu = kv.host_backend(1); // so little work that waiting for others would cost more
     ggml_backend_buffer_ptr buffer(cpu ? ggml_backend_alloc_ctx_tensors(g, cpu) : nullptr);
     if (!buffer) {
         kvl_set_error("no memory to turn " + std::to_string(n) + " rows");

@@ -12,15 +12,6 @@
 
 namespace {
 
-void set_threads(ggml_backend_t cpu, int n_threads) {
-    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
-    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(
-        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
-    if (set) {
-        set(cpu, n_threads);
-    }
-}
-
 // The backends a graph over this layer's pages needs: their device and the CPU.
 struct runner {
     std::vector<ggml_backend_ptr> backends;
@@ -33,7 +24,7 @@ struct runner {
         ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
         backends.emplace_back(cpu);
         if (cpu) {
-            set_threads(cpu, n_threads);
+            kvl_set_threads(cpu, n_threads);
         }
         std::vector<ggml_backend_t> raw;
         for (const auto & backend : backends) {
@@ -164,12 +155,11 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     const auto & heads = kv.seqs[seq].heads[layer_id];
     const int64_t w = int64_t(query_rows.size());
     const int64_t H = layer.n_head_kv;
-    ggml_backend_t cpu = kv.host_backend();
+    ggml_backend_t cpu = kv.host_backend(n_threads);
     if (!cpu) {
         kvl_set_error("cannot create the backend for window scores");
         return KVL_ERR_COMPUTE;
     }
-    set_threads(cpu, n_threads);
 
     int64_t n_pages = 0;
     for (const kvl_head & head : heads) {

@@ -18,6 +18,8 @@ struct llama_hparams;
 struct llama_model;
 class llama_kv_paged_context;
 
+void kvl_set_threads(ggml_backend_t cpu, int n_threads);
+
 // Last error of this thread, as read by kvl_last_error().
 void kvl_set_error(const std::string & what);
 
@@ -126,7 +128,8 @@ class llama_kv_paged : public llama_memory_i {
     struct {
         ggml_custom_op_t compute, merge, mass, scores;
     } attn = {};
-    ggml_backend_t host_backend(); // for what is computed outside the model's graph, made once; nullptr: it cannot be
+    // for what is computed outside the model's graph, made once; nullptr: it cannot be
+    ggml_backend_t host_backend(int n_threads);
 
     kvl_evict_hook hook = nullptr;
     void * hook_user = nullptr;
