@@ -214,7 +214,8 @@ def _growth(found: dict[str, list[Row]]) -> str:
     ]
     return (
         f"{TITLES['growth']}\n\nAn answer of 10,000 tokens by the small model of the tests, after a prompt of "
-        "1,024, at `--budget 256`: the most that the pools had allocated in the first and in the last thousand tokens (MiB), against a full cache.\n\n"
+        "1,024, at `--budget 256`: the most that the pools had allocated in the first and in the last thousand tokens "
+        "(MiB), against a full cache.\n\n"
         + table(["policy", "tokens", "evictions", "first thousand", "last thousand", "full cache"], lines)
     )
 
