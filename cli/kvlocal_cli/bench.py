@@ -147,7 +147,7 @@ def bench(
         chunk=n_chunk,
     )
     for path in filter(None, (output_file, plot)):
-        _check_folder(path)
+        check_folder(path)
     if plot is not None:
         backend.check_plot(plot)
     screen = Screen()
@@ -177,7 +177,7 @@ def bench(
         raise failure
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path) -> None:
     """Nobody should wait for a measurement to learn that it cannot be written."""
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder '{path.parent}' to write '{path.name}' to.")

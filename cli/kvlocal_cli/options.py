@@ -92,7 +92,7 @@ def count(section: str, *names: str, default: int, minimum: int, help: str) -> D
     return option(section, *names, type=Whole(min=minimum), default=default, metavar="N", help=help)
 
 
-def _stack(*decorators: Decorator) -> Decorator:
+def stack(*decorators: Decorator) -> Decorator:
     def decorate(function: Callback) -> Callback:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -101,18 +101,18 @@ def _stack(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-_MODEL = _stack(
+_MODEL = stack(
     click.argument("model", required=False, metavar="[MODEL]"),
     option("Model", "-hf", "--hf", "hf", metavar="USER/REPO[:FILE]", help="Model on Hugging Face; as MODEL hf:…"),
 )
-_THREADS = _stack(
+_THREADS = stack(
     count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: all cores."),
     count("Model", "-ngl", "--n-gpu-layers", "n_gpu_layers", default=0, minimum=0, help="Layers on the GPU."),
 )
 _CONTEXT = count(
     "Model", "-c", "--ctx-size", "n_ctx", default=0, minimum=0, help="Context; 0: the model's, if memory allows."
 )
-_BATCH = _stack(
+_BATCH = stack(
     count("Model", "-b", "--batch-size", "n_batch", default=2048, minimum=1, help="Tokens per logical batch."),
     count("Model", "-ub", "--ubatch-size", "n_ubatch", default=512, minimum=1, help="Tokens per physical batch."),
 )
@@ -124,7 +124,7 @@ _POLICY_ARG = option(
     metavar="NAME=VALUE",
     help="Set a parameter of the policy; may be repeated.",
 )
-_CACHE = _stack(
+_CACHE = stack(
     option(
         "KV cache",
         "--policy",
@@ -177,7 +177,7 @@ _CACHE = _stack(
         help="Tokens that a growing sequence may exceed the budget by until it is evicted again; 1: at every token.",
     ),
 )
-_SAMPLING = _stack(
+_SAMPLING = stack(
     option("Sampling", "--temp", type=Real(min=0), default=0.8, metavar="T", help="0: always the likeliest."),
     count("Sampling", "--top-k", default=40, minimum=0, help="Draw from the K likeliest; 0: from all."),
     option("Sampling", "--top-p", type=Real(0, 1, min_open=True), default=0.95, metavar="P", help="Nucleus; 1: off."),
@@ -204,17 +204,17 @@ _SAMPLING = _stack(
 
 def model_options(command: Callback) -> Callback:
     """MODEL, -hf, threads and GPU layers, gathered into `settings`."""
-    return _stack(_MODEL, _THREADS)(_gather(command))
+    return stack(_MODEL, _THREADS)(_gather(command))
 
 
 def engine_options(command: Callback) -> Callback:
     """Everything an engine is opened with, gathered into `settings`."""
-    return _stack(_MODEL, _CONTEXT, _BATCH, _THREADS, _CACHE)(_gather(command))
+    return stack(_MODEL, _CONTEXT, _BATCH, _THREADS, _CACHE)(_gather(command))
 
 
 def sweep_options(command: Callback) -> Callback:
     """MODEL, -hf, threads, batches and --policy-arg, gathered into `settings`."""
-    return _stack(_POLICY_ARG, _MODEL, _BATCH, _THREADS)(_gather(command))
+    return stack(_POLICY_ARG, _MODEL, _BATCH, _THREADS)(_gather(command))
 
 
 def sampling_options(command: Callback) -> Callback:

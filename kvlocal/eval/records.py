@@ -78,15 +78,15 @@ class Store:
     """Records on disk, by key: what was measured once with the same model, code and settings is not measured again.
 
     A line is written and flushed per record, so an interrupted run loses the case it was at and nothing else.
+
+    ``fresh``: what is there is not read; what is measured anew takes its place.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
         self._records: dict[str, Record] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            path.unlink(missing_ok=True)
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        for line in path.read_text("utf-8").splitlines() if path.exists() and not fresh else []:
             try:
                 values = json.loads(line)
                 key = values.pop("key")

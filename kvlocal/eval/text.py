@@ -230,15 +230,17 @@ class Ppl:
             for j, own in enumerate(logits):
                 nll[j] += Distribution.of(own).nll(targets) * len(part)
             held.append([self._held(stage, branch) for branch in branches])
+        per_token = branches[0].full_bytes / len(stage.text)
+        ends = [min(i + every, len(rest) - 1) for i in range(0, len(rest) - 1, every)]
         for branch in branches:
-            branch.full_bytes = int(branch.full_bytes * (len(stage.text) + len(rest) / 2) / len(stage.text))
+            branch.full_bytes = int(per_token * (len(stage.text) + np.mean(ends)))
         return branches, nll / (len(rest) - 1), np.mean(held, axis=0)
 
     def _held(self, stage: Stage, branch: Branch) -> tuple[float, float]:
         cache = stage.context.cache
         if cache is None:
             n = stage.context.n_seen(branch.seq)
-            return branch.full_bytes * n / len(stage.text), n
+            return branch.full_bytes / len(stage.text) * n, n
         stats = cache.seq_stats(branch.seq)
         return held_bytes(cache, branch.seq), stats.n_slots / stats.n_heads
 

@@ -138,6 +138,7 @@ def test_perplexity_of_a_continuation_that_is_evicted_on_the_way(model: Model, s
     table = {(r["policy"], r["budget"]): r for r in rows(Ppl(model, found, variants, CONFIG, store).run())}
     assert table["paged", "100%"]["ppl_ratio"] == 1
     assert table["full", "100%"]["ppl_ratio"] == pytest.approx(1, abs=0.01)
+    assert table["paged", "100%"]["held"] == pytest.approx(1) == table["full", "100%"]["held"]
     for name in ("random", "streaming", "snapkv", "corm"):
         assert table[name, "100%"]["ppl_ratio"] == pytest.approx(1, abs=1e-3), "nothing was evicted"
         assert 48 <= table[name, "48"]["held_tokens"] < 48 + CONFIG.evict_every

@@ -1,0 +1,259 @@
+"""`kvlocal eval`: what a policy loses, on texts, on questions about documents, on summaries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from kvlocal.errors import KVError, UsageError
+
+from . import backend
+from .bench import Names, check_folder
+from .eval_options import Common, Lengths, Shares, common_options, data_options, question_option, text_options
+from .options import GroupedCommand, Settings, count, option
+from .stream import INTERRUPTED, Interrupt
+
+
+class Evaluations(click.Group):
+    command_class = GroupedCommand
+
+
+@click.group("eval", cls=Evaluations)
+def evaluate() -> None:
+    """Measure what policies lose, on texts and questions.
+
+    What was measured is kept on record: a run goes on where an earlier one stopped, and only what is new is measured.
+    Every command takes MODEL, a GGUF file or hf:USER/REPO[:FILE]; without it, a small default model is used, with its
+    weights as F32. Options that take a list (N,…) measure every combination.
+
+    \b
+    kvlocal eval needle model.gguf --policy paged,snapkv,ada-snapkv --budget 25%
+    kvlocal eval kld --text novel.txt --policy paged,streaming,snapkv --budget 50%,25%,12.5%
+    """
+
+
+@evaluate.command()
+@text_options(3072, 256, 3)
+@common_options
+def kld(common: Common, source: dict[str, Any]) -> None:
+    """KL divergence of predictions after one eviction.
+
+    Excerpts of texts are read and evicted, then continued. The predictions are compared with those of the same cache
+    with nothing evicted: KL divergence, how often the likeliest token is the same, perplexity. The noise floor beside
+    them is the same variant once more in other batches.
+
+    \b
+    kvlocal eval kld --text novel.txt --text essays.txt --budget 50%,25%,12.5%
+    kvlocal eval kld model.gguf --f32 --text novel.txt --policy full,snapkv -o json --output-file kld.json
+    """
+    if _n_ubatch(common.settings) < 2:
+        raise UsageError("the noise floor needs batches of two sizes; give -b and -ub of at least 2.")
+    _measure(common, "kld", source)
+
+
+@evaluate.command()
+@text_options(1024, 1024, 1)
+@common_options
+def ppl(common: Common, source: dict[str, Any]) -> None:
+    """Perplexity of a long continuation, evicted on the way.
+
+    Excerpts of texts are read and continued; as they grow past the budget they are evicted again and again. The ratio
+    is to the same cache with nothing evicted.
+
+    \b
+    kvlocal eval ppl --text novel.txt --budget 512,256 --evict-every 1
+    kvlocal eval ppl model.gguf --text novel.txt --context 64 --continue 8192 --policy streaming,h2o
+    """
+    _measure(common, "ppl", source)
+
+
+@evaluate.command()
+@option(
+    "Cases",
+    "--lengths",
+    type=Lengths(),
+    default="1024,2048",
+    metavar="N,…",
+    help="Tokens of the documents, within 2 %.",
+)
+@option(
+    "Cases",
+    "--depths",
+    type=Shares(),
+    default="0,0.25,0.5,0.75,1",
+    metavar="X,…",
+    help="Where the fact stands, from 0 (beginning) to 1 (end).",
+)
+@option(
+    "Cases",
+    "--kind",
+    type=click.Choice(["words", "numbers"]),
+    default="words",
+    help="What is to be found: invented names, or five digits.",
+)
+@option(
+    "Cases",
+    "--mode",
+    type=click.Choice(["single", "multi-key", "multi-turn"]),
+    default="single",
+    help="One fact; one of four facts that are alike; three facts, asked for one after the other.",
+)
+@count("Cases", "--repeats", default=1, minimum=1, help="Documents for each length and depth.")
+@count("Cases", "--seed", default=0, minimum=0, help="The same seed gives the same documents.")
+@question_option("both")
+@common_options
+def needle(common: Common, questions: tuple[str, ...], **source: Any) -> None:
+    """A fact in a long text, and a question about it.
+
+    The text is generated, and no sentence of it but the fact could answer the question. The score is the share of
+    questions whose answer holds what the fact says.
+
+    \b
+    kvlocal eval needle --policy paged,snapkv,ada-snapkv --budget 25% --plot needle.svg
+    kvlocal eval needle model.gguf --lengths 4096,8192 --mode multi-turn --repeats 3
+    """
+    _measure(common, "needle", source, questions)
+
+
+@evaluate.command()
+@data_options("DIR", "Folder with one .jsonl file per task, as RULER's generator writes them.")
+@option("Cases", "--tasks", type=Names(), default=None, metavar="NAME,…", help="Only these; without it, all.")
+@question_option("both")
+@common_options
+def ruler(common: Common, questions: tuple[str, ...], **source: Any) -> None:
+    """RULER: rows made by its generator, by task.
+
+    The score is the share of the expected strings that the answer holds.
+
+    \b
+    kvlocal eval ruler --data ruler-4096 --rows 5 --policy paged,snapkv
+    kvlocal eval ruler model.gguf --data ruler-4096 --tasks niah_single_1,vt --question after
+    """
+    _measure(common, "ruler", source | {"tasks": source["tasks"] or ()}, questions)
+
+
+@evaluate.command()
+@data_options("FILE", "JSON Lines of CNN/DailyMail or of LongBench's multi_news.")
+@question_option("inside")
+@common_options
+def summarize(common: Common, questions: tuple[str, ...], **source: Any) -> None:
+    """Summaries of articles, scored by ROUGE.
+
+    Needs rouge-score: pip install "kvlocal[eval]".
+
+    \b
+    kvlocal eval summarize --data cnn_dailymail.jsonl --rows 20 --policy paged,snapkv
+    """
+    _measure(common, "summarize", source, questions)
+
+
+@evaluate.command("kv-retrieval")
+@data_options("FILE", "JSON Lines of lost-in-the-middle's key-value retrieval.")
+@question_option("both")
+@common_options
+def kv_retrieval(common: Common, questions: tuple[str, ...], **source: Any) -> None:
+    """One value out of a long object of random keys.
+
+    \b
+    kvlocal eval kv-retrieval --data kv_retrieval_75_keys.jsonl --rows 10 --policy paged,snapkv
+    """
+    _measure(common, "kv-retrieval", source, questions)
+
+
+def _n_ubatch(settings: Settings) -> int:
+    """As llama.cpp has it: no physical batch is larger than the logical one."""
+    return min(settings.n_ubatch, settings.n_batch)
+
+
+def _measure(common: Common, metric: str, source: dict[str, Any], questions: Sequence[str] = ()) -> None:
+    from .render import Screen
+
+    settings = common.settings
+    chunk_given = click.get_current_context().get_parameter_source("n_chunk") is ParameterSource.COMMANDLINE
+    for flag, given in (("--chunk", chunk_given), ("--guide", any(common.guides))):
+        if given and "chunked" not in common.prefills:
+            raise UsageError(f"{flag} has no effect without --prefill chunked; give both or neither.")
+    for path in filter(None, (common.output_file, common.plot)):
+        check_folder(path)
+    if common.plot is not None:
+        backend.check_plot(common.plot)
+    plan = backend.plan_eval(
+        settings,
+        metric,
+        source,
+        policies=common.policies,
+        budgets=common.budgets,
+        storages=common.storages,
+        prefills=common.prefills,
+        guides=common.guides,
+        questions=questions,
+        chunk=common.n_chunk,
+        n_ubatch=_n_ubatch(settings),
+        parallel=common.parallel,
+    )
+    screen = Screen()
+    file = backend.find_model(settings, None, screen)
+    if common.f32:
+        file = backend.f32_model(file, screen)
+    records: list[Any] = []
+    failure: BaseException | None = None
+    with backend.open_eval(file, plan, settings.n_gpu_layers, common.fresh, screen) as evaluation:
+        about = {"metric": metric, "model": evaluation.model, "settings": _settings(common, source, questions)}
+        with Interrupt() as interrupt, screen.evaluation() as show:
+
+            def on_step(step: Any) -> None:
+                interrupt.check()
+                show(step)
+
+            try:
+                for record in evaluation.run(on_step):
+                    records.append(record)
+            except (KeyboardInterrupt, KVError, MemoryError) as error:
+                failure = error
+    if records:
+        if common.form == "json":
+            with screen.status("Measuring memory bandwidth"):
+                about["machine"] = backend.describe_machine(settings.n_threads)
+        _write(common, about, backend.eval_rows(records))
+        if common.plot is not None:
+            backend.write_eval_plot(records, common.plot)
+    if isinstance(failure, KeyboardInterrupt):
+        raise click.exceptions.Exit(INTERRUPTED)
+    if failure is not None:
+        raise failure
+
+
+def _settings(common: Common, source: dict[str, Any], questions: Sequence[str]) -> dict[str, Any]:
+    """What the results depend on beside the variants, for the output."""
+    settings = common.settings
+    return {
+        "f32": common.f32,
+        "chunk": common.n_chunk,
+        "evict_every": settings.evict_every,
+        "n_ubatch": _n_ubatch(settings),
+        "n_gpu_layers": settings.n_gpu_layers,
+        "parallel": common.parallel,
+        **({"questions": questions} if questions else {}),
+        **source,
+    }
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _write(common: Common, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from . import eval_output, render
+
+    if common.form == "md" and common.output_file is None and _on_terminal():
+        render.out(*eval_output.as_rich(about, rows))
+        return
+    text = {"md": eval_output.as_md, "json": eval_output.as_json, "csv": eval_output.as_csv}[common.form](about, rows)
+    if common.output_file is None:
+        sys.stdout.write(text)
+    else:
+        common.output_file.write_text(text, "utf-8")
