@@ -13,7 +13,7 @@ import click
 from kvlocal.errors import UsageError
 
 from .bench import Names, Wholes
-from .options import Callback, Decorator, Settings, Whole, stack, count, option, sweep_options
+from .options import Callback, Decorator, Settings, Whole, count, option, stack, sweep_options
 
 MAX_PARALLEL = 255
 """llama.cpp's most sequences, less the one that holds the text."""

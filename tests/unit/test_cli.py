@@ -44,7 +44,7 @@ def test_help_groups_the_options_and_shows_an_example() -> None:
     assert "[default: ada-snapkv]" in text and "[default: 2048]" in text
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "bench", "policies", "demo"])
+@pytest.mark.parametrize("command", ["run", "chat", "bench", "eval", "policies", "demo"])
 def test_the_overview_has_every_command_in_full(command: str) -> None:
     line = next(line for line in call("--help").stdout.splitlines() if line.startswith(f"  {command} "))
     assert line.endswith(".") and not line.endswith("...")
