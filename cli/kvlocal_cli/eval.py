@@ -92,8 +92,8 @@ def ppl(common: Common, source: dict[str, Any]) -> None:
     "Cases",
     "--kind",
     type=click.Choice(["words", "numbers"]),
-    default="words",
-    help="What is to be found: invented names, or five digits.",
+    default="numbers",
+    help="What is to be found: five digits, or invented names, which small models take for other words of the text.",
 )
 @option(
     "Cases",

@@ -18,7 +18,7 @@ from needles import FACTS, document
 from kvlocal.eval.stage import Stage
 from kvlocal.sweep import Variant
 
-NEEDLE = "needle --lengths 400,600 --depths 0,0.5 --budget 25%"
+NEEDLE = "needle --kind words --lengths 400,600 --depths 0,0.5 --budget 25%"
 KLD = "kld --context 192 --continue 48 --contexts 2 --budget 50%,25%"
 PPL = "ppl --context 128 --continue 160 --budget 64"
 

@@ -303,7 +303,7 @@ def test_the_defaults_are_those_of_the_help(fake: Fake, text: str) -> None:
     assert plan.source == {
         "lengths": (1024, 2048),
         "depths": (0.0, 0.25, 0.5, 0.75, 1.0),
-        "kind": "words",
+        "kind": "numbers",
         "mode": "single",
         "repeats": 1,
         "seed": 0,
