@@ -104,7 +104,11 @@ class Run:
         # the sizes of buzz are not a budget: the others at what it held
         held = sorted({round(r["held_tokens"]) for r in table if r["policy"] == "buzz" and r["task"] == "all"})
         control = [*expand([PAGED], {}, []), *expand(["buzz"], {}, BUDGETS)]
-        control += expand(["streaming", "snapkv", "ada-snapkv"], {}, [str(n) for n in held])
+        control += expand(["streaming", "snapkv", "ada-snapkv", "h2o"], {}, [str(n) for n in held])
+        # of the same size with more of it recent, and what is older sampled more thinly
+        for window, stride in ((452, 9), (600, 17)):
+            policy = make_policy("buzz", {"window": str(window), "stride": str(stride)})
+            control.append(Variant(f"buzz, window {window}, stride {stride}", policy, Budget.parse("50%")))
         self._collect("kld-buzz", lambda store: Kld(self.model, found, control, config, store))
 
     def ppl(self) -> None:
