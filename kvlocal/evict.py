@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from kvlocal.cache import PagedCache
 from kvlocal.context import Context
 from kvlocal.policies.base import Policy
+
+
+@functools.cache
+def _pools() -> ThreadpoolController:
+    """The thread pools of the libraries that are loaded."""
+    return ThreadpoolController()
 
 
 def evict(
@@ -39,10 +47,12 @@ def evict(
     if scores is not None:
         for layer, given in zip(view.layers, scores, strict=True):
             layer.read_scores = lambda given=given: given  # type: ignore[misc]
-    budgets = policy.allocate(view)
-    for layer, counts in zip(view.layers, budgets, strict=True):
-        cache.keep(seq, layer.layer, policy.keep(layer, counts))
-        layer.release()
+    # a policy's matrices are small, and threads of numpy's would wait for those of llama.cpp, which spin for a while
+    with _pools().limit(limits=1, user_api="blas"):
+        budgets = policy.allocate(view)
+        for layer, counts in zip(view.layers, budgets, strict=True):
+            cache.keep(seq, layer.layer, policy.keep(layer, counts))
+            layer.release()
     if policy.rolls:
         cache.roll(seq)
     cache.note_eviction(seq)
