@@ -137,7 +137,7 @@ def _kld_buzz(found: dict[str, list[Row]]) -> str:
 def _ppl(found: dict[str, list[Row]]) -> str:
     rows = _overall(found["ppl"])
     return (
-        f"{TITLES['ppl']}\n\n1,024 tokens are read and evicted, the next 2,048 follow, with an eviction whenever one "
+        f"{TITLES['ppl']}\n\n1,024 tokens are read and evicted, the next 1,024 follow, with an eviction whenever one "
         "is due (every 32 tokens). Ratio of the perplexity to that with nothing evicted, and the tokens held on "
         f"average meanwhile; {rows[0]['n']} excerpts.\n\n"
         + _grid(rows, lambda r: f"{r['ppl_ratio']:.4f}, {r['held_tokens']:.0f}", _budgets(rows))
@@ -226,8 +226,8 @@ SECTIONS: dict[str, Callable[[dict[str, list[Row]]], str]] = {
     "ppl": _ppl,
     "ruler": _asked(
         "ruler",
-        "{n} prompts: seven tasks, five rows each, about 3,800 tokens. Share of the expected strings found in the "
-        "answer.",
+        "{n} prompts: seven tasks, five rows each, about 3,800 tokens. Share of the expected strings found in an "
+        "answer of at most 48 tokens.",
     ),
     "kv": _asked(
         "kv",
