@@ -23,8 +23,9 @@ from quality_page import write_page
 from kvlocal.budget import Budget
 from kvlocal.dequantize import f32_copy
 from kvlocal.engine import Engine, EngineConfig
-from kvlocal.eval.ask import Ask, Step
+from kvlocal.eval.ask import Ask
 from kvlocal.eval.cases import Case, Score
+from kvlocal.eval.evaluation import Step
 from kvlocal.eval.kv_retrieval import kv_cases
 from kvlocal.eval.records import Record, Store, rows, store_path
 from kvlocal.eval.ruler import ruler_cases

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from kvlocal.bench import BenchConfig, Step
     from kvlocal.chat import Chat
     from kvlocal.engine import Engine
-    from kvlocal.eval.ask import Ask, OnStep
+    from kvlocal.eval.ask import Ask
     from kvlocal.eval.cases import Case
+    from kvlocal.eval.evaluation import OnStep
     from kvlocal.eval.records import Record, Store
     from kvlocal.eval.stage import StageConfig
     from kvlocal.eval.text import Kld, Ppl

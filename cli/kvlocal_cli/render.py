@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kvlocal.bench import Step
-    from kvlocal.eval.ask import Step as Case
+    from kvlocal.eval.evaluation import Step as Case
 
 ReportDict = Mapping[str, Any]
 

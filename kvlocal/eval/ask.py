@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from kvlocal.errors import UsageError
 from kvlocal.eval.cases import Case, Score
+from kvlocal.eval.evaluation import Evaluation
 from kvlocal.eval.records import Record, Store, digest, identity
 from kvlocal.eval.scores import measure
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
@@ -17,18 +18,6 @@ from kvlocal.model import Model
 from kvlocal.sweep import Variant
 
 _ANSWER = "\x02answer\x03"  # stands for an answer while a template is rendered
-
-
-@dataclass(frozen=True)
-class Step:
-    """What goes on: case ``done`` of ``total``, and its name."""
-
-    done: int
-    total: int
-    what: str
-
-
-OnStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
@@ -63,13 +52,14 @@ def turns(model: Model, case: Case) -> Turns:
     return Turns(head, tails)
 
 
-class Ask:
-    """Runs cases under variants.
+Want = tuple[Variant, str]
+"""A variant, and whether its eviction sees the first question (``inside``) or only the document (``after``)."""
 
-    Args:
-        metric: its name in the records.
-        score: an answer and what was expected, to measures.
-        modes: ``inside``: the eviction sees the first question; ``after``: it has only seen the document.
+
+class Ask(Evaluation[Case, Want]):
+    """Runs cases under variants, with the question ``inside`` and ``after``, as ``modes`` say.
+
+    ``metric`` is its name in the records; ``score`` makes measures of an answer.
     """
 
     def __init__(
@@ -83,35 +73,32 @@ class Ask:
         config: StageConfig,
         store: Store,
     ) -> None:
-        self.model, self.metric, self.cases, self.score = model, metric, cases, score
-        self.variants, self.modes, self.config, self.store = variants, modes, config, store
+        super().__init__(cases, [(variant, mode) for mode in modes for variant in variants], store)
+        self.model, self.metric, self.score, self.variants, self.config = model, metric, score, variants, config
 
-    def run(self, on_step: OnStep = lambda _step: None) -> Iterator[Record]:
-        """Every record, measured now or before, case by case."""
-        with ExitStack() as stack:
-            stages: list[tuple[Stage, list[Variant]]] = []
-            for i, case in enumerate(self.cases):
-                on_step(Step(i, len(self.cases), case.id))
-                missing = [p for p in self._pairs() if self.store.get(self._key(case, *p)) is None]
-                if missing and not stages:
-                    stages = open_stages(self.model, group(self.variants), self.config, stack)
-                if missing:
-                    case_turns = turns(self.model, case)
-                    self._check(case, case_turns)
-                    for stage, variants in stages:
-                        wanted = [(v, mode) for v, mode in missing if v in variants]
-                        self._run_case(stage, case, case_turns, wanted)
-                for variant, mode in self._pairs():
-                    record = self.store.get(self._key(case, variant, mode))
-                    assert record is not None
-                    yield record
-        on_step(Step(len(self.cases), len(self.cases), ""))
+    def key(self, unit: Case, want: Want) -> str:
+        return digest(self.metric, asdict(unit), identity(want[0]), want[1])
 
-    def _pairs(self) -> list[tuple[Variant, str]]:
-        return [(variant, mode) for mode in self.modes for variant in self.variants]
+    def open(self, stack: ExitStack) -> None:
+        self._stages = open_stages(self.model, group(self.variants), self.config, stack)
 
-    def _key(self, case: Case, variant: Variant, mode: str) -> str:
-        return digest(self.metric, asdict(case), identity(variant), mode)
+    def measure(self, unit: Case, missing: Sequence[Want]) -> Iterator[tuple[int, str]]:
+        case_turns = turns(self.model, unit)
+        self._check(unit, case_turns)
+        done = 0
+        for stage, variants in self._stages:
+            # in this order: the document alone must be the newest text when what follows it is not to be seen
+            for mode in ("after", "inside"):
+                wanted = [v for v, m in missing if m == mode and v in variants]
+                if wanted:
+                    yield done, unit.id
+                    stage.read(case_turns.document + (case_turns.questions[0] if mode == "inside" else []))
+                for i in range(0, len(wanted), self.config.parallel):
+                    some = wanted[i : i + self.config.parallel]
+                    yield done, unit.id
+                    self._run_some(stage, unit, case_turns, mode, some)
+                    stage.close_branches()
+                    done += len(some)
 
     def _check(self, case: Case, case_turns: Turns) -> None:
         n = len(case_turns.document) + sum(map(len, case_turns.questions)) + sum(q.n_answer for q in case.questions)
@@ -120,19 +107,6 @@ class Ask:
                 f"The case {case.id} needs {n} tokens, the context has room for {self.config.n_ctx - 1}; use a larger "
                 "context (-c) if the model allows it, or shorter cases."
             )
-
-    def _run_case(self, stage: Stage, case: Case, case_turns: Turns, wanted: Sequence[tuple[Variant, str]]) -> None:
-        # in this order: the document alone must be the newest text when what follows it is not to be seen
-        for mode in ("after", "inside"):
-            variants = [v for v, m in wanted if m == mode]
-            if not variants:
-                continue
-            inside = mode == "inside"
-            stage.read(case_turns.document + (case_turns.questions[0] if inside else []))
-            for i in range(0, len(variants), self.config.parallel):
-                some = variants[i : i + self.config.parallel]
-                self._run_some(stage, case, case_turns, mode, some)
-                stage.close_branches()
 
     def _run_some(self, stage: Stage, case: Case, case_turns: Turns, mode: str, variants: Sequence[Variant]) -> None:
         branches = [stage.branch(seq, variant) for seq, variant in enumerate(variants, start=1)]
@@ -148,7 +122,7 @@ class Ask:
                 answers[i].append(self.model.detokenize(tokens))
                 measures[i].append(measure(self.score, answers[i][-1], question))
         for branch, given, found in zip(branches, answers, measures, strict=True):
-            self.store.put(self._key(case, branch.variant, mode), self._record(case, mode, branch, given, found))
+            self.store.put(self.key(case, (branch.variant, mode)), self._record(case, mode, branch, given, found))
 
     def _record(
         self, case: Case, mode: str, branch: Branch, answers: list[str], measures: list[dict[str, float]]

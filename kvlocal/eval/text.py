@@ -11,7 +11,7 @@ import numpy as np
 
 from kvlocal.bench import held_bytes
 from kvlocal.errors import KVError, UsageError
-from kvlocal.eval.ask import OnStep, Step
+from kvlocal.eval.evaluation import Evaluation
 from kvlocal.eval.records import Record, Store, digest, identity
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
 from kvlocal.model import Model
@@ -91,7 +91,7 @@ class Distribution:
         return float((self.log_p.argmax(-1) == other.log_p.argmax(-1)).mean())
 
 
-class Kld:
+class Kld(Evaluation[Excerpt, Variant]):
     """KL divergence, top-1 agreement and perplexity ratio against the same cache with nothing evicted.
 
     The continuation is decoded in the same batches by all of them. Beside every figure stands its noise floor: the same
@@ -101,38 +101,24 @@ class Kld:
     def __init__(
         self, model: Model, found: Sequence[Excerpt], variants: Sequence[Variant], config: StageConfig, store: Store
     ) -> None:
-        self.model, self.excerpts, self.variants, self.store = model, found, variants, store
+        super().__init__(found, variants, store)
+        self.model = model
         splits = (config.n_ubatch, int(config.n_ubatch * FLOOR_SPLIT))
         self.configs = [replace(config, n_ubatch=n, n_outputs=n, parallel=1) for n in splits]
 
-    def run(self, on_step: OnStep = lambda _step: None) -> Iterator[Record]:
-        """Every record, measured now or before, excerpt by excerpt."""
-        total = len(self.excerpts) * len(self.variants)
-        with ExitStack() as stack:
-            stages: list[Pair] = []
-            for i, excerpt in enumerate(self.excerpts):
-                missing = [v for v in self.variants if self.store.get(self._key(excerpt, v)) is None]
-                if missing and not stages:
-                    groups = group([*expand([PAGED], {}, []), *self.variants])
-                    a, b = (open_stages(self.model, groups, config, stack) for config in self.configs)
-                    stages = [((x, y), variants) for (x, variants), (y, _) in zip(a, b, strict=True)]
-                if missing:
-                    for n, variant in enumerate(self._run_excerpt(stages, excerpt, missing)):
-                        on_step(Step(i * len(self.variants) + n, total, f"{excerpt.id} {variant.label}"))
-                for variant in self.variants:
-                    record = self.store.get(self._key(excerpt, variant))
-                    assert record is not None
-                    yield record
-        on_step(Step(total, total, ""))
+    def key(self, unit: Excerpt, want: Variant) -> str:
+        return digest("kld", unit.id, unit.tokens, unit.n_context, identity(want))
 
-    def _key(self, excerpt: Excerpt, variant: Variant) -> str:
-        return digest("kld", excerpt.id, excerpt.tokens, excerpt.n_context, identity(variant))
+    def open(self, stack: ExitStack) -> None:
+        groups = group([*expand([PAGED], {}, []), *self.wants])
+        a, b = (open_stages(self.model, groups, config, stack) for config in self.configs)
+        self._pairs: list[Pair] = [((x, y), variants) for (x, variants), (y, _) in zip(a, b, strict=True)]
 
-    def _run_excerpt(self, stages: Sequence[Pair], excerpt: Excerpt, missing: Sequence[Variant]) -> Iterator[Variant]:
-        """Measures the missing variants; yields each before it is its turn."""
-        context, rest = list(excerpt.tokens[: excerpt.n_context]), np.array(excerpt.tokens[excerpt.n_context :])
+    def measure(self, unit: Excerpt, missing: Sequence[Variant]) -> Iterator[tuple[int, str]]:
+        context, rest = list(unit.tokens[: unit.n_context]), np.array(unit.tokens[unit.n_context :])
         reference: Distribution | None = None
-        for pair, variants in stages:
+        done = 0
+        for pair, variants in self._pairs:
             wanted = [v for v in missing if v in variants]
             if not wanted and reference is not None:
                 continue
@@ -141,7 +127,8 @@ class Kld:
             if reference is None:
                 reference = self._continue(pair[0], variants[0], rest)[1]
             for variant in wanted:
-                yield variant
+                yield done, f"{unit.id} {variant.label}"
+                done += 1
                 branch, got = self._continue(pair[0], variant, rest)
                 _, again = self._continue(pair[1], variant, rest, FLOOR_STEP)
                 nll, full = got.nll(rest[1:]), reference.nll(rest[1:])
@@ -152,7 +139,7 @@ class Kld:
                     "ppl": float(np.exp(nll)),
                     "ppl_ratio": float(np.exp(nll - full)),
                 }
-                self.store.put(self._key(excerpt, variant), record("kld", excerpt, branch, measures))
+                self.store.put(self.key(unit, variant), record("kld", unit, branch, measures))
 
     def _continue(self, stage: Stage, variant: Variant, rest: np.ndarray, step: int = 0) -> tuple[Branch, Distribution]:
         branch = stage.branch(1, variant)
@@ -161,7 +148,7 @@ class Kld:
         return branch, Distribution.of(logits[0])
 
 
-class Ppl:
+class Ppl(Evaluation[Excerpt, Variant]):
     """Perplexity of a long continuation during which the cache is evicted again and again.
 
     The text goes on in batches of ``evict_every`` tokens, each followed by an eviction if one is due.
@@ -170,48 +157,35 @@ class Ppl:
     def __init__(
         self, model: Model, found: Sequence[Excerpt], variants: Sequence[Variant], config: StageConfig, store: Store
     ) -> None:
-        self.model, self.excerpts, self.variants, self.store = model, found, variants, store
+        super().__init__(found, variants, store)
+        self.model = model
         self.config = replace(config, n_outputs=config.evict_every * config.parallel)
 
-    def run(self, on_step: OnStep = lambda _step: None) -> Iterator[Record]:
-        """Every record, measured now or before, excerpt by excerpt."""
-        with ExitStack() as stack:
-            stages: list[tuple[Stage, list[Variant]]] = []
-            for i, excerpt in enumerate(self.excerpts):
-                on_step(Step(i, len(self.excerpts), excerpt.id))
-                missing = [v for v in self.variants if self.store.get(self._key(excerpt, v)) is None]
-                if missing and not stages:
-                    groups = group([*expand([PAGED], {}, []), *self.variants])
-                    stages = open_stages(self.model, groups, self.config, stack)
-                if missing:
-                    self._run_excerpt(stages, excerpt, missing)
-                for variant in self.variants:
-                    found = self.store.get(self._key(excerpt, variant))
-                    assert found is not None
-                    yield found
-        on_step(Step(len(self.excerpts), len(self.excerpts), ""))
+    def key(self, unit: Excerpt, want: Variant) -> str:
+        return digest("ppl", unit.id, unit.tokens, unit.n_context, identity(want))
 
-    def _key(self, excerpt: Excerpt, variant: Variant) -> str:
-        return digest("ppl", excerpt.id, excerpt.tokens, excerpt.n_context, identity(variant))
+    def open(self, stack: ExitStack) -> None:
+        groups = group([*expand([PAGED], {}, []), *self.wants])
+        self._stages = open_stages(self.model, groups, self.config, stack)
 
-    def _run_excerpt(
-        self, stages: Sequence[tuple[Stage, list[Variant]]], excerpt: Excerpt, missing: Sequence[Variant]
-    ) -> None:
-        context, rest = list(excerpt.tokens[: excerpt.n_context]), np.array(excerpt.tokens[excerpt.n_context :])
-        full = 0.0
-        for n, (stage, variants) in enumerate(stages):
+    def measure(self, unit: Excerpt, missing: Sequence[Variant]) -> Iterator[tuple[int, str]]:
+        context, rest = list(unit.tokens[: unit.n_context]), np.array(unit.tokens[unit.n_context :])
+        full, done = 0.0, 0
+        for n, (stage, variants) in enumerate(self._stages):
             wanted = [v for v in missing if v in variants]
             todo = list(dict.fromkeys([variants[0], *wanted])) if n == 0 else wanted
             if todo:
                 stage.read(context)
             for i in range(0, len(todo), self.config.parallel):
+                yield done, unit.id
                 branches, nll, held = self._continue(stage, todo[i : i + self.config.parallel], rest)
                 full = nll[0] if n == i == 0 else full
                 for branch, own, (used, mean) in zip(branches, nll, held, strict=True):
                     measures = {"ppl": float(np.exp(own)), "ppl_ratio": float(np.exp(own - full))}
                     branch.used_bytes, branch.held_mean = int(used), float(mean)
                     if branch.variant in wanted:
-                        self.store.put(self._key(excerpt, branch.variant), record("ppl", excerpt, branch, measures))
+                        self.store.put(self.key(unit, branch.variant), record("ppl", unit, branch, measures))
+                        done += 1
                 stage.close_branches()
 
     def _continue(

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.allocation import check_counts, uniform_counts
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import validate, whole
+from kvlocal.policies.base import LayerView
+from kvlocal.policies.params import whole
 from kvlocal.policies.scoring import Floats, Ints, reduce_groups
+from kvlocal.policies.uniform import UniformWithSinks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cascading(Policy):
+class Cascading(UniformWithSinks):
     """Keeps sinks and a cascade of sub-caches, each of which takes half of the tokens that fall out of the one before.
 
     Paper: Willette et al., on the cascading KV cache; the exact rules are those of its code.
@@ -46,28 +46,13 @@ class Cascading(Policy):
     paper: ClassVar[str] = "Cascading KV cache (Willette et al., 2024)"
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
 
-    sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always kept")
     cascades: int = whole(4, low=1, help="sub-caches, each twice as sparse as the one before")
 
-    def __post_init__(self) -> None:
-        validate(self)
-
-    @property
-    def min_budget(self) -> int:
-        return self.sink + 1
-
-    def allocate(self, view: CacheView) -> Ints:
-        return uniform_counts(self, view)
-
-    def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
-        sinks = np.array([np.searchsorted(positions, self.sink) for positions in layer.positions])
-        check_counts(layer, budgets, sinks + 1)
-        if np.array_equal(budgets, layer.n_slots):
-            return [np.arange(n, dtype=np.int64) for n in layer.n_slots]
+    def choose(self, layer: LayerView, budgets: Ints) -> list[Ints]:
         mass = reduce_groups(layer.mass, layer.n_head_kv, "mean")
         return [
             self._keep_head(np.asarray(at, np.int64), row, int(n_sink), int(budget))
-            for at, row, n_sink, budget in zip(layer.positions, mass, sinks, budgets, strict=True)
+            for at, row, n_sink, budget in zip(layer.positions, mass, self.n_sinks(layer), budgets, strict=True)
         ]
 
     def _keep_head(self, positions: Ints, mass: Floats, n_sink: int, budget: int) -> Ints:

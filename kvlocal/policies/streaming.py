@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.allocation import check_counts, uniform_counts
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import choice, validate, whole
+from kvlocal.policies.base import LayerView
+from kvlocal.policies.params import choice
 from kvlocal.policies.scoring import Ints
+from kvlocal.policies.uniform import UniformWithSinks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Streaming(Policy):
+class Streaming(UniformWithSinks):
     """Keeps the first tokens (attention sinks) and the most recent ones.
 
     Paper: Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, arXiv:2309.17453.
@@ -30,27 +30,14 @@ class Streaming(Policy):
     name: ClassVar[str] = "streaming"
     paper: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
 
-    sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always kept")
     positions: str = choice("true", ["true", "rolled"], help="whether an eviction renumbers the tokens that stay")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
     @property
     def rolls(self) -> bool:
         return self.positions == "rolled"
 
-    @property
-    def min_budget(self) -> int:
-        return self.sink + 1
-
-    def allocate(self, view: CacheView) -> Ints:
-        return uniform_counts(self, view)
-
-    def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
-        sinks = np.array([np.searchsorted(positions, self.sink) for positions in layer.positions])
-        check_counts(layer, budgets, sinks + 1)
-        kept = []
-        for n, n_sink, budget in zip(layer.n_slots, sinks, budgets, strict=True):
-            kept.append(np.r_[0:n_sink, n - (budget - n_sink) : n].astype(np.int64))
-        return kept
+    def choose(self, layer: LayerView, budgets: Ints) -> list[Ints]:
+        return [
+            np.r_[0:n_sink, n - (budget - n_sink) : n].astype(np.int64)
+            for n, n_sink, budget in zip(layer.n_slots, self.n_sinks(layer), budgets, strict=True)
+        ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvlocal.policies.allocation import check_counts, uniform_counts
 from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import validate
+from kvlocal.policies.params import validate, whole
 from kvlocal.policies.scoring import Ints
 
 
@@ -35,3 +35,22 @@ class Uniform(Policy):
     def choose(self, layer: LayerView, budgets: Ints) -> list[Ints]:
         """As :meth:`keep`, with counts that are possible and some slot to evict."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformWithSinks(Uniform):
+    """Keeps the first tokens and at least one more."""
+
+    sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always kept")
+
+    @property
+    def min_budget(self) -> int:
+        return self.sink + 1
+
+    def n_sinks(self, layer: LayerView) -> Ints:
+        """Sinks held per head, int64 ``[H]``."""
+        return np.array([np.searchsorted(positions, self.sink) for positions in layer.positions], dtype=np.int64)
+
+    def keep(self, layer: LayerView, budgets: Ints) -> list[Ints]:
+        check_counts(layer, budgets, self.n_sinks(layer) + 1)
+        return super().keep(layer, budgets)

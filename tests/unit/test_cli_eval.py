@@ -20,7 +20,7 @@ from rich.console import Console
 
 from kvlocal.errors import KVError, UsageError
 from kvlocal.eval import records
-from kvlocal.eval.ask import Step
+from kvlocal.eval.evaluation import Step
 from kvlocal.eval.records import Record
 from kvlocal.eval.stage import StageConfig
 from kvlocal.sweep import expand
