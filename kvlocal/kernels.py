@@ -34,7 +34,45 @@ class _AttnParams(ctypes.Structure):
         ("soft_cap", ctypes.c_float),
         ("mass", ctypes.c_void_p),
         ("last", ctypes.c_void_p),
+        ("formats", ctypes.c_void_p),
+        ("mu", ctypes.c_void_p),
     )
+
+
+class _Format(ctypes.Structure):
+    _fields_ = (
+        ("k_row", ctypes.c_int),
+        ("v_row", ctypes.c_int),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+    )
+
+
+_PAGE_FORMATS, _PAGE_FORMAT_SHIFT = 8, 28
+
+ROWS = ("f16", "q8", "q4", "kv3", "kv2")
+"""How a row can be stored, in the order of ``kvl_row``."""
+
+_BLOCKS = {"f16": (1, 2), "q8": (32, 34), "q4": (32, 18), "kv3": (64, 26), "kv2": (64, 18)}  # values, bytes
+
+
+def encode_rows(row: str, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """``x`` ``[n, d]`` as it is stored, ``[n, bytes of a row]``; ``d`` is a multiple of the block's values."""
+    values, size = _BLOCKS[row]
+    x = np.ascontiguousarray(x, np.float32)
+    out = np.empty((len(x), x.shape[1] // values * size), np.uint8)
+    for source, target in zip(x, out, strict=True):
+        _libraries()[1].kvl_row_encode(ROWS.index(row), source.ctypes.data, x.shape[1], target.ctypes.data)
+    return out
+
+
+def decode_rows(row: str, stored: npt.NDArray[np.uint8]) -> Floats:
+    """What :func:`encode_rows` stored, float32 ``[n, d]``."""
+    values, size = _BLOCKS[row]
+    out = np.empty((len(stored), stored.shape[1] // size * values), np.float32)
+    for source, target in zip(np.ascontiguousarray(stored), out, strict=True):
+        _libraries()[1].kvl_row_decode(ROWS.index(row), source.ctypes.data, out.shape[1], target.ctypes.data)
+    return out
 
 
 @functools.cache
@@ -64,6 +102,8 @@ def _libraries() -> tuple[Any, Any]:
         (base, "ggml_new_graph", ptr, [ptr]),
         (base, "ggml_build_forward_expand", None, [ptr, ptr]),
         (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [ptr, ptr, ctypes.c_int]),
+        (cpu, "kvl_row_encode", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
+        (cpu, "kvl_row_decode", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
     )
     for library, name, result, arguments in functions:
         function = getattr(library, name)
@@ -111,6 +151,48 @@ class _Graph:
         self.base.ggml_free(self.ctx)
 
 
+class _Pools:
+    """Pools of the pages that are not f16, one per pair of row formats, and the entries of the page tables."""
+
+    def __init__(
+        self,
+        order: npt.NDArray[np.int32],
+        first: npt.NDArray[Any],
+        keys: Sequence[npt.NDArray[Any]],
+        values: Sequence[npt.NDArray[Any]],
+        stored: Sequence[Sequence[tuple[str, str]]],
+        mu: Sequence[Floats] | None,
+    ) -> None:
+        self.entries = order.copy()
+        self.formats = (_Format * _PAGE_FORMATS)()
+        self._kept: list[Any] = []  # what the C side points into
+        pools: dict[tuple[str, str], tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}
+        for i, pages in enumerate(stored):
+            for page, kinds in enumerate(pages):
+                if kinds == ("f16", "f16"):
+                    continue
+                part = slice(page * PAGE_SLOTS, (page + 1) * PAGE_SLOTS)
+                k = encode_rows(kinds[0], keys[i][part] - (mu[i] if mu else 0))
+                v = encode_rows(kinds[1], values[i][part])
+                if kinds not in pools:
+                    # bytes of 255 are NaN wherever they are a scale
+                    shapes = [(len(order) * PAGE_SLOTS, rows.shape[1]) for rows in (k, v)]
+                    pool_k, pool_v = (np.full(shape, 255, np.uint8) for shape in shapes)
+                    number = len(pools) + 1
+                    pools[kinds] = (number, pool_k, pool_v)
+                    self.formats[number] = _Format(*map(ROWS.index, kinds), pool_k.ctypes.data, pool_v.ctypes.data)
+                number, pool_k, pool_v = pools[kinds]
+                at = int(order[first[i] + page]) * PAGE_SLOTS
+                pool_k[at : at + len(k)], pool_v[at : at + len(v)] = k, v
+                self.entries[first[i] + page] |= number << _PAGE_FORMAT_SHIFT
+        self._kept += [*pools.values()]
+        self.mu: Any = None
+        if mu is not None:
+            arrays = [np.ascontiguousarray(m, np.float32) for m in mu]
+            self._kept += arrays
+            self.mu = (ctypes.c_void_p * len(arrays))(*(m.ctypes.data for m in arrays))
+
+
 def attend_pages(
     q: Floats,
     keys: Sequence[npt.NDArray[np.float16]],
@@ -123,6 +205,8 @@ def attend_pages(
     n_split: int = 1,
     n_threads: int = 1,
     seed: int = 0,
+    stored: Sequence[Sequence[tuple[str, str]]] | None = None,
+    mu: Sequence[Floats] | None = None,
 ) -> tuple[Floats, list[Floats]]:
     """The page kernels over K and V that are scattered over the pages of a pool.
 
@@ -137,6 +221,8 @@ def attend_pages(
         n_split: parts into which a stream's pages are cut, for few rows.
         n_threads: threads.
         seed: order of the pages in the pool.
+        stored: per stream and page how its keys and values are stored (:data:`ROWS`); ``None``: f16.
+        mu: per stream ``[d_k]``, taken from the keys of all pages but f16 ones before they are stored.
 
     Returns:
         The output ``[n_seqs * n_tokens, n_head, d_v]``, and the mass per stream ``[group, n_slots]`` (zeros unless
@@ -160,7 +246,8 @@ def attend_pages(
         pool_k[where], pool_v[where] = k, v
         bits[first[i] + slots // PAGE_SLOTS, slots % PAGE_SLOTS] = True if live is None else live[i]
     masks = np.packbits(bits, axis=1, bitorder="little").view(np.int32)[:, 0]
-    table = np.concatenate([[len(k) for k in keys], first, order, masks]).astype(np.int32)
+    pools = _Pools(order, first, keys, values, stored or [], mu)
+    table = np.concatenate([[len(k) for k in keys], first, pools.entries, masks]).astype(np.int32)
 
     mass = [np.zeros((group, len(k)), np.float32) for k in keys]
     pointers = (ctypes.c_void_p * (n_stream * group))(*(m[g].ctypes.data for m in mass for g in range(group)))
@@ -169,6 +256,9 @@ def attend_pages(
     params = _AttnParams(
         n_head, n_head_kv, n_seqs, n_tokens, n_split if few else 1, n_kv, d_k**-0.5, soft_cap,
         ctypes.addressof(pointers) if want_mass else None,
+        None,
+        ctypes.addressof(pools.formats) if stored else None,
+        ctypes.addressof(pools.mu) if pools.mu else None,
     )  # fmt: skip
     parts = rows * n_stream * ((d_v + 2) * params.n_split + (n_kv if want_mass else 0))
     size = pool_k.nbytes + pool_v.nbytes + 2 * q.nbytes + 4 * (parts + rows * n_stream * (2 * d_v + 2) + table.size)

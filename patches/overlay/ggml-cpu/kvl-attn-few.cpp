@@ -8,14 +8,37 @@ namespace {
 
 // Lines of a later page are asked for while this one is worked on: pages lie apart, so the hardware cannot guess them.
 void prefetch_row(const ggml_fp16_t * row, int d) {
-    for (int c = 0; c < d; c += 32) {
+    for (int c = 0; row && c < d; c += 32) {
         __builtin_prefetch(row + c);
     }
 }
 
+void prefetch_page(const page_rows & rows) {
+    const int64_t bytes = PAGE * int64_t(kvl_row_bytes(rows.row, rows.d));
+    for (int64_t c = 0; c < bytes; c += 64) {
+        __builtin_prefetch(rows.data + c);
+    }
+}
+
+vf load(const ggml_fp16_t * p) {
+    return vf_load_f16(p);
+}
+
+vf load(const float * p) {
+    return vf_load(p);
+}
+
+float load_one(ggml_fp16_t x) {
+    return GGML_CPU_FP16_TO_FP32(x);
+}
+
+float load_one(float x) {
+    return x;
+}
+
 // s[i*PAGE + j] = q_i . k_j for N rows and the first n slots of a page
-template <int N, int B>
-void dots(const float * const * q, const ggml_fp16_t * k, const ggml_fp16_t * next, int d, int n, float * s) {
+template <int N, int B, typename T>
+void dots(const float * const * q, const T * k, const ggml_fp16_t * next, int d, int n, float * s) {
     int j = 0;
     for (; j + B <= n; j += B) {
         vf acc[N][B];
@@ -28,14 +51,14 @@ void dots(const float * const * q, const ggml_fp16_t * k, const ggml_fp16_t * ne
         }
 #pragma GCC unroll 4
         for (int b = 0; b < B; b++) {
-            prefetch_row(next + (j + b) * d, d);
+            prefetch_row(next ? next + (j + b) * d : nullptr, d);
         }
         int c = 0;
         for (; c + VF_N <= d; c += VF_N) {
             vf kv[B];
 #pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
-                kv[b] = vf_load_f16(k + (j + b) * d + c);
+                kv[b] = load(k + (j + b) * d + c);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
@@ -60,19 +83,19 @@ void dots(const float * const * q, const ggml_fp16_t * k, const ggml_fp16_t * ne
             for (int r = c; r < d; r++) {
 #pragma GCC unroll 4
                 for (int b = 0; b < B; b++) {
-                    to[b] += GGML_CPU_FP16_TO_FP32(k[(j + b) * d + r]) * q[i][r];
+                    to[b] += load_one(k[(j + b) * d + r]) * q[i][r];
                 }
             }
         }
     }
     if (B > 1 && j < n) {
-        dots<N, 1>(q, k + j * d, next + j * d, d, n - j, s + j);
+        dots<N, 1>(q, k + j * d, next ? next + j * d : nullptr, d, n - j, s + j);
     }
 }
 
 // o_i += sum_j p[i*PAGE + j] * v_j for N rows and the first n slots of a page
-template <int N, int B>
-void accumulate(float * const * o, const ggml_fp16_t * v, const ggml_fp16_t * next, int d, int n, const float * p) {
+template <int N, int B, typename T>
+void accumulate(float * const * o, const T * v, const ggml_fp16_t * next, int d, int n, const float * p) {
     int c = 0;
     for (; c + B * VF_N <= d; c += B * VF_N) {
         vf acc[N][B];
@@ -84,10 +107,10 @@ void accumulate(float * const * o, const ggml_fp16_t * v, const ggml_fp16_t * ne
             }
         }
         for (int j = 0; j < n; j++) {
-            prefetch_row(next + j * d + c, B * VF_N);
+            prefetch_row(next ? next + j * d + c : nullptr, B * VF_N);
 #pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
-                const vf vv = vf_load_f16(v + j * d + c + b * VF_N);
+                const vf vv = load(v + j * d + c + b * VF_N);
 #pragma GCC unroll 4
                 for (int i = 0; i < N; i++) {
                     acc[i][b] = vf_fma(vv, vf_set(p[i * PAGE + j]), acc[i][b]);
@@ -108,7 +131,7 @@ void accumulate(float * const * o, const ggml_fp16_t * v, const ggml_fp16_t * ne
             for (int i = 0; i < N; i++) {
                 vf acc = vf_load(o[i] + c);
                 for (int j = 0; j < n; j++) {
-                    acc = vf_fma(vf_load_f16(v + j * d + c), vf_set(p[i * PAGE + j]), acc);
+                    acc = vf_fma(load(v + j * d + c), vf_set(p[i * PAGE + j]), acc);
                 }
                 vf_store(o[i] + c, acc);
             }
@@ -118,7 +141,7 @@ void accumulate(float * const * o, const ggml_fp16_t * v, const ggml_fp16_t * ne
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
             for (int j = 0; j < n; j++) {
-                o[i][c] += GGML_CPU_FP16_TO_FP32(v[j * d + c]) * p[i * PAGE + j];
+                o[i][c] += load_one(v[j * d + c]) * p[i * PAGE + j];
             }
         }
     }
@@ -152,14 +175,20 @@ void soften(float * s, float & m, float & l, float * o, int d) {
     l += vf_sum(sum);
 }
 
-struct page_job {
-    int stream, page, next, slot0; // `next` will be read soon
+// A page to attend to. T: ggml_fp16_t as stored, or float, decoded.
+template <typename T> struct page_job {
+    int stream, slot0;
+    const T * k;
+    const T * v;
+    const ggml_fp16_t * next_k; // will be read soon, or NULL
+    const ggml_fp16_t * next_v;
+    bool biased; // its keys lack mu
     uint32_t live;
     float * logits; // of row 0 and this page's first slot, or NULL
 };
 
 // Rows r0 .. r0+N-1 of a stream over one page.
-template <int N> void attend_page(const attn & a, const page_job & job, int r0, few_rows & w) {
+template <int N, typename T> void attend_page(const attn & a, const page_job<T> & job, int r0, few_rows & w) {
     alignas(64) float s[N * PAGE];
     int n_max = 0;
     int n_seen[N];
@@ -169,10 +198,13 @@ template <int N> void attend_page(const attn & a, const page_job & job, int r0, 
     }
     constexpr int wide = sizeof(vf) == 64 || VF_N == 4; // 32 registers
     if (n_max > 0) {
-        dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, a.k_page(job.page), a.k_page(job.next), a.d_k, n_max, s);
+        dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, job.k, job.next_k, a.d_k, n_max, s);
     }
     for (int i = 0; i < N; i++) {
         float * z = s + i * PAGE;
+        for (int j = 0; job.biased && j < n_seen[i]; j++) {
+            z[j] += w.bias[r0 + i];
+        }
         for (int j = 0; a.p.soft_cap > 0.0f && j < n_seen[i]; j++) {
             z[j] = cap(z[j], a.p.soft_cap);
         }
@@ -187,7 +219,26 @@ template <int N> void attend_page(const attn & a, const page_job & job, int r0, 
         soften(z, w.m[r0 + i], w.l[r0 + i], w.o[r0 + i], a.d_v);
     }
     if (n_max > 0) {
-        accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, a.v_page(job.page), a.v_page(job.next), a.d_v, n_max, s);
+        accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, job.v, job.next_v, a.d_v, n_max, s);
+    }
+}
+
+// All rows of a stream over one page.
+template <typename T> void attend_rows(const attn & a, const page_job<T> & job, few_rows & w) {
+    for (int r0 = 0; r0 < a.n_rows; r0 += 4) {
+        switch (a.n_rows - r0) {
+            case 1:
+                attend_page<1>(a, job, r0, w);
+                break;
+            case 2:
+                attend_page<2>(a, job, r0, w);
+                break;
+            case 3:
+                attend_page<3>(a, job, r0, w);
+                break;
+            default:
+                attend_page<4>(a, job, r0, w);
+        }
     }
 }
 
@@ -208,26 +259,41 @@ void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, 
         std::fill_n(w.o[r], a.d_v, 0.0f);
         w.m[r] = -INFINITY;
         w.l[r] = 0.0f;
+        w.bias[r] = 0.0f;
+        const float * mu = a.p.mu ? a.p.mu[stream] : nullptr;
+        for (int c = 0; mu && c < a.d_k; c++) {
+            w.bias[r] += scaled[c] * mu[c];
+        }
     }
     for (int p = page0; p < page1; p++) {
-        const int next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
-        const page_job job = {stream,   pages[p],          next,
-                              p * PAGE, uint32_t(live[p]), logits ? logits + p * PAGE : nullptr};
-        for (int r0 = 0; r0 < a.n_rows; r0 += 4) {
-            switch (a.n_rows - r0) {
-                case 1:
-                    attend_page<1>(a, job, r0, w);
-                    break;
-                case 2:
-                    attend_page<2>(a, job, r0, w);
-                    break;
-                case 3:
-                    attend_page<3>(a, job, r0, w);
-                    break;
-                default:
-                    attend_page<4>(a, job, r0, w);
-            }
+        const page_rows k = a.k_page(pages[p]);
+        const page_rows v = a.v_page(pages[p]);
+        const int32_t next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
+        const page_rows next_k = a.k_page(next);
+        const page_rows next_v = a.v_page(next);
+        float * to = logits ? logits + p * PAGE : nullptr;
+        const bool plain = k.row == KVL_ROW_F16;
+        if (plain && next_k.row == KVL_ROW_F16) {
+            attend_rows<ggml_fp16_t>(
+                a, {stream, p * PAGE, k.f16(), v.f16(), next_k.f16(), next_v.f16(), false, uint32_t(live[p]), to}, w);
+            continue;
         }
+        prefetch_page(next_k);
+        prefetch_page(next_v);
+        if (plain) {
+            attend_rows<ggml_fp16_t>(
+                a, {stream, p * PAGE, k.f16(), v.f16(), nullptr, nullptr, false, uint32_t(live[p]), to}, w);
+            continue;
+        }
+        const int n = std::min(PAGE, a.n_slots(stream) - p * PAGE);
+        float * keys = w.page.data();
+        float * values = keys + PAGE * a.d_k;
+        k.widen(n, keys, a.d_k);
+        v.widen(n, values, a.d_v);
+        attend_rows<float>(a,
+                           {stream, p * PAGE, keys, values, nullptr, nullptr, a.mu(stream, pages[p]) != nullptr,
+                            uint32_t(live[p]), to},
+                           w);
     }
     for (int r = 0; r < a.n_rows; r++) {
         w.o[r][a.d_v] = w.m[r];

@@ -29,6 +29,21 @@ inline float mean_logit(float m, float l, int n) {
     return m + logf(l) - logf(float(n));
 }
 
+// The rows of a page as they are stored.
+struct page_rows {
+    kvl_row row;
+    int d;
+    const char * data;
+
+    page_rows(kvl_row row, const void * pool, int32_t entry, int d)
+        : row(row), d(d), data(static_cast<const char *>(pool) +
+                               int64_t(entry & ((1 << KVL_PAGE_FORMAT_SHIFT) - 1)) * PAGE * kvl_row_bytes(row, d)) {}
+
+    const ggml_fp16_t * f16() const { return reinterpret_cast<const ggml_fp16_t *>(data); }
+    // the first n as f32, ld apart
+    void widen(int n, float * to, int ld) const;
+};
+
 // The operator's tensors and shape, decoded once per thread and call.
 struct attn {
     const kvl_attn_params & p;
@@ -49,11 +64,20 @@ struct attn {
     const int32_t * pages(int stream) const { return table + 2 * n_stream + table[n_stream + stream]; }
     // live bits of the pages of a stream
     const int32_t * live(int stream) const { return pages(stream) + (dst->src[3]->ne[0] - 2 * n_stream) / 2; }
-    const ggml_fp16_t * k_page(int32_t page) const {
-        return static_cast<const ggml_fp16_t *>(k->data) + int64_t(page) * PAGE * d_k;
+    // rows of the page that an entry of a table stands for
+    page_rows k_page(int32_t entry) const {
+        const int f = entry >> KVL_PAGE_FORMAT_SHIFT;
+        return f == 0 ? page_rows(KVL_ROW_F16, k->data, entry, d_k)
+                      : page_rows(p.formats[f].k_row, p.formats[f].k, entry, d_k);
     }
-    const ggml_fp16_t * v_page(int32_t page) const {
-        return static_cast<const ggml_fp16_t *>(v->data) + int64_t(page) * PAGE * d_v;
+    page_rows v_page(int32_t entry) const {
+        const int f = entry >> KVL_PAGE_FORMAT_SHIFT;
+        return f == 0 ? page_rows(KVL_ROW_F16, v->data, entry, d_v)
+                      : page_rows(p.formats[f].v_row, p.formats[f].v, entry, d_v);
+    }
+    // what the keys of an entry's page lack, NULL: nothing
+    const float * mu(int stream, int32_t entry) const {
+        return p.mu && entry >> KVL_PAGE_FORMAT_SHIFT ? p.mu[stream] : nullptr;
     }
     // index of a stream's row among all (token, query head) rows
     int64_t row(int stream, int r) const {
@@ -105,12 +129,15 @@ class line_buffer {
 // Scratch of one thread: what the rows of a stream carry from page to page.
 struct few_rows {
     int ld_q;
-    line_buffer scaled; // queries times the scale
+    line_buffer scaled;            // queries times the scale
+    line_buffer page;              // keys, then values of a page that is not f16
+    float bias[KVL_ATTN_FEW_ROWS]; // query times mu
     const float * q[KVL_ATTN_FEW_ROWS];
     float * o[KVL_ATTN_FEW_ROWS];
     float m[KVL_ATTN_FEW_ROWS], l[KVL_ATTN_FEW_ROWS]; // maximum and sum so far
 
-    explicit few_rows(int d_k) : ld_q((d_k + 15) / 16 * 16), scaled(size_t(KVL_ATTN_FEW_ROWS) * ld_q) {}
+    few_rows(int d_k, int d_v)
+        : ld_q((d_k + 15) / 16 * 16), scaled(size_t(KVL_ATTN_FEW_ROWS) * ld_q), page(size_t(PAGE) * (d_k + d_v)) {}
 };
 
 // Few queries: rows of one stream over its pages [page0, page1). Unnormalized output, maximum and sum of row r are
@@ -129,12 +156,12 @@ struct tile_rows {
 struct tile_buffers {
     int ld_k, ld_v;
     line_buffer memory;
-    float *qt, *k, *v, *s, *o, *m, *l, *c;
+    float *qt, *k, *v, *s, *o, *m, *l, *c, *bias;
     int visible[TILE]; // slots that each row sees
 
     tile_buffers(int d_k, int d_v)
         : ld_k((d_k + 15) / 16 * 16), ld_v((d_v + 31) / 32 * 32),
-          memory(size_t(d_k) * TILE + size_t(BLOCK) * (ld_k + ld_v + TILE) + size_t(TILE) * ld_v + 3 * TILE) {
+          memory(size_t(d_k) * TILE + size_t(BLOCK) * (ld_k + ld_v + TILE) + size_t(TILE) * ld_v + 4 * TILE) {
         qt = memory.data();
         k = qt + d_k * TILE;
         v = k + BLOCK * ld_k;
@@ -143,6 +170,7 @@ struct tile_buffers {
         m = o + TILE * ld_v;
         l = m + TILE;
         c = l + TILE;
+        bias = c + TILE;
     }
 };
 

@@ -11,18 +11,6 @@ constexpr bool WIDE = sizeof(vf) == 64 || VF_N == 4; // 32 registers
 constexpr int SLOTS = WIDE ? 8 : 4;
 constexpr int ROWS = WIDE ? 12 : 6;
 
-void widen(const ggml_fp16_t * from, int d, int n, float * to, int ld) {
-    for (int j = 0; j < n; j++, from += d, to += ld) {
-        int c = 0;
-        for (; c + VF_N <= d; c += VF_N) {
-            vf_store(to + c, vf_load_f16(from + c));
-        }
-        for (; c < d; c++) {
-            to[c] = GGML_CPU_FP16_TO_FP32(from[c]);
-        }
-    }
-}
-
 // c[i*ldc + j] = sum_k a[i*a_row + k*a_col] * b[k*ldb + j], added to c if ADD; M rows and W vectors of columns
 template <int M, int W, bool ADD>
 void gemm(const float * a, int a_row, int a_col, const float * b, int ldb, float * c, int ldc, int n_k) {
@@ -60,7 +48,36 @@ void gemm(const float * a, int a_row, int a_col, const float * b, int ldb, float
     }
 }
 
+// What the stored keys of n slots from j on lack, added to their logits.
+void add_bias(tile_buffers & t, int j, int n) {
+    for (float * s = t.s + j * TILE; n > 0; n--, s += TILE) {
+        for (int r = 0; r < TILE; r += VF_N) {
+            vf_store(s + r, vf_add(vf_load(s + r), vf_load(t.bias + r)));
+        }
+    }
+}
+
 } // namespace
+
+void page_rows::widen(int n, float * to, int ld) const {
+    if (row != KVL_ROW_F16) {
+        const size_t bytes = kvl_row_bytes(row, d);
+        for (int j = 0; j < n; j++) {
+            kvl_row_decode(row, data + j * bytes, d, to + j * ld);
+        }
+        return;
+    }
+    const ggml_fp16_t * from = f16();
+    for (int j = 0; j < n; j++, from += d, to += ld) {
+        int c = 0;
+        for (; c + VF_N <= d; c += VF_N) {
+            vf_store(to + c, vf_load_f16(from + c));
+        }
+        for (; c < d; c++) {
+            to[c] = GGML_CPU_FP16_TO_FP32(from[c]);
+        }
+    }
+}
 
 void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows) {
     for (int c = 0; c < a.d_k; c++) {
@@ -76,12 +93,19 @@ void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows) {
     }
     std::fill_n(t.m, TILE, -1e30f);
     std::fill_n(t.l, TILE, 0.0f);
+    const float * mu = a.p.mu ? a.p.mu[stream] : nullptr;
+    std::fill_n(t.bias, TILE, 0.0f);
+    for (int c = 0; mu && c < a.d_k; c++) {
+        for (int r = 0; r < TILE; r++) {
+            t.bias[r] += t.qt[c * TILE + r] * mu[c];
+        }
+    }
 }
 
 void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n, bool live) {
     const int32_t * pages = a.pages(stream) + slot0 / PAGE;
     for (int j = 0; j < n; j += PAGE) {
-        widen(a.k_page(pages[j / PAGE]), a.d_k, std::min(PAGE, n - j), t.k + j * t.ld_k, t.ld_k);
+        a.k_page(pages[j / PAGE]).widen(std::min(PAGE, n - j), t.k + j * t.ld_k, t.ld_k);
     }
     // a panel of queries stays in the first-level cache while all slots of the block pass by
     for (int r = 0; r < rows.n; r += 3 * VF_N) {
@@ -91,6 +115,11 @@ void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, i
         }
         for (; j < n; j++) {
             gemm<1, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
+        }
+    }
+    for (int j = 0; a.p.mu && j < n; j += PAGE) {
+        if (a.mu(stream, pages[j / PAGE])) {
+            add_bias(t, j, std::min(PAGE, n - j));
         }
     }
     if (a.p.soft_cap > 0.0f) {
@@ -143,7 +172,7 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, f
     for (int slot0 = 0; slot0 < n_end; slot0 += BLOCK) {
         const int n = std::min(BLOCK, n_end - slot0);
         for (int j = 0; j < n; j += PAGE) {
-            widen(a.v_page(pages[(slot0 + j) / PAGE]), a.d_v, std::min(PAGE, n - j), t.v + j * t.ld_v, t.ld_v);
+            a.v_page(pages[(slot0 + j) / PAGE]).widen(std::min(PAGE, n - j), t.v + j * t.ld_v, t.ld_v);
         }
         tile_logits(a, t, stream, rows, slot0, n, true);
         tile_soften(t, rows.n, n);

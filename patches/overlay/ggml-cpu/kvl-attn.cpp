@@ -35,7 +35,7 @@ extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void * use
     const int64_t stride = int64_t(a.n_rows) * (a.d_v + 2);
     float * logits = a.p.mass ? out + stride * n_split * a.n_stream : nullptr;
     std::vector<float> own(parts ? 0 : stride);
-    kvl::few_rows w(a.d_k);
+    kvl::few_rows w(a.d_k, a.d_v);
     const auto n_pages = [&](int stream) {
         return (a.n_slots(stream) + PAGE - 1) / PAGE;
     };
@@ -138,5 +138,7 @@ extern "C" void * kvl_cpu_proc_address(const char * name) {
             return reinterpret_cast<void *>(proc);
         }
     }
-    return nullptr;
+    return strcmp(name, KVL_ROW_ENCODE_PROC) == 0   ? reinterpret_cast<void *>(kvl_row_encode)
+           : strcmp(name, KVL_ROW_DECODE_PROC) == 0 ? reinterpret_cast<void *>(kvl_row_decode)
+                                                    : nullptr;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ggml.h"
+#include "kvl-format.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -15,6 +16,17 @@ extern "C" {
 #define KVL_ATTN_MERGE_PROC "kvl_attn_merge"   // joins the parts of a split
 #define KVL_ATTN_MASS_PROC "kvl_attn_mass"     // adds up what each slot received
 #define KVL_ATTN_SCORES_PROC "kvl_attn_scores" // mean attention of window queries
+
+// Pages of one format, where they lie; page p is rows 32p .. 32p+31.
+struct kvl_attn_format {
+    kvl_row k_row, v_row;
+    const char * k;
+    const char * v;
+};
+
+// An entry of a page table: the page's format above, its number below. Format 0 is f16, in the tensors src[1], src[2].
+#define KVL_PAGE_FORMAT_SHIFT 28
+#define KVL_PAGE_FORMATS 8
 
 // User data of the operators; must live as long as the graph.
 struct kvl_attn_params {
@@ -31,6 +43,11 @@ struct kvl_attn_params {
     // NULL: the mass is a sum. Else each slot keeps the number of the last query that gave it at least the mean of what
     // the query saw (a probability of 1 / slots seen): last[s] for the first new token of sequence s, counting on
     const int32_t * last;
+    // [KVL_PAGE_FORMATS], the first one unused. NULL: all pages are f16
+    const struct kvl_attn_format * formats;
+    // f32 [d_k] per stream, what was taken from the keys of all pages but f16 ones before they were stored; entries may
+    // be NULL. NULL: nothing was
+    const float * const * mu;
 };
 
 // Streams are (sequence s, KV head h) pairs, stream s*n_head_kv + h; group = n_head / n_head_kv; a row is a (token,
@@ -40,7 +57,7 @@ struct kvl_attn_params {
 // Tensors that all of them read:
 //     src[0] q     f32 [d_k, n_head, n_seq_tokens*n_seqs], contiguous
 //     src[1] k     f16 [d_k, n_rows], src[2] v f16 [d_v, n_rows]: the pool; page p is rows 32p .. 32p+31
-//     src[3] table i32: n_slots[n_stream], first[n_stream], page[n], live[n] with room for n pages: stream i has
+//     src[3] table i32: n_slots[n_stream], first[n_stream], page[n] (entries), live[n] with room for n: stream i has
 //                  ceil(n_slots[i]/32) of them from first[i] on; bit j of live: slot j of the page can be seen
 //
 // kvl_attn_compute

@@ -256,9 +256,10 @@ static ggml_tensor * build_fused(const llm_graph_context & g, const llama_kv_pag
     const bool few = n_rows <= KVL_ATTN_FEW_ROWS;
     // enough parts for many threads, however many there are: the result does not depend on their number
     const int64_t n_split = few ? std::clamp<int64_t>(n_kv / 128, 1, std::max<int64_t>(1, 32 / (H * S))) : 1;
-    in.kernel = std::make_unique<kvl_attn_params>(kvl_attn_params{
-        int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale, layer.soft_cap,
-        in.shape.mass ? in.mass.data() : nullptr, in.shape.mass == KVL_MASS_LAST ? inp.number.data() : nullptr});
+    in.kernel = std::make_unique<kvl_attn_params>(
+        kvl_attn_params{int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale,
+                        layer.soft_cap, in.shape.mass ? in.mass.data() : nullptr,
+                        in.shape.mass == KVL_MASS_LAST ? inp.number.data() : nullptr, nullptr, nullptr});
     const auto op = [&](ggml_custom_op_t f, int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), int(args.size()), f, GGML_N_TASKS_MAX,
                               in.kernel.get());

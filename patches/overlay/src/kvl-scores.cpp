@@ -173,8 +173,8 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
     ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
     ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
-    kvl_attn_params params = {int32_t(layer.n_head), int32_t(H),     1,       int32_t(w), 1, int32_t(stride),
-                              layer.kq_scale,        layer.soft_cap, nullptr, nullptr};
+    kvl_attn_params params = {int32_t(layer.n_head), int32_t(H),     1,       int32_t(w), 1,       int32_t(stride),
+                              layer.kq_scale,        layer.soft_cap, nullptr, nullptr,    nullptr, nullptr};
     ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible};
     ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, stride, layer.n_head, 1, 1, args, 5, kv.attn.scores,
                                           GGML_N_TASKS_MAX, &params);
