@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from kvlocal.cache import PagedCache
 from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import UsageError
 from kvlocal.evict import evict
@@ -140,12 +139,6 @@ def random_tokens(model: Model, n: int, seed: int = 0) -> np.ndarray:
         out[bad] = rng.integers(model.n_vocab, size=int(bad.sum()), dtype=np.int32)
 
 
-def held_bytes(cache: PagedCache, seq: int) -> int:
-    """K and V bytes of the slots that a sequence holds, shared with others or not."""
-    slots = zip(cache.layers, cache.held(seq), strict=True)
-    return sum(int(lengths.sum()) * (layer.d_k + layer.d_v) * 2 for layer, lengths in slots)
-
-
 #
 # the measurement
 #
@@ -258,7 +251,7 @@ class Lane:
 
     def _used_bytes(self) -> int:
         cache = self.context.cache
-        return int(self.context.stats().used_bytes) if cache is None else held_bytes(cache, self._seq)
+        return int(self.context.stats().used_bytes) if cache is None else int(cache.seq_stats(self._seq).used_bytes)
 
     def result(self) -> Result:
         """What was measured at this depth."""

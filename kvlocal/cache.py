@@ -19,6 +19,10 @@ MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
 """In the order of ``kvl_mass``."""
 
 
+FORMATS = ("f16", "q8", "q4", "kv3", "kv2")
+"""How pages store their slots, in the order of ``kvl_format``; kv3 has 3-bit keys and 2-bit values."""
+
+
 def _ints(array: np.ndarray) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
 
@@ -172,6 +176,25 @@ class PagedCache:
         counts = np.array([len(s) for s in slots], np.int32)
         flat = np.ascontiguousarray(np.concatenate(slots), np.int32)
         self._check(self._lib.kvl_keep(self._ctx, seq, layer, _ints(counts), _ints(flat)))
+
+    def demote(self, seq: int, layer: int, slots: Sequence[np.ndarray], storage: str) -> None:
+        """Store these slot indices of every KV head (ascending) in another of :data:`FORMATS` than f16.
+
+        What is there already stays as it is. The context must have been made with the format.
+        """
+        counts = np.array([len(s) for s in slots], np.int32)
+        flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)
+        self._check(self._lib.kvl_demote(self._ctx, seq, layer, FORMATS.index(storage), _ints(counts), _ints(flat)))
+
+    def set_mu(self, seq: int, layer: int, mu: np.ndarray) -> None:
+        """What is taken from keys before they are demoted, and given back by attention: float32 ``[n_head_kv, d_k]``.
+
+        In the space in which keys are stored, rotated if the context rotates.
+        """
+        mu = np.ascontiguousarray(mu, np.float32)
+        if mu.shape != (self.layers[layer].n_head_kv, self.layers[layer].d_k):
+            raise ValueError(f"mu has the shape {mu.shape}")
+        self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
 
     def note_eviction(self, seq: int) -> None:
         """Remember that a sequence was evicted now; see :meth:`evicted_at`."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvlocal import native
-from kvlocal.cache import MassKind, PagedCache
+from kvlocal.cache import FORMATS, MassKind, PagedCache
 from kvlocal.errors import KVError
 from kvlocal.model import Model
 from kvlocal.native import KvlParams, KvlStats
@@ -38,6 +38,8 @@ class ContextConfig:
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
         type_kv: ``f16`` or ``f32`` storage of the stock cache.
         flash_attn: flash attention over the stock cache.
+        formats: storage that slots may be demoted to, of :data:`kvlocal.cache.FORMATS` (paged).
+        rotate: keys and values are rotated before they are stored: q4, kv3 and kv2 need it (paged).
         portable: attention with stock operators even where a page kernel exists (paged; the reference in tests).
     """
 
@@ -51,6 +53,8 @@ class ContextConfig:
     n_window: int = 32
     mass: MassKind = "none"
     n_pool_ctx: int = 0
+    formats: tuple[str, ...] = ()
+    rotate: bool = False
     type_kv: Literal["f16", "f32"] = "f16"
     flash_attn: bool = True
     portable: bool = False
@@ -74,7 +78,8 @@ class Context:
         params.kv_unified = True
         self._native.log.clear()
         if config.paged:
-            kvl = KvlParams(config.n_window, config.n_pool_ctx, 64 << 20, config.portable)
+            formats = sum(1 << FORMATS.index(name) for name in config.formats)
+            kvl = KvlParams(config.n_window, config.n_pool_ctx, 64 << 20, config.portable, formats, config.rotate)
             self.handle: Any = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
             if not self.handle:
                 self._native.check(native.ERR_UNSUPPORTED)

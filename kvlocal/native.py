@@ -20,7 +20,7 @@ from typing import Any
 
 from kvlocal.errors import KVError, UsageError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
 EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
 
@@ -33,6 +33,8 @@ class KvlParams(ctypes.Structure):
         ("n_pool_ctx", ctypes.c_int32),
         ("score_bytes", ctypes.c_int32),
         ("portable", ctypes.c_int32),
+        ("formats", ctypes.c_int32),
+        ("rotate", ctypes.c_int32),
     )
 
 
@@ -63,6 +65,7 @@ class KvlSeqStats(ctypes.Structure):
         ("held_min", ctypes.c_int64),
         ("held_max", ctypes.c_int64),
         ("n_heads", ctypes.c_int64),
+        ("used_bytes", ctypes.c_uint64),
         ("full_bytes", ctypes.c_uint64),
     )
 
@@ -138,6 +141,8 @@ def _declare(lib: Any) -> None:
         "kvl_read_kv": (i32, [ptr, i32, i32, i32, floats, floats]),
         "kvl_read_queries": (i32, [ptr, i32, i32, i32, floats]),
         "kvl_keep": (i32, [ptr, i32, i32, ints, ints]),
+        "kvl_demote": (i32, [ptr, i32, i32, i32, ints, ints]),
+        "kvl_set_mu": (i32, [ptr, i32, i32, floats]),
         "kvl_select": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_branch": (i32, [ptr, i32, i32]),
         "kvl_rotate": (i32, [ptr, i32, i32, floats, ints]),

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 
-from kvlocal.bench import held_bytes
 from kvlocal.context import Context, ContextConfig
 from kvlocal.evict import evict, guided_scores
 from kvlocal.model import Model
@@ -145,7 +144,7 @@ class Stage:
             return out
         stats = cache.seq_stats(seq)
         out.held_mean = stats.n_slots / stats.n_heads
-        out.used_bytes = held_bytes(cache, seq)
+        out.used_bytes = int(stats.used_bytes)
         out.full_bytes = cache.bytes_per_token * len(tokens)
         return out
 

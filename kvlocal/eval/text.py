@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlocal.bench import held_bytes
 from kvlocal.errors import KVError, UsageError
 from kvlocal.eval.evaluation import Evaluation
 from kvlocal.eval.records import Record, Store, digest, identity
@@ -216,7 +215,7 @@ class Ppl(Evaluation[Excerpt, Variant]):
             n = stage.context.n_seen(branch.seq)
             return branch.full_bytes / len(stage.text) * n, n
         stats = cache.seq_stats(branch.seq)
-        return held_bytes(cache, branch.seq), stats.n_slots / stats.n_heads
+        return stats.used_bytes, stats.n_slots / stats.n_heads
 
 
 def record(metric: str, excerpt: Excerpt, branch: Branch, measures: dict[str, float]) -> Record:

@@ -160,7 +160,10 @@ class FakeCache:
         slots = self.context.slots[seq]
         seen = slots[-1] + 1 if slots else 0
         n_heads = len(HEADS)
-        return SimpleNamespace(n_slots=len(slots) * n_heads, n_heads=n_heads, full_bytes=seen * TOKEN_BYTES)
+        used = len(slots) * TOKEN_BYTES
+        return SimpleNamespace(
+            n_slots=len(slots) * n_heads, n_heads=n_heads, used_bytes=used, full_bytes=seen * TOKEN_BYTES
+        )
 
     def reset_peak(self) -> None:
         self.context.peak = self.context.allocated

@@ -176,8 +176,8 @@ struct tile_buffers {
 
 // Queries of the rows, scaled, into t.qt [d_k][TILE]; t.visible; maxima and sums of nothing.
 void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows);
-// Logits of n slots from slot0 on into t.s [n][TILE], -inf where a row does not see. `live`: heed the live bits.
-void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n, bool live);
+// Logits of n slots from slot0 on into t.s [n][TILE], -inf where a row does not see.
+void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n);
 // Turns them into weights relative to the running maxima t.m; t.l are the sums, t.c rescales what came before.
 void tile_soften(tile_buffers & t, int n_rows, int n);
 

@@ -13,12 +13,11 @@ tile_rows head_rows(const attn & a, int g, int t0, int n) {
 }
 
 // to[j] += sum over the rows of exp(logit - t.m) * t.l for slots [slot0, slot1)
-void add_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int slot1, bool live,
-              float * to) {
+void add_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int slot1, float * to) {
     slot1 = std::min(slot1, t.visible[rows.n - 1]);
     for (; slot0 < slot1; slot0 += BLOCK) {
         const int n = std::min(BLOCK, slot1 - slot0);
-        tile_logits(a, t, stream, rows, slot0, n, live);
+        tile_logits(a, t, stream, rows, slot0, n);
         for (int j = 0; j < n; j++) {
             vf sum = vf_zero();
             for (int r = 0; r < rows.n; r += VF_N) {
@@ -36,7 +35,7 @@ void note_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int
     slot1 = std::min(slot1, t.visible[rows.n - 1]);
     for (; slot0 < slot1; slot0 += BLOCK) {
         const int n = std::min(BLOCK, slot1 - slot0);
-        tile_logits(a, t, stream, rows, slot0, n, true);
+        tile_logits(a, t, stream, rows, slot0, n);
         for (int j = 0; j < n; j++) {
             int last = -1;
             for (int r = 0; r < rows.n; r++) {
@@ -102,7 +101,7 @@ extern "C" void kvl_attn_mass(ggml_tensor * dst, int ith, int nth, void * userda
                 if (a.p.last) {
                     note_mass(a, t, stream, rows, slot0, slot1, a.p.last[stream / a.p.n_head_kv] + t0, to);
                 } else {
-                    add_mass(a, t, stream, rows, slot0, slot1, true, to);
+                    add_mass(a, t, stream, rows, slot0, slot1, to);
                 }
             }
         });
@@ -129,13 +128,13 @@ extern "C" void kvl_attn_scores(ggml_tensor * dst, int ith, int nth, void * user
                 const int n_end = t.visible[rows.n - 1];
                 for (int slot0 = 0; slot0 < n_end; slot0 += BLOCK) {
                     const int n = std::min(BLOCK, n_end - slot0);
-                    tile_logits(a, t, stream, rows, slot0, n, false);
+                    tile_logits(a, t, stream, rows, slot0, n);
                     tile_soften(t, rows.n, n);
                 }
                 for (int r = 0; r < TILE; r++) {
                     t.l[r] = r < rows.n ? 1.0f / (t.l[r] * float(n_tokens)) : 0.0f;
                 }
-                add_mass(a, t, stream, rows, 0, n_end, false, out);
+                add_mass(a, t, stream, rows, 0, n_end, out);
             }
         });
 }

@@ -102,7 +102,7 @@ void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows) {
     }
 }
 
-void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n, bool live) {
+void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n) {
     const int32_t * pages = a.pages(stream) + slot0 / PAGE;
     for (int j = 0; j < n; j += PAGE) {
         a.k_page(pages[j / PAGE]).widen(std::min(PAGE, n - j), t.k + j * t.ld_k, t.ld_k);
@@ -136,7 +136,7 @@ void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, i
         std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
     }
     const int32_t * masks = a.live(stream) + slot0 / PAGE;
-    for (int j = 0; live && j < n; j++) {
+    for (int j = 0; j < n; j++) {
         if (!(uint32_t(masks[j / PAGE]) >> (j % PAGE) & 1)) {
             std::fill_n(t.s + j * TILE, rows.n, -INFINITY);
         }
@@ -174,7 +174,7 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, f
         for (int j = 0; j < n; j += PAGE) {
             a.v_page(pages[(slot0 + j) / PAGE]).widen(std::min(PAGE, n - j), t.v + j * t.ld_v, t.ld_v);
         }
-        tile_logits(a, t, stream, rows, slot0, n, true);
+        tile_logits(a, t, stream, rows, slot0, n);
         tile_soften(t, rows.n, n);
         for (int r = 0; r < rows.n; r++) {
             if (t.c[r] != 1.0f) {

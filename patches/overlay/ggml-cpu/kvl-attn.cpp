@@ -127,18 +127,20 @@ extern "C" void kvl_attn_merge(ggml_tensor * dst, int ith, int nth, void * userd
 }
 
 extern "C" void * kvl_cpu_proc_address(const char * name) {
-    const std::pair<const char *, ggml_custom_op_t> procs[] = {
-        {KVL_ATTN_PROC, kvl_attn_compute},
-        {KVL_ATTN_MERGE_PROC, kvl_attn_merge},
-        {KVL_ATTN_MASS_PROC, kvl_attn_mass},
-        {KVL_ATTN_SCORES_PROC, kvl_attn_scores},
+    const std::pair<const char *, void *> procs[] = {
+        {KVL_ATTN_PROC, reinterpret_cast<void *>(kvl_attn_compute)},
+        {KVL_ATTN_MERGE_PROC, reinterpret_cast<void *>(kvl_attn_merge)},
+        {KVL_ATTN_MASS_PROC, reinterpret_cast<void *>(kvl_attn_mass)},
+        {KVL_ATTN_SCORES_PROC, reinterpret_cast<void *>(kvl_attn_scores)},
+        {KVL_ATTN_ROTATE_PROC, reinterpret_cast<void *>(kvl_attn_rotate)},
+        {KVL_ROW_ENCODE_PROC, reinterpret_cast<void *>(kvl_row_encode)},
+        {KVL_ROW_DECODE_PROC, reinterpret_cast<void *>(kvl_row_decode)},
+        {KVL_ROW_ROTATE_PROC, reinterpret_cast<void *>(kvl_row_rotate)},
     };
     for (const auto & [known, proc] : procs) {
         if (strcmp(name, known) == 0) {
-            return reinterpret_cast<void *>(proc);
+            return proc;
         }
     }
-    return strcmp(name, KVL_ROW_ENCODE_PROC) == 0   ? reinterpret_cast<void *>(kvl_row_encode)
-           : strcmp(name, KVL_ROW_DECODE_PROC) == 0 ? reinterpret_cast<void *>(kvl_row_decode)
-                                                    : nullptr;
+    return nullptr;
 }

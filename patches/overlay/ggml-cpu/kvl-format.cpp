@@ -2,6 +2,8 @@
 
 #include "kvl-format.h"
 
+#include "kvl-attn.h"
+
 #include "kvl-simd.h"
 
 #include "ggml-quants.h"
@@ -208,5 +210,36 @@ extern "C" void kvl_row_decode(kvl_row row, const void * in, int d, float * out)
             blocks(row, d, [&](int i) {
                 decode_kv2(static_cast<const kvl_block_kv2 *>(in)[i], out + 64 * i);
             });
+    }
+}
+
+extern "C" void kvl_row_rotate(float * x, int d) {
+    const int block = d & -d;
+    const float scale = 1.0f / sqrtf(float(block));
+    for (int i = 0; i < d; i++) {
+        x[i] *= scale;
+    }
+    for (float * b = x; b < x + d; b += block) {
+        for (int h = 1; h < block; h *= 2) {
+            for (int i = 0; i < block; i += 2 * h) {
+                for (int j = i; j < i + h; j++) {
+                    const float sum = b[j] + b[j + h];
+                    b[j + h] = b[j] - b[j + h];
+                    b[j] = sum;
+                }
+            }
+        }
+    }
+}
+
+extern "C" void kvl_attn_rotate(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+    const ggml_tensor * src = dst->src[0];
+    const int d = int(src->ne[0]);
+    const int64_t n_rows = ggml_nrows(src);
+    for (int64_t r = n_rows * ith / nth; r < n_rows * (ith + 1) / nth; r++) {
+        float * x = static_cast<float *>(dst->data) + r * d;
+        memcpy(x, static_cast<const float *>(src->data) + r * d, size_t(d) * sizeof(float));
+        kvl_row_rotate(x, d);
     }
 }

@@ -16,6 +16,7 @@ extern "C" {
 #define KVL_ATTN_MERGE_PROC "kvl_attn_merge"   // joins the parts of a split
 #define KVL_ATTN_MASS_PROC "kvl_attn_mass"     // adds up what each slot received
 #define KVL_ATTN_SCORES_PROC "kvl_attn_scores" // mean attention of window queries
+#define KVL_ATTN_ROTATE_PROC "kvl_attn_rotate" // Walsh-Hadamard transform of rows
 
 // Pages of one format, where they lie; page p is rows 32p .. 32p+31.
 struct kvl_attn_format {
@@ -72,16 +73,20 @@ struct kvl_attn_params {
 //     for more than KVL_ATTN_FEW_ROWS rows: src[4] the result of kvl_attn_compute; dst is not written
 //
 // kvl_attn_scores
-//     one sequence, live masks ignored: src[4] i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the
+//     one sequence: src[4] i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the
 //     token before; dst f32 [n_kv, n_head], softmax over these slots, mean over the tokens, 0 beyond
 
 // Rows up to which a stream's pages are split among threads.
 #define KVL_ATTN_FEW_ROWS 24
 
+// kvl_attn_rotate
+//     src[0] f32 [d, n], contiguous; dst f32 of the same shape: every row as by kvl_row_rotate
+
 void kvl_attn_compute(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 void kvl_attn_merge(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 void kvl_attn_mass(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 void kvl_attn_scores(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+void kvl_attn_rotate(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 
 // The CPU backend's functions by the names above, NULL for others.
 void * kvl_cpu_proc_address(const char * name);

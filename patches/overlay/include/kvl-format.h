@@ -11,6 +11,7 @@ extern "C" {
 
 #define KVL_ROW_ENCODE_PROC "kvl_row_encode"
 #define KVL_ROW_DECODE_PROC "kvl_row_decode"
+#define KVL_ROW_ROTATE_PROC "kvl_row_rotate"
 
 typedef enum kvl_row {
     KVL_ROW_F16 = 0,
@@ -48,8 +49,13 @@ static inline size_t kvl_row_bytes(kvl_row row, int d) {
 typedef void (*kvl_row_encode_t)(kvl_row row, const float * x, int d, void * out);
 typedef void (*kvl_row_decode_t)(kvl_row row, const void * in, int d, float * out);
 
+// In place: a row times the orthonormal Walsh-Hadamard matrix of the largest power of two that divides d, block by
+// block. Its own inverse.
+typedef void (*kvl_row_rotate_t)(float * x, int d);
+
 void kvl_row_encode(kvl_row row, const float * x, int d, void * out);
 void kvl_row_decode(kvl_row row, const void * in, int d, float * out);
+void kvl_row_rotate(float * x, int d);
 
 #ifdef __cplusplus
 }

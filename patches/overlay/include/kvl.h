@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 3
+#define KVL_ABI_VERSION 4
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -39,11 +39,23 @@ typedef enum kvl_mass {
     KVL_MASS_LAST = 2, // position + 1 of the last query that gave it at least 1 / (slots that the query saw), 0: none
 } kvl_mass;
 
+// How a page stores its slots: rows of K and of V (kvl-format.h).
+typedef enum kvl_format {
+    KVL_FORMAT_F16 = 0,
+    KVL_FORMAT_Q8 = 1,
+    KVL_FORMAT_Q4 = 2,
+    KVL_FORMAT_KV3 = 3, // K in kv3, V in kv2
+    KVL_FORMAT_KV2 = 4,
+    KVL_FORMAT_COUNT = 5,
+} kvl_format;
+
 typedef struct kvl_params {
     int32_t n_window;    // queries remembered per layer and sequence for window scores (0: none)
     int32_t n_pool_ctx;  // tokens per head and sequence the pool can hold (0: the context size)
     int32_t score_bytes; // upper bound of the scratch memory of kvl_window_scores, bytes
     int32_t portable;    // 1: attention with stock operators only (the reference), even where a kernel exists
+    int32_t formats;     // formats that kvl_demote may use beside f16: bits 1 << kvl_format
+    int32_t rotate;      // 1: K and V are rotated before they are stored, so that their values are about normal
 } kvl_params;
 
 typedef struct kvl_stats {
@@ -65,6 +77,7 @@ typedef struct kvl_seq_stats {
     int64_t held_min;    // smallest number of slots in a head
     int64_t held_max;    // largest number of slots in a head
     int64_t n_heads;     // layers x KV heads
+    uint64_t used_bytes; // K and V of the slots held, shared with other sequences or not
     uint64_t full_bytes; // what a full f16 cache would take for n_seen tokens
 } kvl_seq_stats;
 
@@ -139,6 +152,13 @@ LLAMA_API int32_t kvl_rotate(struct llama_context * ctx, int32_t layer, int32_t 
 // strictly ascending within a head. All or nothing.
 LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep,
                            const int32_t * slots);
+// Store these slots of every KV head of a layer in another format: n_demote[n_head_kv] counts, slots as for kvl_keep.
+// Needs the page kernels and a format named in kvl_params. All or nothing.
+LLAMA_API int32_t kvl_demote(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format,
+                             const int32_t * n_demote, const int32_t * slots);
+// f32 [n_head_kv][d_k] (rotated if K is): taken from keys before they are stored in any format but f16, and given back
+// by attention. Only while no slot of the layer is in such a format.
+LLAMA_API int32_t kvl_set_mu(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu);
 // Let attention see only these slots of every KV head of a layer, and what is appended later, until the next call or
 // kvl_keep: n_select[n_head_kv] counts, slots as for kvl_keep. NULL: all slots. Nothing moves.
 LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,

@@ -11,7 +11,9 @@
 
 void llama_kv_paged::trim() {
     for (auto & pool : pools) {
-        pool->trim();
+        if (pool) {
+            pool->trim();
+        }
     }
 }
 
@@ -31,10 +33,17 @@ void llama_kv_paged::cut(kvl_layer & layer, kvl_head & head, uint32_t n) {
     }
 }
 
-// Where compaction writes: destination page j must be private unless all its slots stay where they are.
-static bool page_moves(const int32_t * slots, uint32_t n, uint32_t page) {
-    const uint32_t end = std::min(n, (page + 1) * KVL_PAGE_SLOTS);
-    return uint32_t(slots[end - 1]) != end - 1;
+// Slots as counted from outside, by position and without holes, to those of the head, ascending.
+static std::vector<uint32_t> inner_slots(const kvl_head & head, const int32_t * slots, int32_t n) {
+    std::vector<uint32_t> out(slots, slots + n);
+    if (!head.plain()) {
+        const std::vector<uint32_t> order = head.order();
+        for (uint32_t & slot : out) {
+            slot = order[slot];
+        }
+        std::sort(out.begin(), out.end());
+    }
+    return out;
 }
 
 bool llama_kv_paged::check_slots(llama_seq_id seq_id, uint32_t layer_id, const int32_t * counts, const int32_t * s,
@@ -42,14 +51,14 @@ bool llama_kv_paged::check_slots(llama_seq_id seq_id, uint32_t layer_id, const i
     for (uint32_t h = 0; h < layers[layer_id].n_head_kv; s += counts[h], h++) {
         const kvl_head & head = seqs[seq_id].heads[layer_id][h];
         const std::string where = " (layer " + std::to_string(layer_id) + ", KV head " + std::to_string(h) + ")";
-        if (counts[h] < 0 || uint32_t(counts[h]) > head.n() || (counts[h] == 0 && head.n() > 0 && !empty)) {
-            kvl_set_error("cannot keep " + std::to_string(counts[h]) + " of " + std::to_string(head.n()) + " slots" +
+        if (counts[h] < 0 || uint32_t(counts[h]) > head.held() || (counts[h] == 0 && head.held() > 0 && !empty)) {
+            kvl_set_error("cannot keep " + std::to_string(counts[h]) + " of " + std::to_string(head.held()) + " slots" +
                           (empty ? "" : "; every head keeps at least one") + where);
             return false;
         }
         for (int32_t i = 0; i < counts[h]; i++) {
-            if (s[i] < 0 || uint32_t(s[i]) >= head.n() || (i > 0 && s[i] <= s[i - 1])) {
-                kvl_set_error("slot indices must be ascending and below " + std::to_string(head.n()) + ", got " +
+            if (s[i] < 0 || uint32_t(s[i]) >= head.held() || (i > 0 && s[i] <= s[i - 1])) {
+                kvl_set_error("slot indices must be ascending and below " + std::to_string(head.held()) + ", got " +
                               std::to_string(s[i]) + where);
                 return false;
             }
@@ -60,77 +69,32 @@ bool llama_kv_paged::check_slots(llama_seq_id seq_id, uint32_t layer_id, const i
 
 bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t * n_keep, const int32_t * slots) {
     kvl_layer & layer = layers[layer_id];
-    kvl_pool & pool = *layer.pool;
     std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
 
     // check everything before the first move: all or nothing
     if (!check_slots(seq_id, layer_id, n_keep, slots, false)) {
         return false;
     }
-    uint32_t n_copy = 0;
-    const int32_t * s = slots;
-    for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
-        for (uint32_t p = 0; p * KVL_PAGE_SLOTS < uint32_t(n_keep[h]); p++) {
-            n_copy += page_moves(s, n_keep[h], p) && pool.shared(heads[h].pages[p]) ? 1 : 0;
+    std::vector<std::vector<uint32_t>> kept(heads.size());
+    std::vector<uint32_t> copies(layer.pools.size(), 0);
+    for (uint32_t h = 0; h < heads.size(); slots += n_keep[h], h++) {
+        kept[h] = inner_slots(heads[h], slots, n_keep[h]);
+        count_copies(layer, heads[h], kept[h], copies);
+    }
+    for (uint32_t f = 0; f < copies.size(); f++) {
+        if (copies[f] > 0 && copies[f] > layer.pools[f]->n_free()) {
+            kvl_set_error("no room to separate a shared branch before evicting: " + std::to_string(copies[f]) +
+                          " pages needed, " + std::to_string(layer.pools[f]->n_free()) + " free");
+            return false;
         }
     }
-    if (n_copy > pool.n_free()) {
-        kvl_set_error("no room to separate a shared branch before evicting: " + std::to_string(n_copy) +
-                      " pages needed, " + std::to_string(pool.n_free()) + " free");
-        return false;
-    }
-
     bool dropped = false;
-    s = slots;
-    for (uint32_t h = 0; h < layer.n_head_kv; s += n_keep[h], h++) {
-        kvl_head & head = heads[h];
-        const uint32_t n = n_keep[h];
-        std::fill(head.live.begin(), head.live.end(), UINT32_MAX);
-        if (n == head.n()) {
-            continue;
-        }
-        dropped = true;
-        // sources are never behind their destination, so pages can be rewritten in ascending order; a page that is
-        // still shared is read from the old table after a new page has taken its place
-        const std::vector<uint32_t> old = head.pages;
-        std::vector<uint32_t> replaced;
-        for (uint32_t p = 0; p * KVL_PAGE_SLOTS < n; p++) {
-            if (!page_moves(s, n, p)) {
-                continue;
-            }
-            if (pool.shared(old[p])) {
-                head.pages[p] = pool.take();
-                replaced.push_back(old[p]);
-            }
-            const uint32_t end = std::min(n, (p + 1) * KVL_PAGE_SLOTS);
-            for (uint32_t i = p * KVL_PAGE_SLOTS; i < end;) {
-                // one move for a run of neighbours within one source page
-                uint32_t run = 1;
-                while (i + run < end && s[i + run] == s[i] + int32_t(run) &&
-                       uint32_t(s[i + run]) / KVL_PAGE_SLOTS == uint32_t(s[i]) / KVL_PAGE_SLOTS) {
-                    run++;
-                }
-                const uint64_t src = uint64_t(old[s[i] / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + s[i] % KVL_PAGE_SLOTS;
-                if (src != head.row(i)) {
-                    pool.move_rows(head.row(i), src, run);
-                }
-                i += run;
-            }
-        }
-        for (uint32_t i = 0; i < n; i++) {
-            head.pos[i] = head.pos[s[i]];
-            for (auto & mass : head.mass) {
-                mass[i] = mass[s[i]];
-            }
-        }
-        note_peak();
-        for (const uint32_t page : replaced) {
-            pool.drop(page);
-        }
-        cut(layer, head, n);
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        dropped = dropped || kept[h].size() < heads[h].held();
+        compact(layer, heads[h], kept[h]);
     }
     n_evict += dropped ? 1 : 0;
-    pool.trim();
+    trim();
     return true;
 }
 
@@ -140,10 +104,16 @@ bool llama_kv_paged::select(llama_seq_id seq_id, uint32_t layer_id, const int32_
     }
     for (uint32_t h = 0; h < layers[layer_id].n_head_kv; h++) {
         kvl_head & head = seqs[seq_id].heads[layer_id][h];
-        std::fill(head.live.begin(), head.live.end(), n_select ? 0 : UINT32_MAX);
-        for (int32_t i = 0; n_select && i < n_select[h]; i++, slots++) {
-            head.live[*slots / KVL_PAGE_SLOTS] |= 1u << *slots % KVL_PAGE_SLOTS;
+        for (uint32_t p = 0; p < head.pages.size(); p++) {
+            head.live[p] = n_select ? 0 : head.all_live(p);
         }
+        if (!n_select) {
+            continue;
+        }
+        for (const uint32_t slot : inner_slots(head, slots, n_select[h])) {
+            head.live[slot / KVL_PAGE_SLOTS] |= 1u << slot % KVL_PAGE_SLOTS;
+        }
+        slots += n_select[h];
         if (head.n() % KVL_PAGE_SLOTS != 0) {
             head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS; // whoever comes next is seen
         }
@@ -156,6 +126,10 @@ bool llama_kv_paged::own_pages(llama_seq_id seq_id) {
     std::map<const kvl_pool *, uint32_t> need;
     for (size_t l = 0; l < layers.size(); l++) {
         for (const kvl_head & head : seq.heads[l]) {
+            if (!head.plain()) {
+                kvl_set_error("slots that are not stored in f16 cannot be given other positions");
+                return false;
+            }
             need[layers[l].pool] += uint32_t(std::count_if(head.pages.begin(), head.pages.end(), [&](uint32_t page) {
                 return layers[l].pool->shared(page);
             }));
@@ -207,11 +181,26 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
     }
     for (size_t l = 0; l < layers.size(); l++) {
         for (kvl_head & head : seq.heads[l]) {
-            const auto it = std::lower_bound(head.pos.begin(), head.pos.end(), p0);
-            cut(layers[l], head, uint32_t(it - head.pos.begin()));
+            if (head.plain()) {
+                const auto it = std::lower_bound(head.pos.begin(), head.pos.end(), p0);
+                cut(layers[l], head, uint32_t(it - head.pos.begin()));
+                continue;
+            }
+            std::vector<uint32_t> slots;
+            for (uint32_t i = 0; i < head.n(); i++) {
+                if (head.pos[i] != kvl_head::HOLE && head.pos[i] < p0) {
+                    slots.push_back(i);
+                }
+            }
+            compact(layers[l], head, slots);
         }
     }
     seq.n_seen = p0;
+    if (p0 == 0) {
+        for (auto & mu : seq.mu) {
+            mu.clear();
+        }
+    }
     trim();
     return true;
 }
@@ -225,12 +214,13 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     const kvl_sequence & from = seqs[src];
     for (size_t l = 0; l < layers.size(); l++) {
         for (const kvl_head & head : from.heads[l]) {
-            for (const uint32_t page : head.pages) {
-                layers[l].pool->share(page);
+            for (const uint32_t entry : head.pages) {
+                layers[l].pools[kvl_head::page_format(entry)]->share(kvl_head::page_number(entry));
             }
         }
     }
     to.heads = from.heads;
+    to.mu = from.mu;
     to.window = from.window;
     to.n_seen = from.n_seen;
     if (params.n_window > 0) {

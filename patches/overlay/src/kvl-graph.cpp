@@ -31,6 +31,7 @@ llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, 
         if (fused) {
             const int64_t n_pages = n_stream * in.shape.n_kv / KVL_PAGE_SLOTS;
             in.table = new_input(g.ctx0, GGML_TYPE_I32, 2 * (n_stream + n_pages), 1, 1, "kvl_table", layer.il);
+            in.mu.resize(size_t(n_stream), nullptr);
             in.mass.resize(in.shape.mass ? size_t(n_stream * layer.n_head / layer.n_head_kv) : 0);
         } else {
             in.gather = new_input(g.ctx0, GGML_TYPE_I32, in.shape.n_kv * n_stream, 1, 1, "kvl_gather", layer.il);
@@ -60,6 +61,8 @@ void llm_graph_input_kv_paged::set_table(uint32_t l, const llama_ubatch * ubatch
     auto mass = in.mass.begin();
     for (uint32_t i = 0; i < n_stream; i++) {
         kvl_head & head = kv.seqs[ubatch->seq_id[i / n_head_kv * n_seq_tokens][0]].heads[l][i % n_head_kv];
+        const std::vector<float> & mu = kv.seqs[ubatch->seq_id[i / n_head_kv * n_seq_tokens][0]].mu[l];
+        in.mu[i] = mu.empty() ? nullptr : mu.data() + i % n_head_kv * kv.layers[l].pool->d_k;
         table[i] = int32_t(head.n());
         table[n_stream + i] = n_pages;
         std::copy(head.pages.begin(), head.pages.end(), pages + n_pages);
@@ -256,10 +259,10 @@ static ggml_tensor * build_fused(const llm_graph_context & g, const llama_kv_pag
     const bool few = n_rows <= KVL_ATTN_FEW_ROWS;
     // enough parts for many threads, however many there are: the result does not depend on their number
     const int64_t n_split = few ? std::clamp<int64_t>(n_kv / 128, 1, std::max<int64_t>(1, 32 / (H * S))) : 1;
-    in.kernel = std::make_unique<kvl_attn_params>(
-        kvl_attn_params{int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale,
-                        layer.soft_cap, in.shape.mass ? in.mass.data() : nullptr,
-                        in.shape.mass == KVL_MASS_LAST ? inp.number.data() : nullptr, nullptr, nullptr});
+    in.kernel = std::make_unique<kvl_attn_params>(kvl_attn_params{
+        int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale, layer.soft_cap,
+        in.shape.mass ? in.mass.data() : nullptr, in.shape.mass == KVL_MASS_LAST ? inp.number.data() : nullptr,
+        layer.formats.data(), in.mu.data()});
     const auto op = [&](ggml_custom_op_t f, int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), int(args.size()), f, GGML_N_TASKS_MAX,
                               in.kernel.get());
@@ -308,9 +311,16 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
         throw std::runtime_error(kvl_last_error());
     }
 
-    q = contiguous(ctx, q);
-    k = ggml_reshape_2d(ctx, contiguous(ctx, k), d_k, H * T * S);
-    v = ggml_reshape_2d(ctx, contiguous(ctx, v), d_v, H * T * S);
+    const auto rotated = [&](ggml_tensor * x) {
+        if (!kv.params.rotate) {
+            return x;
+        }
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], x->ne[1], x->ne[2], 1, &x, 1, kv.attn.rotate,
+                              GGML_N_TASKS_MAX, nullptr);
+    };
+    q = rotated(contiguous(ctx, q));
+    k = ggml_reshape_2d(ctx, rotated(contiguous(ctx, k)), d_k, H * T * S);
+    v = ggml_reshape_2d(ctx, rotated(contiguous(ctx, v)), d_v, H * T * S);
     ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.pool->k, k, in.append));
     ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.pool->v, v, in.append));
 
@@ -323,7 +333,7 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
 
     ggml_tensor * cur =
         kv.fused() ? build_fused(g, kv, layer, *inp, q, kq_scale) : build_portable(g, layer, *inp, q, kq_scale);
-    cur = ggml_reshape_2d(ctx, cur, d_v * Hq, T * S);
+    cur = ggml_reshape_2d(ctx, rotated(contiguous(ctx, cur)), d_v * Hq, T * S);
     ggml_build_forward_expand(g.gf, cur);
     return cur;
 }

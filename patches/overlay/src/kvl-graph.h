@@ -30,6 +30,7 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
         ggml_tensor * table = nullptr;           // i32: page tables of all streams (kvl-attn.h)
         std::unique_ptr<kvl_attn_params> kernel; // user data of the operators
         std::vector<float *> mass;               // where to add the attention mass, per stream and query head
+        std::vector<const float *> mu;           // what keys were stored without, per stream
         // stock operators
         ggml_tensor * gather = nullptr; // i32 [n_kv*n_head_kv*n_seqs]: pool rows; new tokens first, then past, padding
         ggml_tensor * live = nullptr;   // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding

@@ -90,18 +90,24 @@ void kvl_region::give_back(size_t begin, size_t end) {
 // kvl_pool
 //
 
-kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages)
-    : d_k(d_k), d_v(d_v), buft(buft), n_pages(n_pages), refs(n_pages, 0),
-      k_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * d_k * sizeof(ggml_fp16_t)),
-      v_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * d_v * sizeof(ggml_fp16_t)) {
+kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row,
+                   kvl_row v_row)
+    : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row), buft(buft), n_pages(n_pages), refs(n_pages, 0),
+      k_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k))),
+      v_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v))) {
     ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
     ctx.reset(ggml_init(params));
     if (!ctx) {
         throw std::bad_alloc();
     }
     const int64_t n_rows = int64_t(n_pages) * KVL_PAGE_SLOTS;
-    k = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d_k, n_rows);
-    v = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d_v, n_rows);
+    const auto rows = [&](kvl_row row, uint32_t d) {
+        return row == KVL_ROW_F16
+                   ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d, n_rows)
+                   : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, int64_t(kvl_row_bytes(row, int(d))), n_rows);
+    };
+    k = rows(k_row, d_k);
+    v = rows(v_row, d_v);
     ggml_set_name(k, "kvl_pool_k");
     ggml_set_name(v, "kvl_pool_v");
     if (!k_mem.place(k, 0) || !v_mem.place(v, 0)) {
@@ -148,8 +154,8 @@ uint32_t kvl_pool::unshare(uint32_t page, uint32_t n) {
 void kvl_pool::trim() {
     if (k_mem.is_host()) {
         std::sort(dropped.begin(), dropped.end());
-        const size_t k_page = KVL_PAGE_SLOTS * d_k * sizeof(ggml_fp16_t);
-        const size_t v_page = KVL_PAGE_SLOTS * d_v * sizeof(ggml_fp16_t);
+        const size_t k_page = KVL_PAGE_SLOTS * k->nb[1];
+        const size_t v_page = KVL_PAGE_SLOTS * v->nb[1];
         // a system page may straddle two of ours: let a run grow over free neighbours so that it can go as well
         const uint32_t reach = uint32_t(os_page_size() / std::min(k_page, v_page)) + 1;
         for (size_t i = 0; i < dropped.size();) {

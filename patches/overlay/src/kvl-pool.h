@@ -1,7 +1,8 @@
-// Pages of one shape on one device: 32 slots of one KV head, K [32, d_k] and V [32, d_v], f16.
+// Pages of one shape and format on one device: 32 slots of one KV head, K [32, d_k] and V [32, d_v].
 
 #pragma once
 
+#include "kvl-format.h"
 #include "kvl.h"
 
 #include "ggml-cpp.h"
@@ -38,7 +39,8 @@ class kvl_pool {
   public:
     static constexpr uint32_t NONE = UINT32_MAX;
 
-    kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages);
+    kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row = KVL_ROW_F16,
+             kvl_row v_row = KVL_ROW_F16);
 
     bool matches(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v) const;
 
@@ -57,7 +59,7 @@ class kvl_pool {
     uint32_t n_free() const { return n_pages - n_taken; }
     uint64_t allocated_bytes() const { return uint64_t(n_taken) * KVL_PAGE_SLOTS * slot_bytes(); }
     uint64_t reserved_bytes() const { return uint64_t(n_pages) * KVL_PAGE_SLOTS * slot_bytes(); }
-    uint64_t slot_bytes() const { return (d_k + d_v) * sizeof(ggml_fp16_t); }
+    uint64_t slot_bytes() const { return kvl_row_bytes(k_row, int(d_k)) + kvl_row_bytes(v_row, int(d_v)); }
     bool is_host() const { return k_mem.is_host(); }
     ggml_backend_buffer_type_t type() const { return buft; }
 
@@ -68,9 +70,11 @@ class kvl_pool {
 
     const uint32_t d_k;
     const uint32_t d_v;
+    const kvl_row k_row;
+    const kvl_row v_row;
 
-    ggml_tensor * k = nullptr; // f16 [d_k, n_pages*32]
-    ggml_tensor * v = nullptr; // f16 [d_v, n_pages*32]
+    ggml_tensor * k = nullptr; // f16 [d_k, n_pages*32], or i8 [bytes of a row, n_pages*32]
+    ggml_tensor * v = nullptr;
 
   private:
     ggml_backend_buffer_type_t buft;

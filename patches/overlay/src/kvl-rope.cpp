@@ -109,7 +109,14 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
             for (uint32_t i = first; i < n; i++) {
                 turn[i - first] = int32_t(i) - head.pos[i];
             }
+            const auto rotated = [&] {
+                for (uint32_t i = 0; kv.params.rotate && i < n - first; i++) {
+                    kv.rotate_row(x.data() + size_t(i) * pool.d_k, pool.d_k);
+                }
+            };
+            rotated();
             const int32_t rc = kvl_rotate_rows(ctx, kv, l, n - first, x.data(), turn.data());
+            rotated();
             if (rc != KVL_OK) {
                 return rc;
             }

@@ -162,8 +162,14 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     }
 
     int64_t n_pages = 0;
+    int64_t n_slots = 0; // holes included
     for (const kvl_head & head : heads) {
         n_pages += int64_t(head.pages.size());
+        n_slots = std::max<int64_t>(n_slots, head.n());
+    }
+    std::vector<const float *> mu(H, nullptr);
+    for (int64_t h = 0; h < H && !kv.seqs[seq].mu[layer_id].empty(); h++) {
+        mu[h] = kv.seqs[seq].mu[layer_id].data() + h * layer.pool->d_k;
     }
     constexpr size_t n_nodes = 8;
     ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
@@ -173,16 +179,25 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
     ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
     ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
-    kvl_attn_params params = {int32_t(layer.n_head), int32_t(H),     1,       int32_t(w), 1,       int32_t(stride),
-                              layer.kq_scale,        layer.soft_cap, nullptr, nullptr,    nullptr, nullptr};
+    kvl_attn_params params = {};
+    params.n_head = int32_t(layer.n_head);
+    params.n_head_kv = int32_t(H);
+    params.n_seqs = 1;
+    params.n_seq_tokens = int32_t(w);
+    params.n_split = 1;
+    params.n_kv = int32_t(n_slots);
+    params.scale = layer.kq_scale;
+    params.soft_cap = layer.soft_cap;
+    params.formats = layer.formats.data();
+    params.mu = mu.data();
     ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible};
-    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, stride, layer.n_head, 1, 1, args, 5, kv.attn.scores,
+    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 5, kv.attn.scores,
                                           GGML_N_TASKS_MAX, &params);
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
     ggml_build_forward_expand(gf, scores);
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
     if (!buffer) {
-        kvl_set_error("no memory for window scores over " + std::to_string(stride) + " slots");
+        kvl_set_error("no memory for window scores over " + std::to_string(n_slots) + " slots");
         return KVL_ERR_MEMORY;
     }
 
@@ -197,18 +212,28 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         const kvl_head & head = heads[h];
         t[h] = int32_t(head.n());
         t[H + h] = first;
-        std::copy(head.pages.begin(), head.pages.end(), t + 2 * H + first);
-        first += int32_t(head.pages.size());
+        for (uint32_t p = 0; p < head.pages.size(); p++, first++) {
+            t[2 * H + first] = int32_t(head.pages[p]);
+            t[2 * H + n_pages + first] = int32_t(head.all_live(p));
+        }
+        // what is not f16 is older than any query that is remembered
+        const auto begin = head.pos.begin() + head.f16_begin();
         for (int64_t i = 0; i < w; i++) {
             const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
-            *v++ = int32_t(std::upper_bound(head.pos.begin(), head.pos.end(), pos) - head.pos.begin());
+            *v++ = int32_t(std::upper_bound(begin, head.pos.end(), pos) - head.pos.begin());
         }
     }
     if (ggml_backend_graph_compute(cpu, gf) != GGML_STATUS_SUCCESS) {
         kvl_set_error("the window scores failed in layer " + std::to_string(layer.il));
         return KVL_ERR_COMPUTE;
     }
-    std::copy_n(static_cast<const float *>(scores->data), stride * layer.n_head, out);
+    for (uint32_t h = 0; h < layer.n_head; h++) {
+        const auto * from = static_cast<const float *>(scores->data) + h * n_slots;
+        const std::vector<uint32_t> order = heads[h / (layer.n_head / H)].order();
+        for (int64_t i = 0; i < stride; i++) {
+            out[h * stride + i] = size_t(i) < order.size() ? from[order[i]] : 0.0f;
+        }
+    }
     return int32_t(w);
 }
 
@@ -225,14 +250,22 @@ int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_
         return KVL_ERR_ARGUMENT;
     }
     for (const kvl_head & head : heads) {
-        if (head.n() == 0 || head.n() > stride) {
-            kvl_set_error("a head holds " + std::to_string(head.n()) + " slots, the output has room for " +
+        if (head.held() == 0 || head.held() > stride) {
+            kvl_set_error("a head holds " + std::to_string(head.held()) + " slots, the output has room for " +
                           std::to_string(stride));
             return KVL_ERR_ARGUMENT;
         }
         // a query whose slots are all later than itself would have nothing to attend to
-        if (head.pos.front() > kv.seqs[seq].n_seen - llama_pos(rows.size())) {
+        const llama_pos first_query = kv.seqs[seq].n_seen - llama_pos(rows.size());
+        if (head.plain() && head.pos.front() > first_query) {
             kvl_set_error("the slots of a head begin inside the window; scores are undefined");
+            return KVL_ERR_ARGUMENT;
+        }
+        if (std::any_of(head.pos.begin(), head.pos.begin() + head.f16_begin(), [&](llama_pos pos) {
+                return pos > first_query;
+            })) {
+            kvl_set_error("slots inside the window of " + std::to_string(rows.size()) +
+                          " queries are not stored in f16; scores are undefined");
             return KVL_ERR_ARGUMENT;
         }
     }

@@ -20,7 +20,7 @@ int32_t kvl_lengths(const llama_context * ctx, llama_seq_id seq, int32_t layer, 
         return KVL_ERR_ARGUMENT;
     }
     for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        *out++ = int32_t(head.n());
+        *out++ = int32_t(head.held());
     }
     return KVL_OK;
 }
@@ -31,7 +31,9 @@ int32_t kvl_positions(const llama_context * ctx, llama_seq_id seq, int32_t layer
         return KVL_ERR_ARGUMENT;
     }
     for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        out = std::copy(head.pos.begin(), head.pos.end(), out);
+        for (const uint32_t slot : head.order()) {
+            *out++ = head.pos[slot];
+        }
     }
     return KVL_OK;
 }
@@ -77,8 +79,8 @@ static const std::vector<kvl_head> * mass_of(const llama_kv_paged & kv, llama_se
     }
     const auto & heads = kv.seqs[seq].heads[layer];
     for (const kvl_head & head : heads) {
-        if (int64_t(head.n()) > stride) {
-            kvl_set_error("a head holds " + std::to_string(head.n()) + " slots, the array has room for " +
+        if (int64_t(head.held()) > stride) {
+            kvl_set_error("a head holds " + std::to_string(head.held()) + " slots, the array has room for " +
                           std::to_string(stride));
             return nullptr;
         }
@@ -93,8 +95,12 @@ int32_t kvl_read_mass(const llama_context * ctx, llama_seq_id seq, int32_t layer
         return KVL_ERR_ARGUMENT;
     }
     for (const kvl_head & head : *heads) {
+        const std::vector<uint32_t> order = head.order();
         for (const std::vector<float> & mass : head.mass) {
-            std::fill(std::copy(mass.begin(), mass.end(), out), out + stride, 0.0f);
+            for (size_t i = 0; i < order.size(); i++) {
+                out[i] = mass[order[i]];
+            }
+            std::fill(out + order.size(), out + stride, 0.0f);
             out += stride;
         }
     }
@@ -107,8 +113,11 @@ int32_t kvl_write_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, con
         return KVL_ERR_ARGUMENT;
     }
     for (kvl_head & head : kv->seqs[seq].heads[layer]) {
+        const std::vector<uint32_t> order = head.order();
         for (std::vector<float> & mass : head.mass) {
-            std::copy_n(in, mass.size(), mass.begin());
+            for (size_t i = 0; i < order.size(); i++) {
+                mass[order[i]] = in[i];
+            }
             in += stride;
         }
     }
@@ -126,11 +135,16 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
     return guarded([&] {
         ctx->synchronize();
         const kvl_pool & pool = *kv->layers[layer].pool;
-        const kvl_head & hd = kv->seqs[seq].heads[layer][head];
-        for (uint32_t i = 0; i < hd.n(); i += KVL_PAGE_SLOTS) {
-            const uint32_t n = std::min<uint32_t>(hd.n() - i, KVL_PAGE_SLOTS);
-            pool.read_rows(hd.row(i), n, k ? k + uint64_t(i) * pool.d_k : nullptr,
-                           v ? v + uint64_t(i) * pool.d_v : nullptr);
+        for (const uint32_t slot : kv->seqs[seq].heads[layer][head].order()) {
+            kv->read_slot(seq, uint32_t(layer), uint32_t(head), slot, k, v);
+            if (kv->params.rotate && k) {
+                kv->rotate_row(k, pool.d_k);
+            }
+            if (kv->params.rotate && v) {
+                kv->rotate_row(v, pool.d_v);
+            }
+            k = k ? k + pool.d_k : nullptr;
+            v = v ? v + pool.d_v : nullptr;
         }
         return int32_t(KVL_OK);
     });
@@ -148,6 +162,10 @@ int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, i
         const size_t n = std::min(rows.size(), size_t(n_queries));
         for (size_t i = rows.size() - n; i < rows.size(); i++) {
             ggml_backend_tensor_get(t, q, t->nb[1] * size_t(rows[i]), t->nb[1]);
+            const uint32_t d_k = kv->layers[layer].pool->d_k;
+            for (float * head = q; kv->params.rotate && head < q + t->ne[0]; head += d_k) {
+                kv->rotate_row(head, d_k);
+            }
             q += t->ne[0];
         }
         return int32_t(n);
@@ -179,6 +197,28 @@ int32_t kvl_keep(llama_context * ctx, llama_seq_id seq, int32_t layer, const int
         const bool ok = kv->keep(seq, uint32_t(layer), n_keep, slots);
         kv->keep_us += uint64_t(ggml_time_us() - t0);
         return int32_t(ok ? KVL_OK : KVL_ERR_ARGUMENT);
+    });
+}
+
+int32_t kvl_demote(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format, const int32_t * n_demote,
+                   const int32_t * slots) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || format < 0 || !n_demote || !slots) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        return kv->demote(seq, uint32_t(layer), uint32_t(format), n_demote, slots);
+    });
+}
+
+int32_t kvl_set_mu(llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !mu) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        return kv->set_mu(seq, uint32_t(layer), mu);
     });
 }
 

@@ -13,6 +13,13 @@
 #include <numeric>
 #include <stdexcept>
 
+// Row formats of K and V by page format.
+static constexpr std::pair<kvl_row, kvl_row> ROWS[KVL_FORMAT_COUNT] = {{KVL_ROW_F16, KVL_ROW_F16},
+                                                                       {KVL_ROW_Q8, KVL_ROW_Q8},
+                                                                       {KVL_ROW_Q4, KVL_ROW_Q4},
+                                                                       {KVL_ROW_KV3, KVL_ROW_KV2},
+                                                                       {KVL_ROW_KV2, KVL_ROW_KV2}};
+
 static uint32_t pages_for(uint32_t n_slots) {
     return (n_slots + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS;
 }
@@ -98,7 +105,7 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         it->n_heads += hparams.n_head_kv(il);
         pool_of[il] = size_t(it - shapes.begin());
         layer_of[il] = int32_t(layers.size());
-        layers.push_back({il, hparams.n_head(il), hparams.n_head_kv(il), nullptr, nullptr});
+        layers.push_back({il, hparams.n_head(il), hparams.n_head_kv(il), nullptr, {}, {}, nullptr});
     }
     if (layers.empty()) {
         throw std::runtime_error("the model has no attention layers");
@@ -111,7 +118,17 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
                                      std::to_string(seqs.size()) +
                                      " sequences needs more slots than an index can address; use a smaller -c");
         }
-        pools.push_back(std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages)));
+        for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+            const auto [k_row, v_row] = ROWS[f];
+            const bool wanted = f == KVL_FORMAT_F16 || params.formats >> f & 1;
+            if (wanted && (s.d_k % kvl_row_block(k_row) != 0 || s.d_v % kvl_row_block(v_row) != 0)) {
+                throw std::runtime_error("heads of " + std::to_string(s.d_k) + " and " + std::to_string(s.d_v) +
+                                         " values cannot be stored in blocks of " +
+                                         std::to_string(kvl_row_block(k_row)));
+            }
+            pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row)
+                                   : nullptr);
+        }
     }
 
     if (params.n_window > 0) {
@@ -119,7 +136,15 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         query_ctx.reset(ggml_init(ip));
     }
     for (kvl_layer & layer : layers) {
-        layer.pool = pools[pool_of[layer.il]].get();
+        for (uint32_t f = 0; f < KVL_PAGE_FORMATS; f++) {
+            const bool known = f < KVL_FORMAT_COUNT;
+            kvl_pool * pool = known ? pools[pool_of[layer.il] * KVL_FORMAT_COUNT + f].get() : nullptr;
+            layer.pools.push_back(pool);
+            layer.formats.push_back({known ? ROWS[f].first : KVL_ROW_F16, known ? ROWS[f].second : KVL_ROW_F16,
+                                     pool ? static_cast<const char *>(pool->k->data) : nullptr,
+                                     pool ? static_cast<const char *>(pool->v->data) : nullptr});
+        }
+        layer.pool = layer.pools[KVL_FORMAT_F16];
         if (params.n_window > 0) {
             layer.queries = ggml_new_tensor_2d(query_ctx.get(), GGML_TYPE_F32, layer.pool->d_k * layer.n_head,
                                                int64_t(params.n_window) * int64_t(seqs.size()));
@@ -135,14 +160,26 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         for (const kvl_layer & layer : layers) {
             seq.heads.emplace_back(layer.n_head_kv);
         }
+        seq.mu.resize(layers.size());
     }
     if (all_host() && !params.portable) {
         ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
         ggml_backend_reg_t reg = cpu ? ggml_backend_dev_backend_reg(cpu) : nullptr;
-        const auto find = [&](const char * name) {
-            return reinterpret_cast<ggml_custom_op_t>(reg ? ggml_backend_reg_get_proc_address(reg, name) : nullptr);
+        const auto find = [&](const char * name, auto & to) {
+            void * proc = reg ? ggml_backend_reg_get_proc_address(reg, name) : nullptr;
+            to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(proc);
         };
-        attn = {find(KVL_ATTN_PROC), find(KVL_ATTN_MERGE_PROC), find(KVL_ATTN_MASS_PROC), find(KVL_ATTN_SCORES_PROC)};
+        find(KVL_ATTN_PROC, attn.compute);
+        find(KVL_ATTN_MERGE_PROC, attn.merge);
+        find(KVL_ATTN_MASS_PROC, attn.mass);
+        find(KVL_ATTN_SCORES_PROC, attn.scores);
+        find(KVL_ATTN_ROTATE_PROC, attn.rotate);
+        find(KVL_ROW_ENCODE_PROC, attn.encode);
+        find(KVL_ROW_DECODE_PROC, attn.decode);
+        find(KVL_ROW_ROTATE_PROC, attn.rotate_row);
+    }
+    if ((params.formats != 0 || params.rotate) && !fused()) {
+        throw std::runtime_error("storage formats other than f16 need the page kernels, which run on the CPU only");
     }
     LLAMA_LOG_INFO("%s: %zu layers, %zu pools, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
                    layers.size(), pools.size(), n_ctx, seqs.size(), [this] {
@@ -150,6 +187,41 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
                        get_stats(s);
                        return double(s.reserved_bytes) / 1048576.0;
                    }());
+}
+
+//
+// kvl_head
+//
+
+uint32_t kvl_head::f16_begin() const {
+    const auto first = std::find_if(pages.begin(), pages.end(), [](uint32_t entry) {
+        return page_format(entry) == KVL_FORMAT_F16;
+    });
+    return std::min(n(), uint32_t(first - pages.begin()) * KVL_PAGE_SLOTS);
+}
+
+std::vector<uint32_t> kvl_head::order() const {
+    std::vector<uint32_t> out(n());
+    std::iota(out.begin(), out.end(), 0);
+    if (!plain()) {
+        out.erase(std::remove_if(out.begin(), out.end(),
+                                 [&](uint32_t slot) {
+                                     return pos[slot] == HOLE;
+                                 }),
+                  out.end());
+        std::stable_sort(out.begin(), out.end(), [&](uint32_t a, uint32_t b) {
+            return pos[a] < pos[b];
+        });
+    }
+    return out;
+}
+
+uint32_t kvl_head::all_live(uint32_t page) const {
+    uint32_t bits = UINT32_MAX;
+    for (uint32_t i = page * KVL_PAGE_SLOTS; n_holes > 0 && i < std::min(n(), (page + 1) * KVL_PAGE_SLOTS); i++) {
+        bits &= pos[i] == HOLE ? ~(1u << i % KVL_PAGE_SLOTS) : UINT32_MAX;
+    }
+    return bits;
 }
 
 //
@@ -311,7 +383,7 @@ ggml_backend_t llama_kv_paged::host_backend(int n_threads) {
 uint64_t llama_kv_paged::allocated_bytes() const {
     uint64_t n = 0;
     for (const auto & pool : pools) {
-        n += pool->allocated_bytes();
+        n += pool ? pool->allocated_bytes() : 0;
     }
     return n;
 }
@@ -322,8 +394,15 @@ void llama_kv_paged::note_peak() {
 
 bool llama_kv_paged::all_host() const {
     return std::all_of(pools.begin(), pools.end(), [](const auto & pool) {
-        return pool->is_host();
+        return !pool || pool->is_host();
     });
+}
+
+// Slots of a page that are no holes.
+static uint32_t slots_in(const kvl_head & head, uint32_t page) {
+    const uint32_t n = std::min<uint32_t>(head.n() - page * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
+    const auto begin = head.pos.begin() + page * KVL_PAGE_SLOTS;
+    return head.n_holes == 0 ? n : n - uint32_t(std::count(begin, begin + n, kvl_head::HOLE));
 }
 
 void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
@@ -333,10 +412,14 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
     out.held_min = INT64_MAX;
     for (size_t l = 0; l < layers.size(); l++) {
         for (const kvl_head & head : seq.heads[l]) {
-            out.n_slots += head.n();
+            out.n_slots += head.held();
             out.n_heads++;
-            out.held_min = std::min<int64_t>(out.held_min, head.n());
-            out.held_max = std::max<int64_t>(out.held_max, head.n());
+            out.held_min = std::min<int64_t>(out.held_min, head.held());
+            out.held_max = std::max<int64_t>(out.held_max, head.held());
+            for (uint32_t p = 0; p < head.pages.size(); p++) {
+                out.used_bytes +=
+                    slots_in(head, p) * layers[l].pools[kvl_head::page_format(head.pages[p])]->slot_bytes();
+            }
             out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
         }
     }
@@ -351,9 +434,11 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
     // slots in use per page: a page shared by branches counts once, with its fullest owner
     std::map<const kvl_pool *, std::vector<uint8_t>> fill;
     for (const auto & pool : pools) {
-        out.allocated_bytes += pool->allocated_bytes();
-        out.reserved_bytes += pool->reserved_bytes();
-        fill[pool.get()].resize(pool->size());
+        if (pool) {
+            out.allocated_bytes += pool->allocated_bytes();
+            out.reserved_bytes += pool->reserved_bytes();
+            fill[pool.get()].resize(pool->size());
+        }
     }
     for (size_t s = 0; s < seqs.size(); s++) {
         kvl_seq_stats st;
@@ -361,11 +446,11 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         out.full_bytes += st.full_bytes;
         out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
         for (size_t l = 0; l < layers.size(); l++) {
-            std::vector<uint8_t> & fill_l = fill[layers[l].pool];
             for (const kvl_head & head : seqs[s].heads[l]) {
                 for (uint32_t p = 0; p < head.pages.size(); p++) {
-                    const uint32_t n = std::min<uint32_t>(head.n() - p * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
-                    fill_l[head.pages[p]] = uint8_t(std::max<uint32_t>(fill_l[head.pages[p]], n));
+                    uint8_t & most = fill[layers[l].pools[kvl_head::page_format(head.pages[p])]]
+                                         [kvl_head::page_number(head.pages[p])];
+                    most = std::max<uint8_t>(most, uint8_t(slots_in(head, p)));
                 }
                 out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
                 out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
@@ -380,6 +465,9 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> out;
     for (const auto & pool : pools) {
+        if (!pool) {
+            continue;
+        }
         // host pools are address space until they are used; a device buffer is taken whole
         out[pool->type()] += pool->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
     }

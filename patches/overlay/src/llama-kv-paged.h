@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ggml-cpp.h"
+#include "kvl-attn.h"
 #include "kvl-pool.h"
 #include "kvl.h"
 #include "llama-batch.h"
@@ -24,24 +25,48 @@ void kvl_set_threads(ggml_backend_t cpu, int n_threads);
 void kvl_set_error(const std::string & what);
 
 // One KV head of one layer of one sequence. Slot i lives in page pages[i / 32], row i % 32.
+//
+// Pages of one format lie together, f16 last; only the last page of a format is not full, and what it has to spare are
+// holes, but for the very last page, where new tokens are appended. f16 slots are in the order of their positions.
+// Whoever asks from outside counts slots by position, without holes: see order().
 struct kvl_head {
-    std::vector<uint32_t> pages;
+    std::vector<uint32_t> pages;          // format << KVL_PAGE_FORMAT_SHIFT | number in the pool of that format
     std::vector<uint32_t> live;           // bits per page: slots that attention sees
-    std::vector<llama_pos> pos;           // ascending, true positions
+    std::vector<llama_pos> pos;           // true positions, HOLE for holes
     std::vector<std::vector<float>> mass; // per query head of the group: what each slot received, a kvl_mass
 
+    uint32_t n_holes = 0;
+
+    static constexpr llama_pos HOLE = -1;
+
     uint32_t n() const { return uint32_t(pos.size()); }
+    uint32_t held() const { return n() - n_holes; }
+    // row of a slot in the pool of its format
     uint64_t row(uint32_t slot) const {
-        return uint64_t(pages[slot / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + slot % KVL_PAGE_SLOTS;
+        return uint64_t(page_number(pages[slot / KVL_PAGE_SLOTS])) * KVL_PAGE_SLOTS + slot % KVL_PAGE_SLOTS;
     }
+    uint32_t format(uint32_t slot) const { return page_format(pages[slot / KVL_PAGE_SLOTS]); }
+    // all pages are f16, and slots are in the order of their positions
+    bool plain() const { return pages.empty() || page_format(pages[0]) == KVL_FORMAT_F16; }
+    // first slot of the f16 pages
+    uint32_t f16_begin() const;
+    // slots without holes, by position
+    std::vector<uint32_t> order() const;
+    // live bits of a page when nothing is deselected: all but holes, and rows for slots to come
+    uint32_t all_live(uint32_t page) const;
+
+    static uint32_t page_format(uint32_t entry) { return entry >> KVL_PAGE_FORMAT_SHIFT; }
+    static uint32_t page_number(uint32_t entry) { return entry & ((1u << KVL_PAGE_FORMAT_SHIFT) - 1); }
 };
 
 struct kvl_layer {
     uint32_t il;
     uint32_t n_head;
     uint32_t n_head_kv;
-    kvl_pool * pool;
-    ggml_tensor * queries; // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
+    kvl_pool * pool;                      // of f16 pages
+    std::vector<kvl_pool *> pools;        // by format, nullptr: not asked for
+    std::vector<kvl_attn_format> formats; // the same, for the kernels
+    ggml_tensor * queries;                // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
 
     // recorded when the graph is built: window scores must use the same
     float kq_scale = 0.0f;
@@ -52,6 +77,7 @@ struct kvl_sequence {
     llama_pos n_seen = 0;                     // next position
     int32_t limit = 0;                        // slots per head past which the hook is called, 0: none
     std::vector<std::vector<kvl_head>> heads; // [layer][KV head]
+    std::vector<std::vector<float>> mu;       // [layer] f32 [n_head_kv][d_k], empty: none
     std::vector<llama_pos> window;            // position of each remembered query, -1: none
 };
 
@@ -95,6 +121,13 @@ class llama_kv_paged : public llama_memory_i {
     bool append(llama_seq_id seq, const llama_pos * pos, uint32_t n);
     // compact to the given slots; false with the error set, and nothing changed
     bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
+    // store the given slots in another format; KVL_OK or a kvl_status with the error set, and nothing changed
+    int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const int32_t * n_demote, const int32_t * slots);
+    int32_t set_mu(llama_seq_id seq, uint32_t layer, const float * mu);
+    // keys and values of one slot as they were before they were stored, rotated or not
+    void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
+    // what kvl_attn_rotate does to a row, and undoes
+    void rotate_row(float * x, uint32_t d) const { attn.rotate_row(x, int(d)); }
     bool branch(llama_seq_id src, llama_seq_id dst);
     bool truncate(llama_seq_id seq, llama_pos p0);
     // make only the given slots visible, nullptr: all; false with the error set, and nothing changed
@@ -126,7 +159,10 @@ class llama_kv_paged : public llama_memory_i {
 
     // the CPU backend's page kernels (kvl-attn.h), nullptr: attention with stock operators
     struct {
-        ggml_custom_op_t compute, merge, mass, scores;
+        ggml_custom_op_t compute, merge, mass, scores, rotate;
+        kvl_row_encode_t encode;
+        kvl_row_decode_t decode;
+        kvl_row_rotate_t rotate_row;
     } attn = {};
     // for what is computed outside the model's graph, made once; nullptr: it cannot be
     ggml_backend_t host_backend(int n_threads);
@@ -142,7 +178,15 @@ class llama_kv_paged : public llama_memory_i {
     uint64_t allocated_bytes() const;
     void note_peak();
     bool check_slots(llama_seq_id seq, uint32_t layer, const int32_t * counts, const int32_t * slots, bool empty) const;
-    void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on
+    void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on (a plain head)
+    // keep these slots of a head, ascending, each in its format
+    void compact(kvl_layer & layer, kvl_head & head, const std::vector<uint32_t> & slots);
+    // pages that compact() must copy, by format
+    void count_copies(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
+                      std::vector<uint32_t> & copies) const;
+    void insert(kvl_layer & layer, kvl_head & head, uint32_t format, const std::vector<llama_pos> & pos,
+                const std::vector<std::vector<float>> & mass, const std::vector<float> & k,
+                const std::vector<float> & v);
     void trim();
     bool pages_fit(const std::vector<llama_ubatch> & ubatches);
 
