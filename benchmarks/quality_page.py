@@ -33,8 +33,8 @@ needs the evaluation data (`--data`):
 $ python benchmarks/quality.py
 ```
 
-The model is {model}, with its weights dequantized to F32 (`kvlocal eval` does that for the default model), so that
-differences between kernels and batches stay below what is measured. A budget is the share of the text's tokens that
+The model is {model}, with its weights dequantized to F32 (`kvlocal eval` does that for the
+default model), so that differences between kernels and batches stay below what is measured. A budget is the share of the text's tokens that
 every layer and KV head holds on average; *held* is the share of the bytes of a full f16 cache that was really held
 after the eviction. Brackets are 95 % bootstrap intervals over the cases; there are few cases, so they are wide. The
 same is measured on your own texts and models by `kvlocal eval`."""
@@ -109,7 +109,7 @@ themselves in other batches by {full["floor"]:.5f}.
     text += _grid(rows, lambda r: f"{r['top1']:.1%}, {r['ppl_ratio']:.3f}", budgets)
     text += "\n\nHeld, and seconds of the eviction:\n\n"
     text += _grid(rows, lambda r: f"{r['held']:.1%}, {r['evict_s']:.2f} s", budgets)
-    return text + "\n\n" + "\n\n".join(_by_task(found["kld"], "kl", 3))
+    return "\n\n".join([text, *_by_task(found["kld"], "kl", 3), _claims(found)])
 
 
 def _by_task(rows: Sequence[Row], name: str, digits: int) -> list[str]:
@@ -118,6 +118,32 @@ def _by_task(rows: Sequence[Row], name: str, digits: int) -> list[str]:
         mine = _only(rows, task=task)
         out.append(f"{task}:\n\n" + _grid(mine, lambda r: f"{r[name]:.{digits}f}", _budgets(mine)))
     return out
+
+
+def _claims(found: dict[str, list[Row]]) -> str:
+    """What the table says about expectations that were there before it."""
+    rows = _overall(found["kld"])
+    kl = {(row["policy"], _budget(row)): row["kl"] for row in rows}
+    budgets = _budgets(rows)
+    policies = [p for p in dict.fromkeys(row["policy"] for row in rows) if p not in ("full", "paged")]
+
+    def against(a: str, b: str) -> str:
+        return ", ".join(f"{kl[a, x]:.3f} against {kl[b, x]:.3f} at {x}" for x in budgets)
+
+    def no_better(than: str) -> str:
+        named = [f"{p} at {x}" for p in policies for x in budgets if p != than and kl[p, x] >= kl[than, x]]
+        return ", ".join(named) or "none"
+
+    return f"""### What was expected
+
+- No method may lose to `random`. Not below it: {no_better("random")}. `random` evicts the first tokens, which every
+  head needs; against random tokens that keep four sinks, not below: {no_better("random, 4 sinks")}.
+- Ada-SnapKV is no worse than SnapKV: {against("ada-snapkv", "snapkv")}.
+- A simulation over 1,000 tokens had SnapKV better without pooling. Over 3,072, with pooling against without:
+  {against("snapkv", "snapkv, no pooling")}.
+- It had pyramid budgets lose to equal ones on this small model: {against("pyramidkv", "snapkv")}.
+- It had keydiff and knorm near random at half of the cache: {kl["keydiff", "50%"]:.3f} and
+  {kl["knorm", "50%"]:.3f}, random with sinks {kl["random, 4 sinks", "50%"]:.3f}."""
 
 
 def _kld_buzz(found: dict[str, list[Row]]) -> str:
@@ -131,6 +157,11 @@ def _kld_buzz(found: dict[str, list[Row]]) -> str:
         f"{TITLES['kld-buzz']}\n\nThe size of BUZZ swings around its budget, so right after a prompt it can be far "
         "from it. The others with as many tokens as BUZZ held, on the same excerpts:\n\n"
         + table(["policy", "budget", "tokens held", "KL", "same likeliest"], lines)
+        + "\n\nBUZZ was expected to be no worse than streaming at equal bytes. With its default window of 160 tokens "
+        "it is worse on these texts: whatever is older is sampled one in five, evenly over the whole text, while "
+        "streaming spends the same tokens on the most recent ones, and H2O, which ranks by the same accumulated "
+        "attention but may keep neighbours, spends them where the attention went. The rows with a longer window and a "
+        "thinner sample, of about the same size, tell how much of it is the window."
     )
 
 
@@ -154,6 +185,10 @@ def _asked(name: str, what: str) -> Callable[[dict[str, list[Row]]], str]:
     def section(found: dict[str, list[Row]]) -> str:
         rows = found[name]
         parts = [TITLES[name], what.format(n=_overall(rows)[0]["n"])]
+        if not any(row["score"] for row in rows if row["policy"] == "paged"):
+            return "\n\n".join(
+                [*parts, "The model answers none of them with the full cache, and with no policy either."]
+            )
         for mode, sentence in ASKED.items():
             mine = _overall(_only(rows, question=mode))
             if mine:
