@@ -33,8 +33,9 @@ needs the evaluation data (`--data`):
 $ python benchmarks/quality.py
 ```
 
-The model is {model}, with its weights dequantized to F32 (`kvlocal eval` does that for the
-default model), so that differences between kernels and batches stay below what is measured. A budget is the share of the text's tokens that
+The model is {model}, with its weights dequantized to F32
+(`kvlocal eval` does that for the default model), so that differences between kernels and batches stay below what is
+measured. A budget is the share of the text's tokens that
 every layer and KV head holds on average; *held* is the share of the bytes of a full f16 cache that was really held
 after the eviction. Brackets are 95 % bootstrap intervals over the cases; there are few cases, so they are wide. The
 same is measured on your own texts and models by `kvlocal eval`."""
