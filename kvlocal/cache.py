@@ -51,11 +51,13 @@ class PagedCache:
     library's reason when it refuses.
     """
 
-    def __init__(self, ctx: Any) -> None:
+    def __init__(self, ctx: Any, *, rotate: bool = False) -> None:
         self._native = native.load()
         self._lib = self._native.lib
         self._ctx = ctx
+        self._rotate = rotate
         self._evicted_at: dict[int, int] = {}
+        self._centred: set[tuple[int, int]] = set()
         self.layers: list[Layer] = []
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
@@ -189,12 +191,17 @@ class PagedCache:
     def set_mu(self, seq: int, layer: int, mu: np.ndarray) -> None:
         """What is taken from keys before they are demoted, and given back by attention: float32 ``[n_head_kv, d_k]``.
 
-        In the space in which keys are stored, rotated if the context rotates.
+        Only while nothing of the layer is demoted; kept until the sequence is emptied.
         """
-        mu = np.ascontiguousarray(mu, np.float32)
+        mu = np.ascontiguousarray(hadamard(mu) if self._rotate else mu, np.float32)
         if mu.shape != (self.layers[layer].n_head_kv, self.layers[layer].d_k):
             raise ValueError(f"mu has the shape {mu.shape}")
         self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
+        self._centred.add((seq, layer))
+
+    def has_mu(self, seq: int, layer: int) -> bool:
+        """Whether :meth:`set_mu` was called since the sequence was empty."""
+        return (seq, layer) in self._centred
 
     def note_eviction(self, seq: int) -> None:
         """Remember that a sequence was evicted now; see :meth:`evicted_at`."""
@@ -232,6 +239,8 @@ class PagedCache:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
         self._check(self._lib.kvl_branch(self._ctx, src, dst))
         self._evicted_at[dst] = self.evicted_at(src)
+        self._centred -= {(dst, layer) for layer in range(len(self.layers))}
+        self._centred |= {(dst, layer) for seq, layer in self._centred if seq == src}
 
     def roll(self, seq: int) -> None:
         """Renumber: slot ``i`` of every head gets position ``i``, its key is turned there, the next token comes after.
@@ -245,6 +254,8 @@ class PagedCache:
         """Remove the tokens at positions >= n from every head."""
         self._check(self._lib.kvl_truncate(self._ctx, seq, n))
         self._evicted_at[seq] = min(self.evicted_at(seq), n)
+        if n <= 0:
+            self._centred -= {(seq, layer) for layer in range(len(self.layers))}
 
     def set_limit(self, seq: int, n_slots: int) -> None:
         """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""
@@ -256,3 +267,15 @@ class PagedCache:
 
     def reset_peak(self) -> None:
         self._check(self._lib.kvl_reset_peak(self._ctx))
+
+
+def hadamard(x: np.ndarray) -> np.ndarray:
+    """Rows ``[n, d]`` times the orthonormal Walsh-Hadamard matrix of the largest power of two in ``d``, as stored."""
+    block = x.shape[-1] & -x.shape[-1]
+    out = x.astype(np.float64).reshape(-1, block) / np.sqrt(block)
+    step = 1
+    while step < block:
+        pairs = out.reshape(-1, 2, step)
+        out = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1, block)
+        step *= 2
+    return out.reshape(x.shape).astype(np.float32)

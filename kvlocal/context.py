@@ -16,6 +16,8 @@ from kvlocal.errors import KVError
 from kvlocal.model import Model
 from kvlocal.native import KvlParams, KvlStats
 
+_GGML_TYPES = {"f32": 0, "f16": 1, "q4": 2, "q8": 8}  # upstream's ggml_type
+
 
 def n_cores() -> int:
     """Cores this process may use."""
@@ -36,7 +38,7 @@ class ContextConfig:
         n_window: queries remembered for window scores (paged).
         mass: what every slot receives is accumulated (paged); see :meth:`PagedCache.accumulate_mass`.
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
-        type_kv: ``f16`` or ``f32`` storage of the stock cache.
+        type_kv: storage of the stock cache; ``q8`` and ``q4`` are upstream's q8_0 and q4_0.
         flash_attn: flash attention over the stock cache.
         formats: storage that slots may be demoted to, of :data:`kvlocal.cache.FORMATS` (paged).
         rotate: keys and values are rotated before they are stored: q4, kv3 and kv2 need it (paged).
@@ -55,7 +57,7 @@ class ContextConfig:
     n_pool_ctx: int = 0
     formats: tuple[str, ...] = ()
     rotate: bool = False
-    type_kv: Literal["f16", "f32"] = "f16"
+    type_kv: Literal["f16", "f32", "q8", "q4"] = "f16"
     flash_attn: bool = True
     portable: bool = False
 
@@ -84,13 +86,12 @@ class Context:
             if not self.handle:
                 self._native.check(native.ERR_UNSUPPORTED)
         else:
-            # upstream's GGML_TYPE_F32 = 0, GGML_TYPE_F16 = 1
-            params.type_k = params.type_v = 1 if config.type_kv == "f16" else 0
+            params.type_k = params.type_v = _GGML_TYPES[config.type_kv]
             params.flash_attn_type = 1 if config.flash_attn else 0
             self.handle = self._llama.llama_init_from_model(model.handle, params)
             if not self.handle:
                 raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
-        self.cache = PagedCache(self.handle) if config.paged else None
+        self.cache = PagedCache(self.handle, rotate=config.rotate) if config.paged else None
         if self.cache is not None and config.mass != "none":
             try:
                 self.cache.accumulate_mass(config.mass)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import psutil
 
 from kvlocal import native
 from kvlocal.budget import Budget
+from kvlocal.cache import PagedCache
 from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import KVError, UsageError
 from kvlocal.evict import evict, guided_scores
@@ -22,6 +23,7 @@ from kvlocal.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.report import KV, RSS, Budgeted, Report, Timing, Tokens, peak_rss_bytes, rss_bytes
 from kvlocal.sampling import Sampler, Sampling
+from kvlocal.storage import Storage
 
 Progress = Callable[[int, int], None]
 
@@ -41,6 +43,7 @@ class EngineConfig:
         prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
             memory stays below budget + chunk whatever the length.
         chunk: tokens per chunk.
+        storage: how what is kept is stored. Any but f16 runs on our cache, whatever the policy.
         guide: of a chunked prompt, this many tokens at its end are read after every chunk as if they came next, and
             their attention decides what that chunk's eviction keeps (0: the chunk's own end does).
         evict_every: tokens per head that a sequence grows over its budget while decoding until it is evicted again; 1
@@ -60,6 +63,7 @@ class EngineConfig:
     prefill: Literal["exact", "chunked"] = "exact"
     chunk: int = 512
     guide: int = 0
+    storage: Storage = field(default_factory=Storage)
     evict_every: int = 32
     n_seq_max: int = 1
     n_outputs: int = 0
@@ -105,7 +109,8 @@ class Engine:
 
     def _open(self) -> None:
         config = self.config
-        if self.policy.evicts:
+        paged = self.policy.evicts or config.storage.demotes
+        if paged:
             self.model.check_paged()
         self.n_ctx = config.n_ctx or self.model.n_ctx_train
         if self._chunked:
@@ -125,7 +130,9 @@ class Engine:
                 n_threads=config.n_threads,
                 n_seq_max=config.n_seq_max,
                 n_outputs=config.n_outputs,
-                paged=self.policy.evicts,
+                paged=paged,
+                formats=config.storage.formats,
+                rotate=config.storage.demotes,
                 n_window=self.policy.n_window,
                 mass=self.policy.mass,
             ),
@@ -134,8 +141,8 @@ class Engine:
         self._hook_errors: list[BaseException] = []
         if self.cache is not None:
             try:
-                config.budget.check(
-                    self.policy.min_budget, self.n_ctx, self.cache.bytes_per_token, psutil.virtual_memory().total
+                config.storage.check(
+                    config.budget, self.cache, self.policy.min_budget, self.n_ctx, psutil.virtual_memory().total
                 )
             except BaseException:
                 self.context.close()
@@ -208,35 +215,46 @@ class Engine:
     def budget_tokens(self, seq: int = 0) -> int:
         """The budget of a sequence now, tokens per head and layer on average."""
         n_seen = self.context.n_seen(seq) + self._rolled[seq]
-        if self.cache is None or self.config.budget.keeps_all:
+        if self.cache is None or not self._bounded:
             return n_seen
-        return self.config.budget.tokens(n_seen, self.cache.bytes_per_token, self.policy.min_budget)
+        return self.config.storage.tokens(self.config.budget, n_seen, self.cache, self.policy.min_budget)
 
     def evict(self, seq: int = 0, *, room: int | None = None, guide: Sequence[int] = ()) -> bool:
-        """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less.
+        """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less, and demote what is due.
 
         ``guide``: tokens whose attention decides, as if they came next; they are not kept.
 
         Returns:
             ``False`` if it already holds no more.
         """
-        if self.cache is None or self.config.budget.keeps_all:
+        if self.cache is None:
             return False
         start = time.perf_counter()
+        evicted = self._bounded and self._evict(self.cache, seq, room, guide)
+        demoted = self.config.storage.store(self.cache, seq, self.policy.n_window)
+        limit = self.n_ctx - 1
+        if self._bounded:
+            limit = min(limit, self.policy.limit(self.budget_tokens(seq), self.config.evict_every))
+        if self.config.storage.demotes:
+            limit = min(limit, self._held(seq) + self.config.evict_every - 1)
+        self.cache.set_limit(seq, limit if self._bounded or self.config.storage.demotes else 0)
+        if evicted or demoted:
+            self._evict_s += time.perf_counter() - start
+        return evicted
+
+    def _evict(self, cache: PagedCache, seq: int, room: int | None, guide: Sequence[int]) -> bool:
         budget = self.budget_tokens(seq)
-        self.cache.set_limit(seq, min(self.policy.limit(budget, self.config.evict_every), self.n_ctx - 1))
         if room is not None:
             budget = min(budget, max(room, self.policy.min_budget))
         rss = rss_bytes()
         n_window = self.policy.n_window
         read_scores = partial(guided_scores, self.context, seq, guide, n_window) if guide else None
         n_seen = self.context.n_seen(seq)
-        if not evict(self.cache, seq, self.policy, budget, read_scores):
+        if not evict(cache, seq, self.policy, budget, read_scores):
             return False
         self._rolled[seq] += n_seen - self.context.n_seen(seq)
         if self._rss.before_evict_bytes is None:
             self._rss.before_evict_bytes, self._rss.after_evict_bytes = rss, rss_bytes()
-        self._evict_s += time.perf_counter() - start
         return True
 
     #
@@ -435,11 +453,14 @@ class Engine:
             tokens.held_mean = tokens.held_min = tokens.held_max = n_seen
         self._rss.peak_bytes = peak_rss_bytes()
         per_token = stats.full_bytes // n_seen if n_seen else 0
+        if self.cache is not None:
+            per_token = self.config.storage.bytes_per_token(self.cache)
         return Report(
             text=self._text,
             model=self.model_name,
             policy=self.policy.name,
             policy_args=asdict(self.policy) if is_dataclass(self.policy) and fields(self.policy) else {},
+            storage=self.config.storage.name,
             budget=Budgeted(budget, min(budget / n_seen, 1.0) if n_seen else 1.0, budget * per_token),
             tokens=tokens,
             kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes),

@@ -12,6 +12,7 @@ from kvlocal.errors import UsageError
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
 from kvlocal.policies.params import declared_rules
+from kvlocal.storage import Storage
 
 Prefill = Literal["exact", "chunked"]
 
@@ -19,6 +20,7 @@ PAGED = "paged"
 """A name beside the policies: our cache and kernels with nothing evicted, where ``full`` is llama.cpp's own."""
 
 STORAGES = ("f16",)
+STOCK_STORAGES = ("f16", "q8", "q4")
 _ALL = Budget.parse("100%")
 
 
@@ -36,6 +38,11 @@ class Variant:
     @property
     def paged(self) -> bool:
         return self.name == PAGED or self.policy.evicts
+
+    @property
+    def store(self) -> Storage:
+        """How what it keeps is stored."""
+        return Storage(self.storage)
 
     @property
     def chunked(self) -> bool:
@@ -56,9 +63,11 @@ def expand(
     storages: Sequence[str] = STORAGES,
     prefills: Sequence[Prefill] = ("exact",),
     guides: Sequence[int] = (0,),
+    known: Sequence[str] = STORAGES,
 ) -> tuple[Variant, ...]:
     """All combinations, by policy, storage, budget, prefill, guide; what does not evict appears once per storage.
 
+    ``known``: storages that can be named. ``full`` exists in those of llama.cpp's own cache only: f16, q8, q4.
     ``policy_args`` go to the policies that have such a parameter; a guide to chunked prefill of those that look at
     attention scores.
 
@@ -67,13 +76,15 @@ def expand(
             its policy needs.
     """
     for storage in storages:
-        if storage not in STORAGES:
-            raise UsageError(f"There is no storage {storage!r} for the KV cache yet; give {', '.join(STORAGES)}.")
+        if storage not in known:
+            raise UsageError(f"There is no storage {storage!r} for the KV cache here; give {', '.join(known)}.")
     parsed = [Budget.parse(text) for text in budgets]
     out: list[Variant] = []
     for name, policy in _policies(names, policy_args).items():
         choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills, guides)
         for storage, budget, prefill, guide in choices:
+            if not policy.evicts and name != PAGED and storage not in STOCK_STORAGES:
+                continue
             if policy.evicts and budget.unit == "tokens":
                 budget.tokens(0, 1, policy.min_budget)
             variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")

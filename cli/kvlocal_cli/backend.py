@@ -43,6 +43,7 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
     from kvlocal.engine import Engine, EngineConfig
     from kvlocal.models import resolve_model
     from kvlocal.policies import make_policy
+    from kvlocal.storage import Storage
 
     # First what can be wrong on the command line: nobody should wait for a download to learn of a typing error.
     policy = make_policy(settings.policy, dict(settings.policy_args))
@@ -63,6 +64,7 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
                 prefill=settings.prefill,
                 chunk=settings.chunk,
                 guide=settings.guide,
+                storage=Storage(settings.storage, tail=settings.storage_tail),
                 evict_every=settings.evict_every,
             )
         )
@@ -196,13 +198,14 @@ def plan_eval(
     parallel: int,
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
+    from kvlocal.cache import FORMATS
     from kvlocal.eval.stage import StageConfig
     from kvlocal.sweep import expand
 
     return EvalPlan(
         metric=metric,
         source=source,
-        variants=expand(policies, settings.policy_args, budgets, storages, prefills, guides),
+        variants=expand(policies, settings.policy_args, budgets, storages, prefills, guides, FORMATS),
         cases=_read_cases(metric, source),
         questions=questions,
         config=StageConfig(

@@ -35,6 +35,8 @@ class Settings:
     prefill: Literal["exact", "chunked"] = "exact"
     chunk: int = 512
     guide: int = 0
+    storage: str = "f16"
+    storage_tail: int = 128
     evict_every: int = 32
 
 
@@ -140,6 +142,15 @@ _CACHE = stack(
         metavar="SIZE",
         help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the prompt) or 512MiB.",
     ),
+    option(
+        "KV cache",
+        "--kv",
+        "storage",
+        type=click.Choice(["f16", "q8", "q4", "kv3", "kv2"]),
+        default="f16",
+        help="How what is kept is stored: 16, 8.5, 4.5, 2.75 or 2.25 bits a value, but for sinks and the tail.",
+    ),
+    count("KV cache", "--kv-tail", "storage_tail", default=128, minimum=0, help="Latest tokens --kv leaves in f16."),
     option(
         "KV cache",
         "--kv-sink",

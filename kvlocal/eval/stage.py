@@ -58,15 +58,16 @@ class Branch:
     full_bytes: int = 0
     evict_s: float = 0.0
     n_rolled: int = 0
+    n_stored: int = 0
     logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
 
 
 def group(variants: Sequence[Variant]) -> list[list[Variant]]:
-    """Variants that can branch from one reading: llama.cpp's own cache, and ours by what it accumulates."""
+    """Variants that can branch from one reading: by whose cache it is, what it accumulates, and how it stores."""
     groups: dict[object, list[Variant]] = {}
     for variant in variants:
         last = variant.policy.mass == "last"
-        groups.setdefault((not variant.paged, last), []).append(variant)
+        groups.setdefault((not variant.paged, last, variant.storage), []).append(variant)
     return list(groups.values())
 
 
@@ -91,6 +92,9 @@ class Stage:
                 paged=variants[0].paged,
                 n_window=max(v.policy.n_window for v in variants),
                 mass=next(iter(kinds), "none"),
+                formats=variants[0].store.formats if variants[0].paged else (),
+                rotate=variants[0].paged and variants[0].store.demotes,
+                type_kv=variants[0].storage if not variants[0].paged else "f16",  # type: ignore[arg-type]
             ),
         )
         self.text: list[int] = []
@@ -136,6 +140,7 @@ class Stage:
             # a policy may come down to its size in several evictions, which an engine would do on the next tokens
             while self._evict_if_due(out):
                 pass
+            self._store(out)
         cache = self.context.cache
         if cache is None:
             out.held_mean = len(tokens)
@@ -161,6 +166,7 @@ class Stage:
             last = i + len(part) == len(tokens)
             branch.logits = self.context.logits()[0]
             self._evict(branch, () if last else guide)
+            self._store(branch)
 
     def _evict(self, branch: Branch, guide: Sequence[int] = ()) -> None:
         cache, policy = self.context.cache, branch.variant.policy
@@ -173,11 +179,16 @@ class Stage:
         branch.n_rolled += n_seen - self.context.n_seen(branch.seq)
         branch.evict_s += time.perf_counter() - start
 
+    def _store(self, branch: Branch) -> None:
+        if self.context.cache is not None:
+            branch.variant.store.store(self.context.cache, branch.seq, branch.variant.policy.n_window)
+            branch.n_stored = self.context.n_seen(branch.seq)
+
     def _budget(self, branch: Branch) -> int:
         cache, variant = self.context.cache, branch.variant
         assert cache is not None
         n_seen = self.context.n_seen(branch.seq) + branch.n_rolled
-        return variant.budget.tokens(n_seen, cache.bytes_per_token, variant.policy.min_budget)
+        return variant.store.tokens(variant.budget, n_seen, cache, variant.policy.min_budget)
 
     def extend(
         self,
@@ -211,6 +222,8 @@ class Stage:
         logits = np.concatenate(parts, axis=1) if parts else self.context.logits(n_branch)
         for branch in branches:
             self._evict_if_due(branch)
+            if self.context.n_seen(branch.seq) >= branch.n_stored + self.config.evict_every:
+                self._store(branch)
         return logits
 
     def _evict_if_due(self, branch: Branch) -> bool:

@@ -304,7 +304,7 @@ def test_arguments_go_to_the_policies_that_have_them() -> None:
         ("snapky", {}, "25%", "f16", "There is no policy 'snapky' .did you mean 'snapkv'"),
         ("snapkv", {}, "2x", "f16", "'x' in '2x' is not a unit"),
         ("snapkv", {}, "8", "f16", "A budget of 8 tokens per head is too small: the policy needs at least 33"),
-        ("full", {}, "25%", "q8", "There is no storage 'q8' for the KV cache yet; give f16"),
+        ("full", {}, "25%", "q8", "There is no storage 'q8' for the KV cache here; give f16"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(names: str, args: Any, budget: str, storage: str, sentence: str) -> None:

@@ -214,7 +214,7 @@ def test_the_model_is_a_path_a_repository_or_random(fake: Fake) -> None:
         ("-p -1", "Invalid value for '-p' / '--n-prompt': -1 is not in the range x>=0;"),
         ("-r 0", "Invalid value for '-r' / '--repetitions': 0 is not in the range x>=1;"),
         ("-o xml", "Invalid value for '-o' / '--output': 'xml' is not one of 'md', 'json', 'csv';"),
-        ("--kv q8", "There is no storage 'q8' for the KV cache yet; give f16."),
+        ("--kv q8", "There is no storage 'q8' for the KV cache here; give f16."),
         ("--policy snapky", "There is no policy 'snapky' (did you mean 'snapkv'?); known policies: "),
         ("--budget 10x", "'x' in '10x' is not a unit: use %, "),
         ("--budget 25%,8", "A budget of 8 tokens per head is too small: the policy needs at least "),

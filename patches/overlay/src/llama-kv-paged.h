@@ -52,6 +52,8 @@ struct kvl_head {
     uint32_t f16_begin() const;
     // slots without holes, by position
     std::vector<uint32_t> order() const;
+    // slots of a page that are no holes
+    uint32_t in_page(uint32_t page) const;
     // live bits of a page when nothing is deselected: all but holes, and rows for slots to come
     uint32_t all_live(uint32_t page) const;
 

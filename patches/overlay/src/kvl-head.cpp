@@ -1,0 +1,139 @@
+// One head: where its slots are and which of them are holes; and the memory's accounting, which counts them.
+
+#include "llama-kv-paged.h"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+uint32_t kvl_head::f16_begin() const {
+    const auto first = std::find_if(pages.begin(), pages.end(), [](uint32_t entry) {
+        return page_format(entry) == KVL_FORMAT_F16;
+    });
+    return std::min(n(), uint32_t(first - pages.begin()) * KVL_PAGE_SLOTS);
+}
+
+std::vector<uint32_t> kvl_head::order() const {
+    std::vector<uint32_t> out(n());
+    std::iota(out.begin(), out.end(), 0);
+    if (!plain()) {
+        out.erase(std::remove_if(out.begin(), out.end(),
+                                 [&](uint32_t slot) {
+                                     return pos[slot] == HOLE;
+                                 }),
+                  out.end());
+        std::stable_sort(out.begin(), out.end(), [&](uint32_t a, uint32_t b) {
+            return pos[a] < pos[b];
+        });
+    }
+    return out;
+}
+
+uint32_t kvl_head::all_live(uint32_t page) const {
+    uint32_t bits = UINT32_MAX;
+    for (uint32_t i = page * KVL_PAGE_SLOTS; n_holes > 0 && i < std::min(n(), (page + 1) * KVL_PAGE_SLOTS); i++) {
+        bits &= pos[i] == HOLE ? ~(1u << i % KVL_PAGE_SLOTS) : UINT32_MAX;
+    }
+    return bits;
+}
+
+uint32_t kvl_head::in_page(uint32_t page) const {
+    const uint32_t n = std::min<uint32_t>(kvl_head::n() - page * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
+    const auto begin = pos.begin() + page * KVL_PAGE_SLOTS;
+    return n_holes == 0 ? n : n - uint32_t(std::count(begin, begin + n, HOLE));
+}
+
+//
+// accounting
+//
+
+uint64_t llama_kv_paged::allocated_bytes() const {
+    uint64_t n = 0;
+    for (const auto & pool : pools) {
+        n += pool ? pool->allocated_bytes() : 0;
+    }
+    return n;
+}
+
+void llama_kv_paged::note_peak() {
+    peak_bytes = std::max(peak_bytes, allocated_bytes());
+}
+
+bool llama_kv_paged::all_host() const {
+    return std::all_of(pools.begin(), pools.end(), [](const auto & pool) {
+        return !pool || pool->is_host();
+    });
+}
+
+void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
+    const kvl_sequence & seq = seqs[seq_id];
+    out = {};
+    out.n_seen = seq.n_seen;
+    out.held_min = INT64_MAX;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            out.n_slots += head.held();
+            out.n_heads++;
+            out.held_min = std::min<int64_t>(out.held_min, head.held());
+            out.held_max = std::max<int64_t>(out.held_max, head.held());
+            for (uint32_t p = 0; p < head.pages.size(); p++) {
+                out.used_bytes += head.in_page(p) * layers[l].pools[kvl_head::page_format(head.pages[p])]->slot_bytes();
+            }
+            out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
+        }
+    }
+}
+
+void llama_kv_paged::get_stats(kvl_stats & out) const {
+    out = {};
+    out.peak_bytes = peak_bytes;
+    out.n_evict = n_evict;
+    out.score_us = score_us;
+    out.keep_us = keep_us;
+    // slots in use per page: a page shared by branches counts once, with its fullest owner
+    std::map<const kvl_pool *, std::vector<uint8_t>> fill;
+    for (const auto & pool : pools) {
+        if (pool) {
+            out.allocated_bytes += pool->allocated_bytes();
+            out.reserved_bytes += pool->reserved_bytes();
+            fill[pool.get()].resize(pool->size());
+        }
+    }
+    for (size_t s = 0; s < seqs.size(); s++) {
+        kvl_seq_stats st;
+        get_seq_stats(llama_seq_id(s), st);
+        out.full_bytes += st.full_bytes;
+        out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (const kvl_head & head : seqs[s].heads[l]) {
+                for (uint32_t p = 0; p < head.pages.size(); p++) {
+                    uint8_t & most = fill[layers[l].pools[kvl_head::page_format(head.pages[p])]]
+                                         [kvl_head::page_number(head.pages[p])];
+                    most = std::max<uint8_t>(most, uint8_t(head.in_page(p)));
+                }
+                out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
+                out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
+            }
+        }
+    }
+    for (const auto & [pool, n] : fill) {
+        out.used_bytes += std::accumulate(n.begin(), n.end(), uint64_t(0)) * pool->slot_bytes();
+    }
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> out;
+    for (const auto & pool : pools) {
+        if (!pool) {
+            continue;
+        }
+        // host pools are address space until they are used; a device buffer is taken whole
+        out[pool->type()] += pool->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
+    }
+    for (const kvl_layer & layer : layers) {
+        if (layer.queries) {
+            out[layer.pool->type()] += ggml_nbytes(layer.queries);
+        }
+    }
+    return out;
+}

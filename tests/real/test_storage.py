@@ -1,0 +1,108 @@
+"""Storage in fewer bits, from the engine's side: bytes, what is demoted when, and what it costs in quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
+
+from kvlocal.cache import FORMATS
+from kvlocal.engine import Engine
+from kvlocal.errors import UsageError
+from kvlocal.eval.records import Store, rows
+from kvlocal.eval.stage import StageConfig
+from kvlocal.eval.text import Kld, excerpts
+from kvlocal.model import Model
+from kvlocal.storage import Storage
+from kvlocal.sweep import expand
+
+BITS = {"q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}
+
+
+def expected_bytes(engine: Engine, n_f16: float, n_demoted: float) -> float:
+    assert engine.cache is not None
+    return engine.cache.bytes_per_token * (n_f16 + n_demoted * BITS[engine.config.storage.name] / 16)
+
+
+@pytest.mark.parametrize("name", ["q8", "q4", "kv3", "kv2"])
+@pytest.mark.parametrize(("policy", "budget"), [("full", "100%"), ("streaming", "300"), ("ada-snapkv", "50%")])
+def test_all_but_sinks_and_tail_is_demoted(name: str, policy: str, budget: str, open_engine: OpenEngine) -> None:
+    storage = Storage(name, sink=8, tail=64)
+    engine = open_engine(policy, budget, n_ctx=1024, storage=storage)
+    tokens = engine.tokenize(FILLER * 20)[:600]
+    engine.prefill(tokens)
+    stats = engine.context.stats()
+    held = engine.report().tokens.held_mean
+    assert engine.cache is not None
+    heads = [p for layer in range(len(engine.cache.layers)) for p in engine.cache.positions(0, layer)]
+    n_f16 = np.mean([(p < 8).sum() + (p >= 600 - 64).sum() for p in heads])
+    assert stats.used_bytes == pytest.approx(expected_bytes(engine, n_f16, held - n_f16))
+    assert engine.report().storage == name
+
+
+def test_demotion_goes_on_while_it_answers(open_engine: OpenEngine) -> None:
+    """Nothing is evicted, and yet no more than the tail and what was decoded since stays in f16."""
+    engine = open_engine("full", n_ctx=1024, storage=Storage("q8", sink=0, tail=32), evict_every=16)
+    engine.prefill(engine.tokenize(FILLER)[:50])
+    n = 0
+    for _ in engine.generate(200, GREEDY):
+        n += 1
+        seen = len(engine.tokens[0])
+        used = engine.context.stats().used_bytes
+        assert used <= expected_bytes(engine, 32 + 16, seen - 48) or seen < 32 + 64 + 16
+    assert n > 100, "the model ended its answer: choose a text that it continues for longer"
+
+
+def test_a_budget_in_bytes_counts_what_is_really_stored(open_engine: OpenEngine) -> None:
+    held = {}
+    for storage in (Storage(), Storage("q8", sink=8, tail=32), Storage("q4", sink=8, tail=32)):
+        engine = open_engine("streaming", "768KiB", n_ctx=2048, storage=storage)
+        engine.prefill(engine.tokenize(FILLER * 60)[:1500])
+        assert engine.context.stats().allocated_bytes <= 768 * 1024
+        held[storage.name] = engine.report().tokens.held_mean
+    assert held["q8"] > 1.2 * held["f16"] and held["q4"] > 1.2 * held["q8"]
+
+
+@pytest.mark.parametrize("name", ["q8", "q4", "kv3"])
+def test_a_fact_is_found_in_demoted_pages(name: str, open_engine: OpenEngine) -> None:
+    engine = open_engine("full", n_ctx=1024, storage=Storage(name, sink=0, tail=16))
+    engine.prefill(prompt(engine, document(LANTERN), LANTERN.question))
+    assert LANTERN.value in answer(engine)
+
+
+def test_a_conversation_can_be_taken_back_into_what_is_demoted(open_engine: OpenEngine) -> None:
+    engine = open_engine("full", n_ctx=1024, storage=Storage("q8", sink=0, tail=32))
+    tokens = engine.tokenize(FILLER * 12)
+    engine.prefill(tokens)
+    assert not engine.extend([*tokens[:100], 5, 6])
+    assert engine.tokens[0] == [*tokens[:100], 5, 6] and engine.context.n_seen(0) == 102
+    assert engine.report().tokens.held_mean == 102
+    engine.reset()
+    assert engine.context.stats().used_bytes == 0
+
+
+def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(document(LANTERN, before=12, after=24))
+    model = Model(tiny_path)
+    found = excerpts(model, [path], 384, 48, 2)
+    variants = expand(["full", "paged", "streaming"], {}, ["80%"], FORMATS, known=FORMATS)
+    assert len(variants) == 13
+    store = Store(tmp_path / "records.jsonl")
+    config = StageConfig(n_ctx=512, parallel=2, n_ubatch=128, n_threads=1)
+    table = {(r["policy"], r["storage"]): r for r in rows(Kld(model, found, variants, config, store).run())}
+    assert table["paged", "f16"]["kl"] == 0
+    assert 0 < table["full", "q8"]["kl"] < table["full", "q4"]["kl"], "llama.cpp's own"
+    for name in ("paged", "streaming"):
+        found_bytes = [table[name, storage]["used_bytes"] for storage in FORMATS]
+        assert found_bytes == sorted(found_bytes, reverse=True) and len(set(found_bytes)) == 5
+    assert 0 < table["paged", "q8"]["kl"] < table["paged", "q4"]["kl"] < table["paged", "kv2"]["kl"]
+
+
+def test_what_cannot_be_stored_is_refused(open_engine: OpenEngine) -> None:
+    with pytest.raises(UsageError, match="no storage 'q5' for the KV cache; give f16, q8, q4, kv3, kv2"):
+        Storage("q5")
+    with pytest.raises(UsageError, match="The tail of the storage is -1"):
+        Storage("q8", tail=-1)
