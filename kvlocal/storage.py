@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,7 @@ class Storage:
     def bytes_per_token(self, cache: PagedCache) -> int:
         """K and V bytes of one demoted token in every head of every layer, rounded up."""
         k, v = _BITS[self.name]
-        return -(-int(sum(layer.n_head_kv * (layer.d_k * k + layer.d_v * v) for layer in cache.layers)) // 8)
+        return math.ceil(sum(layer.n_head_kv * (layer.d_k * k + layer.d_v * v) for layer in cache.layers) / 8)
 
     def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, min_budget: int) -> int:
         """Tokens per KV head and layer that a budget allows; of bytes, those that sinks and tail take come first."""
