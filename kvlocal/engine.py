@@ -460,7 +460,6 @@ class Engine:
             model=self.model_name,
             policy=self.policy.name,
             policy_args=asdict(self.policy) if is_dataclass(self.policy) and fields(self.policy) else {},
-            storage=self.config.storage.name,
             budget=Budgeted(budget, min(budget / n_seen, 1.0) if n_seen else 1.0, budget * per_token),
             tokens=tokens,
             kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes),

@@ -65,7 +65,6 @@ class Report:
     model: str = ""
     policy: str = ""
     policy_args: dict[str, Any] = field(default_factory=dict)
-    storage: str = "f16"
     budget: Budgeted = field(default_factory=Budgeted)
     tokens: Tokens = field(default_factory=Tokens)
     kv: KV = field(default_factory=KV)

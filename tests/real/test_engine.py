@@ -333,7 +333,6 @@ def test_the_report_has_the_contract_s_keys(open_engine: OpenEngine) -> None:
         "rss": ["after_evict_bytes", "before_evict_bytes", "peak_bytes"],
         "timing": ["decode_s", "decode_tps", "evict_s", "load_s", "prefill_s", "prefill_tps", "ttft_s"],
         "finish_reason": None,
-        "storage": None,
     }
     assert (report["text"], report["model"], report["policy"]) == (text, "kvlocal-tiny", "ada-snapkv")
     assert report["finish_reason"] == "length"

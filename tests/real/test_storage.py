@@ -39,7 +39,6 @@ def test_all_but_sinks_and_tail_is_demoted(name: str, policy: str, budget: str, 
     heads = [p for layer in range(len(engine.cache.layers)) for p in engine.cache.positions(0, layer)]
     n_f16 = np.mean([(p < 8).sum() + (p >= 600 - 64).sum() for p in heads])
     assert stats.used_bytes == pytest.approx(expected_bytes(engine, n_f16, held - n_f16))
-    assert engine.report().storage == name
 
 
 def test_demotion_goes_on_while_it_answers(open_engine: OpenEngine) -> None:
