@@ -14,7 +14,8 @@ from kvlocal.errors import UsageError
 MIN_MEAN = 64
 """Tokens from which the mean of the keys is taken, at least."""
 
-_BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
+BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
+"""Per value of K and of V, scales included."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Storage:
 
     def bytes_per_token(self, cache: PagedCache) -> int:
         """K and V bytes of one demoted token in every head of every layer, rounded up."""
-        k, v = _BITS[self.name]
+        k, v = BITS[self.name]
         return math.ceil(sum(layer.n_head_kv * (layer.d_k * k + layer.d_v * v) for layer in cache.layers) / 8)
 
     def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, min_budget: int) -> int:

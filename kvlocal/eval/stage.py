@@ -14,6 +14,7 @@ import numpy as np
 from kvlocal.context import Context, ContextConfig
 from kvlocal.evict import evict, guided_scores
 from kvlocal.model import Model
+from kvlocal.storage import BITS
 from kvlocal.sweep import Variant
 
 
@@ -144,8 +145,8 @@ class Stage:
         cache = self.context.cache
         if cache is None:
             out.held_mean = len(tokens)
-            all_bytes = self.context.stats().full_bytes
-            out.used_bytes = out.full_bytes = int(all_bytes * len(tokens) / max(self._n_cells(), 1))
+            out.full_bytes = int(self.context.stats().full_bytes * len(tokens) / max(self._n_cells(), 1))
+            out.used_bytes = int(out.full_bytes * BITS[variant.storage][0] / 16)
             return out
         stats = cache.seq_stats(seq)
         out.held_mean = stats.n_slots / stats.n_heads

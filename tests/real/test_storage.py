@@ -93,6 +93,7 @@ def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None
     config = StageConfig(n_ctx=512, parallel=2, n_ubatch=128, n_threads=1)
     table = {(r["policy"], r["storage"]): r for r in rows(Kld(model, found, variants, config, store).run())}
     assert table["paged", "f16"]["kl"] == 0
+    assert table["full", "q8"]["held"] == pytest.approx(8.5 / 16, rel=1e-4)
     assert 0 < table["full", "q8"]["kl"] < table["full", "q4"]["kl"], "llama.cpp's own"
     for name in ("paged", "streaming"):
         found_bytes = [table[name, storage]["used_bytes"] for storage in FORMATS]
