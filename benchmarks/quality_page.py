@@ -158,8 +158,8 @@ def _kld_buzz(found: dict[str, list[Row]]) -> str:
         f"{TITLES['kld-buzz']}\n\nThe size of BUZZ swings around its budget, so right after a prompt it can be far "
         "from it. The others with as many tokens as BUZZ held, on the same excerpts:\n\n"
         + table(["policy", "budget", "tokens held", "KL", "same likeliest"], lines)
-        + "\n\nBUZZ was expected to be no worse than streaming at equal bytes: the rows of equal size say whether it is. "
-        "What it loses to the others has two reasons. Its window of 160 tokens is short: the rows with a longer "
+        + "\n\nBUZZ was expected to be no worse than streaming at equal bytes: the rows of equal size say whether it "
+        "is. What it loses to the others has two reasons. Its window of 160 tokens is short: the rows with a longer "
         "window and a thinner sample of what is older, of about the same size, are better. And it keeps one token of "
         "every five, evenly over the whole text, where H2O ranks by the same attention but may keep neighbours."
     )
