@@ -51,11 +51,10 @@ class PagedCache:
     library's reason when it refuses.
     """
 
-    def __init__(self, ctx: Any, *, rotate: bool = False) -> None:
+    def __init__(self, ctx: Any) -> None:
         self._native = native.load()
         self._lib = self._native.lib
         self._ctx = ctx
-        self._rotate = rotate
         self._evicted_at: dict[int, int] = {}
         self._centred: set[tuple[int, int]] = set()
         self.layers: list[Layer] = []
@@ -193,7 +192,7 @@ class PagedCache:
 
         Only while nothing of the layer is demoted; kept until the sequence is emptied.
         """
-        mu = np.ascontiguousarray(hadamard(mu) if self._rotate else mu, np.float32)
+        mu = np.ascontiguousarray(mu, np.float32)
         if mu.shape != (self.layers[layer].n_head_kv, self.layers[layer].d_k):
             raise ValueError(f"mu has the shape {mu.shape}")
         self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
@@ -267,15 +266,3 @@ class PagedCache:
 
     def reset_peak(self) -> None:
         self._check(self._lib.kvl_reset_peak(self._ctx))
-
-
-def hadamard(x: np.ndarray) -> np.ndarray:
-    """Rows ``[n, d]`` times the orthonormal Walsh-Hadamard matrix of the largest power of two in ``d``, as stored."""
-    block = x.shape[-1] & -x.shape[-1]
-    out = x.astype(np.float64).reshape(-1, block) / np.sqrt(block)
-    step = 1
-    while step < block:
-        pairs = out.reshape(-1, 2, step)
-        out = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1, block)
-        step *= 2
-    return out.reshape(x.shape).astype(np.float32)

@@ -156,7 +156,7 @@ LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t
 // Needs the page kernels and a format named in kvl_params. All or nothing.
 LLAMA_API int32_t kvl_demote(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format,
                              const int32_t * n_demote, const int32_t * slots);
-// f32 [n_head_kv][d_k] (rotated if K is): taken from keys before they are stored in any format but f16, and given back
+// f32 [n_head_kv][d_k], as keys are read: taken from them before they are stored in any format but f16, and given back
 // by attention. Only while no slot of the layer is in such a format.
 LLAMA_API int32_t kvl_set_mu(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu);
 // Let attention see only these slots of every KV head of a layer, and what is appended later, until the next call or

@@ -265,6 +265,11 @@ int32_t llama_kv_paged::set_mu(llama_seq_id seq_id, uint32_t layer_id, const flo
         }
     }
     const kvl_layer & layer = layers[layer_id];
-    seqs[seq_id].mu[layer_id].assign(mu, mu + size_t(layer.n_head_kv) * layer.pool->d_k);
+    std::vector<float> & to = seqs[seq_id].mu[layer_id];
+    const uint32_t d_k = layer.pool->d_k;
+    to.assign(mu, mu + size_t(layer.n_head_kv) * d_k);
+    for (uint32_t h = 0; params.rotate && h < layer.n_head_kv; h++) {
+        rotate_row(to.data() + h * d_k, d_k);
+    }
     return KVL_OK;
 }
