@@ -98,6 +98,21 @@ class PagedCache:
         self._check(self._lib.kvl_positions(self._ctx, seq, layer, _ints(out)))
         return np.split(out, np.cumsum(lengths)[:-1])
 
+    def formats(self, seq: int, layer: int) -> list[np.ndarray]:
+        """How the slots are stored per KV head: index into :data:`FORMATS`, int32 ``[n_slots]``."""
+        return self._slot_pages(seq, layer)[0]
+
+    def pages(self, seq: int, layer: int) -> list[np.ndarray]:
+        """In which of the head's pages the slots lie, per KV head int32 ``[n_slots]``."""
+        return self._slot_pages(seq, layer)[1]
+
+    def _slot_pages(self, seq: int, layer: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        lengths = self.lengths(seq, layer)
+        out = np.empty((2, int(lengths.sum())), np.int32)
+        self._check(self._lib.kvl_slot_pages(self._ctx, seq, layer, _ints(out[0]), _ints(out[1])))
+        ends = np.cumsum(lengths)[:-1]
+        return np.split(out[0], ends), np.split(out[1], ends)
+
     def window_scores(self, seq: int, layer: int, n_queries: int = 0) -> np.ndarray:
         """Mean attention of the last ``n_queries`` remembered queries (0: all), float32 ``[n_head, longest head]``."""
         out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)

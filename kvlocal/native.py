@@ -20,7 +20,7 @@ from typing import Any
 
 from kvlocal.errors import KVError, UsageError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
 EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
 
@@ -66,6 +66,7 @@ class KvlSeqStats(ctypes.Structure):
         ("held_max", ctypes.c_int64),
         ("n_heads", ctypes.c_int64),
         ("used_bytes", ctypes.c_uint64),
+        ("page_bytes", ctypes.c_uint64),
         ("full_bytes", ctypes.c_uint64),
     )
 
@@ -134,6 +135,7 @@ def _declare(lib: Any) -> None:
         "kvl_set_limit": (i32, [ptr, i32, i32]),
         "kvl_lengths": (i32, [ptr, i32, i32, ints]),
         "kvl_positions": (i32, [ptr, i32, i32, ints]),
+        "kvl_slot_pages": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_window_scores": (i32, [ptr, i32, i32, i32, floats, i64]),
         "kvl_set_mass": (i32, [ptr, i32]),
         "kvl_read_mass": (i32, [ptr, i32, i32, floats, i64]),

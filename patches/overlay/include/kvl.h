@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 4
+#define KVL_ABI_VERSION 5
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -78,6 +78,7 @@ typedef struct kvl_seq_stats {
     int64_t held_max;    // largest number of slots in a head
     int64_t n_heads;     // layers x KV heads
     uint64_t used_bytes; // K and V of the slots held, shared with other sequences or not
+    uint64_t page_bytes; // of the pages they lie in
     uint64_t full_bytes; // what a full f16 cache would take for n_seen tokens
 } kvl_seq_stats;
 
@@ -123,6 +124,10 @@ LLAMA_API int32_t kvl_set_limit(struct llama_context * ctx, llama_seq_id seq, in
 LLAMA_API int32_t kvl_lengths(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
 // Positions of all heads of a layer, head after head: out[sum of lengths].
 LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
+// How the slots that kvl_positions names are stored, and where: format[i] is a kvl_format, page[i] the index of the
+// slot's page among those of its head (either may be NULL).
+LLAMA_API int32_t kvl_slot_pages(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * format,
+                                 int32_t * page);
 // Attention of the last n_queries remembered window queries (0: of all): f32 out[n_head][stride], softmax in f32 over
 // all slots of the head, mean over the queries, zero beyond the head's length; stride >= the longest head. Returns the
 // number of queries used.

@@ -77,7 +77,9 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
             out.held_min = std::min<int64_t>(out.held_min, head.held());
             out.held_max = std::max<int64_t>(out.held_max, head.held());
             for (uint32_t p = 0; p < head.pages.size(); p++) {
-                out.used_bytes += head.in_page(p) * layers[l].pools[kvl_head::page_format(head.pages[p])]->slot_bytes();
+                const uint64_t slot_bytes = layers[l].pools[kvl_head::page_format(head.pages[p])]->slot_bytes();
+                out.used_bytes += head.in_page(p) * slot_bytes;
+                out.page_bytes += KVL_PAGE_SLOTS * slot_bytes;
             }
             out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
         }

@@ -38,6 +38,24 @@ int32_t kvl_positions(const llama_context * ctx, llama_seq_id seq, int32_t layer
     return KVL_OK;
 }
 
+int32_t kvl_slot_pages(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * format, int32_t * page) {
+    const auto * kv = memory_of(ctx, seq, layer);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
+        for (const uint32_t slot : head.order()) {
+            if (format) {
+                *format++ = int32_t(head.format(slot));
+            }
+            if (page) {
+                *page++ = int32_t(slot / KVL_PAGE_SLOTS);
+            }
+        }
+    }
+    return KVL_OK;
+}
+
 int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * out,
                           int64_t stride) {
     auto * kv = memory_of(ctx, seq, layer);
