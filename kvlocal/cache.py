@@ -22,6 +22,9 @@ MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
 FORMATS = ("f16", "q8", "q4", "kv3", "kv2")
 """How pages store their slots, in the order of ``kvl_format``; kv3 has 3-bit keys and 2-bit values."""
 
+BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
+"""Per value of K and of V, scales included."""
+
 
 def _ints(array: np.ndarray) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
@@ -43,18 +46,24 @@ class Layer:
     d_v: int
     kq_scale: float
 
+    def slot_bytes(self, storage: str) -> float:
+        """K and V bytes of one slot of one head, stored in one of :data:`FORMATS`."""
+        k, v = BITS[storage]
+        return (self.d_k * k + self.d_v * v) / 8
+
 
 class PagedCache:
     """Reads and evicts the slots of a context made by ``kvl_init_from_model``.
 
-    Layers are counted among the attention layers. Every method raises :class:`~kvlocal.errors.KVError` with the
-    library's reason when it refuses.
+    ``formats`` are those that the context was made with beside f16. Layers are counted among the attention layers.
+    Every method raises :class:`~kvlocal.errors.KVError` with the library's reason when it refuses.
     """
 
-    def __init__(self, ctx: Any) -> None:
+    def __init__(self, ctx: Any, formats: Sequence[str] = ()) -> None:
         self._native = native.load()
         self._lib = self._native.lib
         self._ctx = ctx
+        self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)
         self._evicted_at: dict[int, int] = {}
         self._centred: set[tuple[int, int]] = set()
         self.layers: list[Layer] = []
@@ -98,11 +107,11 @@ class PagedCache:
         self._check(self._lib.kvl_positions(self._ctx, seq, layer, _ints(out)))
         return np.split(out, np.cumsum(lengths)[:-1])
 
-    def formats(self, seq: int, layer: int) -> list[np.ndarray]:
+    def slot_formats(self, seq: int, layer: int) -> list[np.ndarray]:
         """How the slots are stored per KV head: index into :data:`FORMATS`, int32 ``[n_slots]``."""
         return self._slot_pages(seq, layer)[0]
 
-    def pages(self, seq: int, layer: int) -> list[np.ndarray]:
+    def slot_pages(self, seq: int, layer: int) -> list[np.ndarray]:
         """In which of the head's pages the slots lie, per KV head int32 ``[n_slots]``."""
         return self._slot_pages(seq, layer)[1]
 
@@ -133,6 +142,12 @@ class PagedCache:
         self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, _floats(k), _floats(v)))
         return k, v
 
+    def values(self, seq: int, layer: int, head: int) -> np.ndarray:
+        """Stored values ``[n_slots, d_v]`` of one KV head, float32."""
+        v = np.empty((int(self.lengths(seq, layer)[head]), self.layers[layer].d_v), np.float32)
+        self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, None, _floats(v)))
+        return v
+
     def queries(self, seq: int, layer: int, n_queries: int) -> np.ndarray:
         """The last remembered queries (after RoPE), oldest first, float32 ``[<= n_queries, n_head, d_k]``."""
         out = np.empty((n_queries, self.layers[layer].n_head, self.layers[layer].d_k), np.float32)
@@ -153,12 +168,25 @@ class PagedCache:
         """Slots held, per layer int32 ``[n_head_kv]``."""
         return [self.lengths(seq, layer) for layer in range(len(self.layers))]
 
+    def mean_slots(self, seq: int) -> int:
+        """Slots held per layer and KV head on average, rounded up."""
+        stats = self.seq_stats(seq)
+        return int(-(-stats.n_slots // stats.n_heads))
+
     def evicted_at(self, seq: int) -> int:
         """Tokens that a sequence had seen at its last eviction, 0 before the first."""
         return self._evicted_at.get(seq, 0)
 
-    def view(self, seq: int, budget: int, n_window: int) -> CacheView:
-        """What a policy sees of a sequence; scores are computed when the policy asks."""
+    def _read_formats(self, seq: int, layer: int) -> list[np.ndarray]:
+        """Slot formats as indices into :attr:`formats`."""
+        known = np.array([self.formats.index(name) if name in self.formats else 0 for name in FORMATS])
+        return [known[f] for f in self.slot_formats(seq, layer)]
+
+    def view(self, seq: int, budget: int, n_window: int, n_room: int = 0) -> CacheView:
+        """What a policy sees of a sequence; scores are computed when the policy asks.
+
+        ``n_room``: slots that one head has room for, 0: any number.
+        """
         n_seen = int(self.seq_stats(seq).n_seen)
         views = [
             LayerView(
@@ -174,6 +202,10 @@ class PagedCache:
                 kq_scale=layer.kq_scale,
                 read_mass=partial(self.mass, seq, i),
                 read_kv=partial(self.keys_values, seq, i),
+                read_values=partial(self.values, seq, i),
+                slot_bytes={name: layer.slot_bytes(name) for name in self.formats},
+                read_formats=partial(self._read_formats, seq, i),
+                n_room=n_room,
                 evicted_at=self.evicted_at(seq),
             )
             for i, layer in enumerate(self.layers)
@@ -212,6 +244,14 @@ class PagedCache:
             raise ValueError(f"mu has the shape {mu.shape}")
         self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
         self._centred.add((seq, layer))
+
+    def centre(self, seq: int, layer: int, slots: Sequence[np.ndarray]) -> None:
+        """Take the mean of the keys of these slot indices of every KV head away from what is demoted; see
+        :meth:`set_mu`. Once per sequence: later calls change nothing."""
+        if self.has_mu(seq, layer):
+            return
+        keys = [self.keys_values(seq, layer, h)[0][chosen] for h, chosen in enumerate(slots)]
+        self.set_mu(seq, layer, np.array([k.mean(axis=0) if len(k) else np.zeros(k.shape[1]) for k in keys]))
 
     def has_mu(self, seq: int, layer: int) -> bool:
         """Whether :meth:`set_mu` was called since the sequence was empty."""

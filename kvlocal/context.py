@@ -91,7 +91,7 @@ class Context:
             self.handle = self._llama.llama_init_from_model(model.handle, params)
             if not self.handle:
                 raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
-        self.cache = PagedCache(self.handle) if config.paged else None
+        self.cache = PagedCache(self.handle, config.formats) if config.paged else None
         if self.cache is not None and config.mass != "none":
             try:
                 self.cache.accumulate_mass(config.mass)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -18,7 +19,7 @@ from kvlocal.budget import Budget
 from kvlocal.cache import PagedCache
 from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import KVError, UsageError
-from kvlocal.evict import evict, guided_scores
+from kvlocal.evict import evict, guided_scores, size
 from kvlocal.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.report import KV, RSS, Budgeted, Report, Timing, Tokens, peak_rss_bytes, rss_bytes
@@ -84,6 +85,11 @@ class EngineConfig:
             raise UsageError("A guide has no effect on an exact prefill; give --prefill chunked as well.")
         if self.guide and "scores" not in self.policy.needs:
             raise UsageError(f"Policy {self.policy.name} does not look at attention scores, so it cannot be guided.")
+        if self.policy.formats and self.storage.demotes:
+            raise UsageError(
+                f"Policy {self.policy.name} says itself how tokens are stored; leave out the storage "
+                f"{self.storage.name}, or give the policy its rungs."
+            )
 
 
 class Engine:
@@ -110,8 +116,10 @@ class Engine:
     def _open(self) -> None:
         config = self.config
         paged = self.policy.evicts or config.storage.demotes
+        formats = config.storage.formats
         if paged:
             self.model.check_paged()
+            formats = tuple(filter(self.model.stores, self.policy.formats)) or formats
         self.n_ctx = config.n_ctx or self.model.n_ctx_train
         if self._chunked:
             budget = int(config.budget.value) if config.budget.unit == "tokens" else self.policy.min_budget
@@ -131,8 +139,8 @@ class Engine:
                 n_seq_max=config.n_seq_max,
                 n_outputs=config.n_outputs,
                 paged=paged,
-                formats=config.storage.formats,
-                rotate=config.storage.demotes,
+                formats=formats,
+                rotate=bool(formats) and (bool(self.policy.formats) or config.storage.rotates),
                 n_window=self.policy.n_window,
                 mass=self.policy.mass,
             ),
@@ -141,9 +149,7 @@ class Engine:
         self._hook_errors: list[BaseException] = []
         if self.cache is not None:
             try:
-                config.storage.check(
-                    config.budget, self.cache, self.policy.min_budget, self.n_ctx, psutil.virtual_memory().total
-                )
+                config.storage.check(config.budget, self.cache, self.policy, self.n_ctx, psutil.virtual_memory().total)
             except BaseException:
                 self.context.close()
                 raise
@@ -217,7 +223,7 @@ class Engine:
         n_seen = self.context.n_seen(seq) + self._rolled[seq]
         if self.cache is None or not self._bounded:
             return n_seen
-        return self.config.storage.tokens(self.config.budget, n_seen, self.cache, self.policy.min_budget)
+        return self.config.storage.tokens(self.config.budget, n_seen, self.cache, self.policy)
 
     def evict(self, seq: int = 0, *, room: int | None = None, guide: Sequence[int] = ()) -> bool:
         """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less, and demote what is due.
@@ -232,15 +238,23 @@ class Engine:
         start = time.perf_counter()
         evicted = self._bounded and self._evict(self.cache, seq, room, guide)
         demoted = self.config.storage.store(self.cache, seq, self.policy.n_window)
-        limit = self.n_ctx - 1
-        if self._bounded:
-            limit = min(limit, self.policy.limit(self.budget_tokens(seq), self.config.evict_every))
-        if self.config.storage.demotes:
-            limit = min(limit, self._held(seq) + self.config.evict_every - 1)
-        self.cache.set_limit(seq, limit if self._bounded or self.config.storage.demotes else 0)
+        self.cache.set_limit(seq, self._limit(self.cache, seq))
         if evicted or demoted:
             self._evict_s += time.perf_counter() - start
         return evicted
+
+    def _limit(self, cache: PagedCache, seq: int) -> int:
+        """Tokens per head at which a growing sequence is looked at again, 0: never."""
+        every = self.config.evict_every
+        if self._bounded and self.policy.formats:
+            left = int(self.policy.limit(self.budget_tokens(seq), every) - size(cache, seq, self.policy))
+            return cache.mean_slots(seq) + max(left, every - 1)
+        limit = self.n_ctx - 1
+        if self._bounded:
+            limit = min(limit, self.policy.limit(self.budget_tokens(seq), every))
+        if self.config.storage.demotes:
+            limit = min(limit, cache.mean_slots(seq) + every - 1)
+        return limit if self._bounded or self.config.storage.demotes else 0
 
     def _evict(self, cache: PagedCache, seq: int, room: int | None, guide: Sequence[int]) -> bool:
         budget = self.budget_tokens(seq)
@@ -250,7 +264,7 @@ class Engine:
         n_window = self.policy.n_window
         read_scores = partial(guided_scores, self.context, seq, guide, n_window) if guide else None
         n_seen = self.context.n_seen(seq)
-        if not evict(cache, seq, self.policy, budget, read_scores):
+        if not evict(cache, seq, self.policy, budget, read_scores, self.n_ctx):
             return False
         self._rolled[seq] += n_seen - self.context.n_seen(seq)
         if self._rss.before_evict_bytes is None:
@@ -300,11 +314,8 @@ class Engine:
         self._prefill_s += time.perf_counter() - start - (self._evict_s - evict_s)
 
     def _held(self, seq: int) -> int:
-        """Tokens held per head on average, rounded up."""
-        if self.cache is None:
-            return len(self.tokens[seq])
-        stats = self.cache.seq_stats(seq)
-        return int(-(-stats.n_slots // stats.n_heads))
+        """What the policy counts per head, rounded up; see :func:`kvlocal.evict.size`."""
+        return math.ceil(size(self.cache, seq, self.policy)) if self.cache is not None else len(self.tokens[seq])
 
     def _evicted_at(self, seq: int) -> int:
         """Of the tokens read before this one some may be missing."""

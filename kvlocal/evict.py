@@ -19,12 +19,22 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def size(cache: PagedCache, seq: int, policy: Policy) -> float:
+    """What a sequence holds, as its policy counts: tokens per KV head and layer on average, or f16 tokens that take as
+    many bytes as its pages."""
+    stats = cache.seq_stats(seq)
+    if policy.formats:
+        return float(stats.page_bytes / cache.bytes_per_token)
+    return float(stats.n_slots / stats.n_heads)
+
+
 def evict(
     cache: PagedCache,
     seq: int,
     policy: Policy,
     budget: int,
     read_scores: Callable[[], Sequence[np.ndarray]] | None = None,
+    n_room: int = 0,
 ) -> bool:
     """Bring a sequence down to ``budget`` tokens per KV head and layer, on average.
 
@@ -35,24 +45,27 @@ def evict(
         budget: tokens per KV head and layer.
         read_scores: called if something is evicted: window scores per layer, float32 ``[n_head, >= longest head]``, in
             place of those of the sequence's own last queries; see :func:`guided_scores`.
+        n_room: slots that a head has room for, 0: any number.
 
     Returns:
         ``False`` if the policy sees no need, and nothing was done.
     """
-    stats = cache.seq_stats(seq)
-    if not policy.due(stats.n_slots / stats.n_heads, budget):
+    if not policy.due(size(cache, seq, policy), budget):
         return False
     scores = read_scores() if read_scores else None
-    view = cache.view(seq, budget, policy.n_window)
+    view = cache.view(seq, budget, policy.n_window, n_room)
     if scores is not None:
         for layer, given in zip(view.layers, scores, strict=True):
             layer.read_scores = lambda given=given: given  # type: ignore[misc]
     # a policy's matrices are small, and threads of numpy's would wait for those of llama.cpp, which spin for a while
     with _pools().limit(limits=1, user_api="blas"):
-        budgets = policy.allocate(view)
-        for layer, counts in zip(view.layers, budgets, strict=True):
-            cache.keep(seq, layer.layer, policy.keep(layer, counts))
-            layer.release()
+        for layer, decision in zip(view.layers, policy.decide(view), strict=True):
+            middle = [np.arange(*np.searchsorted(p, decision.centre)) for p in layer.positions]
+            if any(len(slots) for heads in decision.demote.values() for slots in heads):
+                cache.centre(seq, layer.layer, middle)
+            cache.keep(seq, layer.layer, decision.keep)
+            for name, slots in decision.demote.items():
+                cache.demote(seq, layer.layer, slots, name)
     if policy.rolls:
         cache.roll(seq)
     cache.note_eviction(seq)

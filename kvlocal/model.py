@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal import native
+from kvlocal.cache import FORMATS
 from kvlocal.errors import KVError, UsageError
 
 
@@ -63,6 +64,10 @@ class Model:
     def check_paged(self) -> None:
         """Raises :class:`UsageError` when the paged cache cannot serve this architecture."""
         self.native.check(self.native.lib.kvl_model_check(self.handle))
+
+    def stores(self, storage: str) -> bool:
+        """Whether the paged cache can store this model's keys and values in one of its formats."""
+        return self.native.lib.kvl_format_check(self.handle, FORMATS.index(storage)) == 0
 
     #
     # text and tokens

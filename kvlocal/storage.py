@@ -10,12 +10,10 @@ import numpy as np
 from kvlocal.budget import PAGE_SLOTS, Budget
 from kvlocal.cache import FORMATS, PagedCache
 from kvlocal.errors import UsageError
+from kvlocal.policies.base import Policy
 
 MIN_MEAN = 64
 """Tokens from which the mean of the keys is taken, at least."""
-
-BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
-"""Per value of K and of V, scales included."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +49,30 @@ class Storage:
         """Formats that a context needs for it, beside f16."""
         return (self.name,) if self.demotes else ()
 
+    @property
+    def rotates(self) -> bool:
+        """Whether a context must rotate keys and values for it: blocks of a row then hold values of one size."""
+        return self.demotes
+
     def bytes_per_token(self, cache: PagedCache) -> int:
         """K and V bytes of one demoted token in every head of every layer, rounded up."""
-        k, v = BITS[self.name]
-        return math.ceil(sum(layer.n_head_kv * (layer.d_k * k + layer.d_v * v) for layer in cache.layers) / 8)
+        return math.ceil(sum(layer.n_head_kv * layer.slot_bytes(self.name) for layer in cache.layers))
 
-    def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, min_budget: int) -> int:
+    def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, policy: Policy) -> int:
         """Tokens per KV head and layer that a budget allows; of bytes, those that sinks and tail take come first."""
+        if policy.formats:  # it counts pages itself
+            return budget.tokens(n_seen, cache.bytes_per_token, policy.min_budget, page_slots=1)
         each, more = self.bytes_per_token(cache), cache.bytes_per_token - self.bytes_per_token(cache)
         if budget.unit == "bytes" and self.demotes:
             # sinks, tail and what is in neither full page are f16
             budget = Budget("bytes", max(int(budget.value) - (self.sink + self.tail + PAGE_SLOTS) * more, 0))
-            return budget.tokens(n_seen, each, min_budget, page_slots=2 * PAGE_SLOTS)
-        return budget.tokens(n_seen, each, min_budget)
+            return budget.tokens(n_seen, each, policy.min_budget, page_slots=2 * PAGE_SLOTS)
+        return budget.tokens(n_seen, each, policy.min_budget)
 
-    def check(self, budget: Budget, cache: PagedCache, min_budget: int, n_ctx: int, memory_bytes: int) -> None:
+    def check(self, budget: Budget, cache: PagedCache, policy: Policy, n_ctx: int, memory_bytes: int) -> None:
         """Refuses a budget that cannot be, as :meth:`Budget.check` does, with what this storage needs."""
-        self.tokens(budget, n_ctx, cache, min_budget)
-        budget.check(min_budget, n_ctx, self.bytes_per_token(cache), memory_bytes)
+        self.tokens(budget, n_ctx, cache, policy)
+        budget.check(policy.min_budget, n_ctx, self.bytes_per_token(cache), memory_bytes)
 
     def store(self, cache: PagedCache, seq: int, n_window: int) -> bool:
         """Demote what has left the tail, which is never shorter than the ``n_window`` queries that score.
@@ -86,8 +90,7 @@ class Storage:
             if self.centre and self.name != "q8" and not cache.has_mu(seq, layer):
                 if max(map(len, slots)) < MIN_MEAN:
                     continue
-                keys = [cache.keys_values(seq, layer, h)[0][chosen] for h, chosen in enumerate(slots)]
-                cache.set_mu(seq, layer, np.array([k.mean(axis=0) if len(k) else np.zeros(k.shape[1]) for k in keys]))
+                cache.centre(seq, layer, slots)
             cache.demote(seq, layer, slots, self.name)
             some = True
         return some

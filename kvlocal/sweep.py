@@ -45,6 +45,16 @@ class Variant:
         return Storage(self.storage)
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats beside f16 that our cache must be able to store for it."""
+        return (self.policy.formats or self.store.formats) if self.paged else ()
+
+    @property
+    def rotates(self) -> bool:
+        """Whether our cache must rotate keys and values for it."""
+        return self.paged and (bool(self.policy.formats) or self.store.rotates)
+
+    @property
     def chunked(self) -> bool:
         return self.policy.evicts and self.prefill == "chunked"
 
@@ -85,6 +95,8 @@ def expand(
         for storage, budget, prefill, guide in choices:
             if not policy.evicts and name != PAGED and storage not in STOCK_STORAGES:
                 continue
+            if policy.formats and storage != "f16":
+                continue  # it says itself how tokens are stored
             if policy.evicts and budget.unit == "tokens":
                 budget.tokens(0, 1, policy.min_budget)
             variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from kvlocal.cache import BITS
 from kvlocal.context import Context, ContextConfig
-from kvlocal.evict import evict, guided_scores
+from kvlocal.evict import evict, guided_scores, size
 from kvlocal.model import Model
-from kvlocal.storage import BITS
 from kvlocal.sweep import Variant
 
 
@@ -68,7 +68,8 @@ def group(variants: Sequence[Variant]) -> list[list[Variant]]:
     groups: dict[object, list[Variant]] = {}
     for variant in variants:
         last = variant.policy.mass == "last"
-        groups.setdefault((not variant.paged, last, variant.storage), []).append(variant)
+        kind = variant.rotates if variant.paged else variant.storage
+        groups.setdefault((not variant.paged, last, kind), []).append(variant)
     return list(groups.values())
 
 
@@ -93,8 +94,8 @@ class Stage:
                 paged=variants[0].paged,
                 n_window=max(v.policy.n_window for v in variants),
                 mass=next(iter(kinds), "none"),
-                formats=variants[0].store.formats if variants[0].paged else (),
-                rotate=variants[0].paged and variants[0].store.demotes,
+                formats=tuple(sorted({name for v in variants for name in v.formats})),
+                rotate=variants[0].rotates,
                 type_kv=variants[0].storage if not variants[0].paged else "f16",  # type: ignore[arg-type]
             ),
         )
@@ -176,7 +177,7 @@ class Stage:
         start = time.perf_counter()
         read_scores = partial(guided_scores, self.context, branch.seq, guide, policy.n_window) if guide else None
         n_seen = self.context.n_seen(branch.seq)
-        evict(cache, branch.seq, policy, self._budget(branch), read_scores)
+        evict(cache, branch.seq, policy, self._budget(branch), read_scores, self.config.n_ctx)
         branch.n_rolled += n_seen - self.context.n_seen(branch.seq)
         branch.evict_s += time.perf_counter() - start
 
@@ -189,7 +190,7 @@ class Stage:
         cache, variant = self.context.cache, branch.variant
         assert cache is not None
         n_seen = self.context.n_seen(branch.seq) + branch.n_rolled
-        return variant.store.tokens(variant.budget, n_seen, cache, variant.policy.min_budget)
+        return variant.store.tokens(variant.budget, n_seen, cache, variant.policy)
 
     def extend(
         self,
@@ -198,10 +199,11 @@ class Stage:
         *,
         outputs: Literal["last", "all"] = "last",
         step: int = 0,
+        evict: bool = True,
     ) -> np.ndarray:
         """Append ``tokens`` int32 ``[n_branch, n]`` to the branches, row by row, and evict those past their limit.
 
-        ``step``: most tokens per branch and batch (0: as many as fit).
+        ``step``: most tokens per branch and batch (0: as many as fit). Without ``evict`` the branches just grow.
 
         Returns:
             Logits float32 ``[n_branch, n_vocab]`` of the last token, or ``[n_branch, n, n_vocab]`` of all of them.
@@ -221,7 +223,7 @@ class Stage:
             if outputs == "all":
                 parts.append(self.context.logits(n_branch * width).reshape(n_branch, width, -1))
         logits = np.concatenate(parts, axis=1) if parts else self.context.logits(n_branch)
-        for branch in branches:
+        for branch in branches if evict else ():
             self._evict_if_due(branch)
             if self.context.n_seen(branch.seq) >= branch.n_stored + self.config.evict_every:
                 self._store(branch)
@@ -232,11 +234,11 @@ class Stage:
         cache, policy = self.context.cache, branch.variant.policy
         if cache is None or not policy.evicts:
             return False
-        stats = cache.seq_stats(branch.seq)
-        if stats.n_slots <= policy.limit(self._budget(branch), self.config.evict_every) * stats.n_heads:
+        held = size(cache, branch.seq, policy)
+        if held <= policy.limit(self._budget(branch), self.config.evict_every):
             return False
         self._evict(branch)
-        return bool(cache.seq_stats(branch.seq).n_slots < stats.n_slots)
+        return size(cache, branch.seq, policy) < held
 
     def answer(self, branches: Sequence[Branch], logits: np.ndarray, n: int) -> list[list[int]]:
         """The likeliest continuations, up to ``n`` tokens each or to the model's end; ``logits`` choose the first."""

@@ -142,7 +142,7 @@ class Kld(Evaluation[Excerpt, Variant]):
 
     def _continue(self, stage: Stage, variant: Variant, rest: np.ndarray, step: int = 0) -> tuple[Branch, Distribution]:
         branch = stage.branch(1, variant)
-        logits = stage.extend([branch], rest[None, :-1].astype(np.int32), outputs="all", step=step)
+        logits = stage.extend([branch], rest[None, :-1].astype(np.int32), outputs="all", step=step, evict=False)
         stage.close_branches()
         return branch, Distribution.of(logits[0])
 

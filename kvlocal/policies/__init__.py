@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from kvlocal.errors import UsageError
 from kvlocal.policies.ada_pyramid import AdaPyramid
 from kvlocal.policies.ada_snapkv import AdaSnapKV
-from kvlocal.policies.base import CacheView, LayerView, Policy
+from kvlocal.policies.base import CacheView, Decision, LayerView, Policy
 from kvlocal.policies.buzz import Buzz
 from kvlocal.policies.cascading import Cascading
 from kvlocal.policies.chunkkv import ChunkKV
@@ -24,6 +24,7 @@ from kvlocal.policies.full import Full
 from kvlocal.policies.h2o import H2O
 from kvlocal.policies.keydiff import KeyDiff
 from kvlocal.policies.knorm import Knorm
+from kvlocal.policies.ladder import Ladder
 from kvlocal.policies.observed import Observed
 from kvlocal.policies.params import Parameter, declared_rules, parameters, refusal
 from kvlocal.policies.pyramidkv import PyramidKV
@@ -35,7 +36,7 @@ from kvlocal.policies.tova import Tova
 REGISTRY: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
-        *(Full, Streaming, Cascading),
+        *(Full, Ladder, Streaming, Cascading),
         *(SnapKV, PyramidKV, AdaSnapKV, AdaPyramid),
         *(Buzz, H2O, Tova, Corm, Observed, ExpectedAttention, ChunkKV, KeyDiff, Knorm, Random),
     )
@@ -124,6 +125,7 @@ def _closest(word: str, known: Iterable[str]) -> str:
 __all__ = [
     "REGISTRY",
     "CacheView",
+    "Decision",
     "LayerView",
     "Parameter",
     "Policy",

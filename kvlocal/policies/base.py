@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
+
+
+@dataclass
+class Decision:
+    """What becomes of one layer's slots.
+
+    Attributes:
+        keep: slot indices to keep per KV head, int64, ascending.
+        demote: by format, which of those kept (indices among them, ascending) are to be stored in it, per KV head.
+        centre: what is demoted is stored without the mean of the keys at the positions from the first to before the
+            second, which is taken at the first demotion.
+    """
+
+    keep: list[np.ndarray]
+    demote: Mapping[str, list[np.ndarray]] = field(default_factory=dict)
+    centre: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -30,6 +46,10 @@ class LayerView:
             so far, its own included; zero beyond ``n_slots[h]``. For a policy that needs ``"last"``: the position + 1
             of the last query that gave the slot at least 1 / (slots that the query saw), 0 if none did.
         read_kv: for a KV head, its keys (after RoPE) ``[n_slots[h], d_k]`` and values ``[n_slots[h], d_v]``, float32.
+        read_values: for a KV head, its values alone.
+        slot_bytes: bytes of a slot's key and value by format, those that the cache can store, most precise first.
+        read_formats: per KV head, int32 ``[n_slots[h]]``: how its slots are stored, as index into ``slot_bytes``.
+        n_room: slots that one head has room for, 0: any number.
         read_queries: the last ``n_window`` queries (after RoPE), oldest first, float32 ``[n_window, n_head, d_k]``, at
             the positions ``n_seen - n_window .. n_seen - 1``.
         rotate: applies this layer's RoPE to rows ``[n, d_k]`` at the positions int32 ``[n]`` (negative ones turn back;
@@ -49,6 +69,10 @@ class LayerView:
     read_queries: Callable[[], np.ndarray] | None = None
     rotate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     kq_scale: float = 0.0
+    read_values: Callable[[int], np.ndarray] | None = None
+    slot_bytes: Mapping[str, float] = field(default_factory=dict)
+    read_formats: Callable[[], Sequence[np.ndarray]] | None = None
+    n_room: int = 0
     evicted_at: int = 0
     _scores: np.ndarray | None = field(default=None, repr=False)
 
@@ -79,6 +103,19 @@ class LayerView:
             raise ValueError("this view carries no keys and values")
         return self.read_kv(head)
 
+    def values(self, head: int) -> np.ndarray:
+        """Values ``[n_slots[head], d_v]`` of one KV head, float32."""
+        if self.read_values is None:
+            raise ValueError("this view carries no values")
+        return self.read_values(head)
+
+    @property
+    def formats(self) -> Sequence[np.ndarray]:
+        """Per KV head, int32 ``[n_slots[h]]``: how its slots are stored, as index into ``slot_bytes``."""
+        if self.read_formats is None:
+            return [np.zeros(n, np.int32) for n in self.n_slots]
+        return self.read_formats()
+
     def release(self) -> None:
         """Forget the scores (they are the largest thing a view holds)."""
         self._scores = None
@@ -103,6 +140,9 @@ class CacheView:
 
 class Policy:
     """Base of all policies. Subclasses are dataclasses whose fields are their hyper-parameters.
+
+    They define :meth:`allocate` and :meth:`keep`; a policy that also says how slots are stored defines
+    :attr:`formats` and :meth:`decide`, and its budget is in bytes.
 
     Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set of ``"scores"``,
     ``"queries"``, and ``"mass"`` or ``"last"``: what the cache must gather for it), and ``evicts`` (False only for
@@ -129,8 +169,14 @@ class Policy:
         """Window queries that the cache must remember for this policy (0: none)."""
         return 0
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats beside f16 that it demotes to."""
+        return ()
+
     def due(self, held: float, budget: int) -> bool:
-        """Whether a sequence that holds so many tokens per head, on average, must be evicted."""
+        """Whether a sequence that holds so many tokens per head, on average, must be evicted; of a policy with
+        :attr:`formats`, the f16 tokens that would take the bytes of its pages."""
         return held > budget
 
     def limit(self, budget: int, evict_every: int) -> int:
@@ -141,6 +187,13 @@ class Policy:
     def rolls(self) -> bool:
         """Whether an eviction renumbers what stays by its place in the cache (all heads must then keep as many)."""
         return False
+
+    def decide(self, view: CacheView) -> Iterator[Decision]:
+        """What becomes of every layer, in order; a layer's scores are forgotten when the next one is asked for."""
+        budgets = self.allocate(view)
+        for layer, counts in zip(view.layers, budgets, strict=True):
+            yield Decision(self.keep(layer, counts))
+            layer.release()
 
     def allocate(self, view: CacheView) -> np.ndarray:
         """Slots to keep, int64 ``[n_layer, n_head_kv]``, window and sinks included, summing to ``L * H * budget``

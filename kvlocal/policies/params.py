@@ -1,7 +1,8 @@
 """Hyper-parameters of policies: how a value is read from text, and which values are allowed.
 
-A policy is a frozen dataclass whose fields are declared with :func:`whole`, :func:`real` or :func:`choice`; its
-``__post_init__`` calls :func:`validate`. The same rules feed the command line's error messages and its policy table.
+A policy is a frozen dataclass whose fields are declared with :func:`whole`, :func:`real`, :func:`choice` or
+:func:`subset`; its ``__post_init__`` calls :func:`validate`. The same rules feed the command line's error messages and
+its policy table.
 """
 
 from __future__ import annotations
@@ -85,6 +86,21 @@ class Choice:
         return any(value is option or (isinstance(value, str) and value == option) for option in self.options)
 
 
+@dataclass(frozen=True)
+class Subset:
+    options: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        return "some of " + ", ".join(self.options) + ", with commas between them"
+
+    def parse(self, text: str) -> str:
+        return ",".join(part.strip().lower() for part in text.split(","))
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, str) and set(value.split(",")) <= set(self.options)
+
+
 def whole(default: int, *, low: int, odd: bool = False, help: str) -> Any:
     """A dataclass field that holds an integer of at least ``low``."""
     return dataclasses.field(default=default, metadata={"rule": Whole(low, odd), "help": help})
@@ -98,6 +114,11 @@ def real(default: float, *, low: float, high: float, help: str) -> Any:
 def choice(default: str | None, options: Sequence[str | None], *, help: str) -> Any:
     """A dataclass field that holds one of ``options``; ``None`` is written ``none``."""
     return dataclasses.field(default=default, metadata={"rule": Choice(tuple(options)), "help": help})
+
+
+def subset(default: str, options: Sequence[str], *, help: str) -> Any:
+    """A dataclass field that holds some of ``options``, joined by commas."""
+    return dataclasses.field(default=default, metadata={"rule": Subset(tuple(options)), "help": help})
 
 
 @dataclass(frozen=True)

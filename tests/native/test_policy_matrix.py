@@ -16,7 +16,7 @@ from kvlocal.policies.buzz import Buzz
 from kvlocal.policies.expected_attention import mean_rotation
 from kvlocal.policies.params import declared_rules
 
-POLICIES = [name for name, cls in REGISTRY.items() if cls.evicts]
+POLICIES = [name for name, cls in REGISTRY.items() if cls.evicts and name != "ladder"]  # which counts bytes
 SMALL = {"window": 8, "chunk": 4, "queries": 16, "n_future": 16, "sink": 2}
 """So that tiny budgets have room for what is always kept."""
 

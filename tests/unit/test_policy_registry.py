@@ -18,6 +18,7 @@ SCORED = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
 def test_registry_names():
     assert list(REGISTRY) == [
         "full",
+        "ladder",
         "streaming",
         "cascading",
         *SCORED,
@@ -101,7 +102,7 @@ def test_unknown_policy(name, closest):
 
 
 def test_unknown_policy_far_from_all():
-    with pytest.raises(UsageError, match="no policy 'qqqq'; known policies: full, streaming"):
+    with pytest.raises(UsageError, match="no policy 'qqqq'; known policies: full, ladder, streaming"):
         make_policy("qqqq")
 
 

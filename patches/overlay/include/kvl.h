@@ -104,6 +104,8 @@ LLAMA_API size_t kvl_struct_size(const char * name);
 LLAMA_API kvl_params kvl_default_params(void);
 // 0 if the paged cache can serve this model; else KVL_ERR_UNSUPPORTED, the reason in kvl_last_error().
 LLAMA_API int32_t kvl_model_check(const struct llama_model * model);
+// 0 if its keys and values can be stored in a kvl_format; else KVL_ERR_UNSUPPORTED, the reason in kvl_last_error().
+LLAMA_API int32_t kvl_format_check(const struct llama_model * model, int32_t format);
 // Like llama_init_from_model, with paged memory. NULL on failure.
 LLAMA_API struct llama_context * kvl_init_from_model(struct llama_model * model, struct llama_context_params params,
                                                      const kvl_params * kvl);

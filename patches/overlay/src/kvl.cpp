@@ -98,6 +98,17 @@ int32_t kvl_model_check(const llama_model * model) {
     return why.empty() ? KVL_OK : fail(KVL_ERR_UNSUPPORTED, why);
 }
 
+int32_t kvl_format_check(const llama_model * model, int32_t format) {
+    if (const int32_t rc = kvl_model_check(model); rc != KVL_OK) {
+        return rc;
+    }
+    if (format < 0 || format >= KVL_FORMAT_COUNT) {
+        return fail(KVL_ERR_ARGUMENT, "there is no kvl_format " + std::to_string(format));
+    }
+    const std::string why = llama_kv_paged::unsupported(*model, kvl_format(format));
+    return why.empty() ? KVL_OK : fail(KVL_ERR_UNSUPPORTED, why);
+}
+
 llama_context * kvl_init_from_model(llama_model * model, llama_context_params params, const kvl_params * kvl) {
     if (kvl_model_check(model) != KVL_OK) {
         return nullptr;

@@ -75,6 +75,30 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
     }
 }
 
+// Why rows cannot be stored in a format, empty if they can.
+static std::string block_refusal(uint32_t format, uint32_t d_k, uint32_t d_v) {
+    const auto [k_row, v_row] = ROWS[format];
+    if (d_k % kvl_row_block(k_row) == 0 && d_v % kvl_row_block(v_row) == 0) {
+        return "";
+    }
+    return "heads of " + std::to_string(d_k) + " and " + std::to_string(d_v) +
+           " values cannot be stored in blocks of " + std::to_string(kvl_row_block(k_row));
+}
+
+std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format format) {
+    const llama_hparams & hp = model.hparams;
+    std::string why;
+    for (uint32_t il = 0; il < hp.n_layer() && why.empty(); il++) {
+        if (!hp.has_kv(il) || hp.n_head_kv(il) == 0) {
+            continue;
+        }
+        const bool host = ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)));
+        why = format == KVL_FORMAT_F16 || host ? block_refusal(format, hp.n_embd_head_k(il), hp.n_embd_head_v(il))
+                                               : "only pages in main memory can be stored in other formats than f16";
+    }
+    return why;
+}
+
 llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params)
     : hparams(model.hparams), params(params),
       n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), seqs(cparams.n_seq_max) {
@@ -121,10 +145,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
             const auto [k_row, v_row] = ROWS[f];
             const bool wanted = f == KVL_FORMAT_F16 || params.formats >> f & 1;
-            if (wanted && (s.d_k % kvl_row_block(k_row) != 0 || s.d_v % kvl_row_block(v_row) != 0)) {
-                throw std::runtime_error("heads of " + std::to_string(s.d_k) + " and " + std::to_string(s.d_v) +
-                                         " values cannot be stored in blocks of " +
-                                         std::to_string(kvl_row_block(k_row)));
+            if (const std::string why = wanted ? block_refusal(f, s.d_k, s.d_v) : ""; !why.empty()) {
+                throw std::runtime_error(why);
             }
             pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row)
                                    : nullptr);

@@ -89,6 +89,8 @@ class llama_kv_paged : public llama_memory_i {
 
     // the reason why the paged memory cannot serve this model, empty if it can
     static std::string unsupported(const llama_model & model);
+    // likewise for one of its formats
+    static std::string unsupported(const llama_model & model, kvl_format format);
 
     //
     // llama_memory_i

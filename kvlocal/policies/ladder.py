@@ -1,0 +1,177 @@
+"""Ladder: one price per byte decides how every token of every head is stored, and which are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from kvlocal.budget import PAGE_SLOTS
+from kvlocal.errors import UsageError
+from kvlocal.policies.base import CacheView, Decision, LayerView, Policy
+from kvlocal.policies.params import choice, real, subset, validate, whole
+from kvlocal.policies.rungs import GONE, Pages, climb
+from kvlocal.policies.scoring import Floats, Ints, Region, prefix_scores, region
+
+ERRORS = {"f16": 0.0, "q8": 0.003, "q4": 0.03, "kv3": 0.12, "kv2": 0.20}
+"""The rungs, and the relative error of attention output of what stands on them; what is dropped has 1."""
+
+
+@dataclass
+class Head:
+    """The competing slots of one head, cut into pages.
+
+    Attributes:
+        rungs: int64 ``[n]``: where every slot stands now.
+        pages: slots of each page, best page first; they all stand on one rung now.
+        weights: float64, of each page.
+        bytes: of the pages of what always stays and of the slots that fill them up.
+        slot_bytes: per rung.
+    """
+
+    rungs: Ints
+    pages: list[Ints]
+    weights: Floats
+    bytes: float
+    slot_bytes: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder(Policy):
+    """Stores every token of every head as precisely as its importance pays for, at one price for the whole model.
+
+    Source: our own. Other methods drop tokens (SnapKV, Ada-KV) or store all of them in few bits (KIVI, LogQuant); one
+    rule does both: f16, q8, q4, kv3, kv2, gone.
+
+    Formula, per layer, KV head and slot ``j`` between sinks and window::
+
+        w[j] = mean over window rows and query heads of the group of softmax(Q K^T / sqrt(d))[row, j] * |v[j]|
+        rung = argmin over r of  w[j] * error[r] + price * bytes[r]
+
+    with the price at which the bytes meet the budget. Dropping a token moves a head's output by at most ``2 C w``,
+    storing it with relative error ``e`` by at most ``C w e``, so one multiplier minimises the sum of these bounds.
+    Pages hold one rung each, so slots compete by pages of 32: a head's slots in the order of ``w``, within what they
+    are stored as now. Pages of sinks and window are f16; where these do not fill theirs, the best slots do.
+
+    Precision only falls: what was demoted stays on its rung or goes lower. The budget is in bytes of whole pages (a
+    budget of tokens means the bytes that so many f16 tokens take), so more tokens are held than it names.
+
+    ``rungs=f16 price=layer alpha=0 norm=no`` is purely adaptive Ada-KV on pages of slots.
+
+    Shapes: reads ``[n_head, n]`` scores per layer and the values. Cost: O(n log n) per head, and one sort of all pages.
+    Limits: the ranking knows only the question that stands in the window. Rungs that the cache cannot store (heads of
+    another size than a multiple of 64, or 32 for q8 and q4; pages on an accelerator) are left out.
+    """
+
+    name: ClassVar[str] = "ladder"
+    paper: ClassVar[str] = "kvlocal"
+    needs: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    window: int = whole(32, low=1, help="most recent tokens: always f16, and their queries rank the others")
+    sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always f16")
+    rungs: str = subset(",".join(ERRORS), list(ERRORS), help="how tokens may be stored (f16 always is one)")
+    price: str = choice("model", ["model", "layer"], help="whether all layers pay one price, or each its own")
+    alpha: float = real(0.2, low=0, high=1, help="share of its equal part of the bytes that every head is sure of")
+    norm: str = choice("yes", ["yes", "no"], help="whether a score is multiplied with the norm of the value")
+    kernel: int = whole(1, low=1, odd=True, help="width of the pooling over neighbouring tokens")
+    pool: str = choice("max", ["max", "avg"], help="how neighbouring scores are pooled")
+    agg: str = choice("mean", ["mean", "max"], help="how the query heads of one KV head are combined")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def n_window(self) -> int:
+        return self.window
+
+    @property
+    def min_budget(self) -> int:
+        return -(-(self.sink + self.window) // PAGE_SLOTS) * PAGE_SLOTS
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(name for name in ERRORS if name in self.rungs.split(",") and name != "f16")
+
+    def decide(self, view: CacheView) -> Iterator[Decision]:
+        if view.budget < self.min_budget:
+            raise UsageError(
+                f"policy {self.name} needs a budget of at least {self.min_budget} tokens per head "
+                f"(the pages of sinks and window), but was given {view.budget}."
+            )
+        names = [name for name in ("f16", *self.formats) if all(name in layer.slot_bytes for layer in view.layers)]
+        layers = [self._heads(layer, names) for layer in view.layers]
+        together = [range(len(layers))] if self.price == "model" else [range(i, i + 1) for i in range(len(layers))]
+        for some in together:
+            heads = [head for i in some for head in layers[i]]
+            share = [view.budget * head.slot_bytes[0] for head in heads]
+            cap = max(view.layers[i].n_room for i in some) // PAGE_SLOTS
+            self._choose(heads, np.array(share), [ERRORS[name] for name in names], cap)
+        for layer, of_layer in zip(view.layers, layers, strict=True):
+            yield self._decision(layer, of_layer, names)
+
+    def weights(self, layer: LayerView, where: Region) -> Floats:
+        """Importance of the competing slots, float64 ``[H, n]``, -inf elsewhere."""
+        scores = prefix_scores(layer, where, kernel=self.kernel, kind=self.pool, agg=self.agg).astype(np.float64)
+        for h in range(layer.n_head_kv if self.norm == "yes" else 0):
+            start, stop = where.start[h], where.stop[h]
+            scores[h, start:stop] *= np.linalg.norm(layer.values(h)[start:stop], axis=1)
+        return scores
+
+    def _heads(self, layer: LayerView, names: list[str]) -> list[Head]:
+        where = region(layer, self.sink, self.window)
+        weights = self.weights(layer, where)
+        layer.release()
+        # the rung of each format that the cache can store; of one that is no rung, the next lower
+        formats = list(layer.slot_bytes)
+        rung_of = np.searchsorted([formats.index(name) for name in names], np.arange(len(formats)))
+        slot_bytes = [layer.slot_bytes[name] for name in names]
+        out = []
+        for h, held in enumerate(layer.formats):
+            rungs = rung_of.clip(max=len(names) - 1)[held]
+            w = weights[h, : len(rungs)]
+            competes = np.isfinite(w)
+            n_always = int((~competes & (rungs == 0)).sum())
+            n_free = -n_always % PAGE_SLOTS
+            pages: list[Ints] = []
+            for rung in range(len(names)):
+                slots = np.flatnonzero(competes & (rungs == rung))
+                slots = slots[np.argsort(-w[slots], kind="stable")]
+                if rung == 0:
+                    n_always += len(slots[:n_free])
+                    slots = slots[n_free:]
+                pages += [slots[i : i + PAGE_SLOTS] for i in range(0, len(slots), PAGE_SLOTS)]
+            page_weights = np.array([w[slots].sum() for slots in pages])
+            order = np.argsort(-page_weights, kind="stable")
+            always_bytes = -(-n_always // PAGE_SLOTS) * PAGE_SLOTS * slot_bytes[0]
+            out.append(Head(rungs, [pages[i] for i in order], page_weights[order], always_bytes, slot_bytes))
+        return out
+
+    def _choose(self, heads: Sequence[Head], share: Floats, errors: Sequence[float], cap: int) -> None:
+        """Sets the rungs of the competing slots of heads that pay one price; ``share``: bytes if all had the same."""
+        counts = [len(head.pages) for head in heads]
+        head_of = np.repeat(np.arange(len(heads)), counts)
+        rank = np.concatenate([np.arange(n) for n in counts])
+        pages = Pages(
+            weight=np.concatenate([head.weights for head in heads]),
+            ceiling=np.array([head.rungs[slots[0]] for head in heads for slots in head.pages], np.int64),
+            head=head_of,
+            rank=rank,
+        )
+        always = np.array([head.bytes for head in heads])
+        costs = [[PAGE_SLOTS * b for b in head.slot_bytes] for head in heads]
+        chosen = climb(pages, costs, errors, share.sum() - always.sum(), (self.alpha * share - always).clip(0))
+        if cap:
+            chosen[rank >= cap] = GONE
+        for i, slots in enumerate(slots for head in heads for slots in head.pages):
+            heads[head_of[i]].rungs[slots] = chosen[i]
+
+    def _decision(self, layer: LayerView, heads: Sequence[Head], names: Sequence[str]) -> Decision:
+        keep = [np.flatnonzero(head.rungs != GONE) for head in heads]
+        demote = {
+            name: [np.flatnonzero(head.rungs[kept] == rung) for head, kept in zip(heads, keep, strict=True)]
+            for rung, name in enumerate(names)
+            if rung > 0
+        }
+        return Decision(keep, demote, (self.sink, layer.n_seen - self.window))
