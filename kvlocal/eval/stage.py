@@ -93,9 +93,9 @@ class Stage:
                 paged=variants[0].paged,
                 n_window=max(v.policy.n_window for v in variants),
                 mass=next(iter(kinds), "none"),
-                formats=variants[0].store.formats if variants[0].paged else (),
-                rotate=variants[0].paged and variants[0].store.demotes,
-                type_kv=variants[0].storage if not variants[0].paged else "f16",  # type: ignore[arg-type]
+                formats=variants[0].formats,
+                rotate=variants[0].demotes,
+                type_kv=variants[0].type_kv,
             ),
         )
         self.text: list[int] = []
