@@ -1,4 +1,4 @@
-"""Speed and memory by depth, for any number of policies, budgets and prefill modes, taking turns in one process.
+"""Speed and memory by depth, for any number of policies, storages, budgets and prefill modes, in turns in one process.
 
 Every *variant* has a context of its own over the same weights. They are brought to each depth step by step in turns,
 and every round of the measurement gives each of them its turn, so that a machine that gets slower or faster meanwhile
@@ -40,6 +40,8 @@ class BenchConfig:
         chunk: tokens between two evictions of chunked prefill.
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass, and the steps of exact prefill.
         n_threads: 0 = all cores.
+        evict_every: decoded tokens between two demotions of what has left the tail, the first of them after as many;
+            an ``n_gen`` that is no multiple of it counts too few.
     """
 
     variants: tuple[Variant, ...]
@@ -51,12 +53,13 @@ class BenchConfig:
     n_batch: int = 2048
     n_ubatch: int = 512
     n_threads: int = 0
+    evict_every: int = 32
 
     def __post_init__(self) -> None:
         if not self.variants or not self.depths:
             raise UsageError("There is nothing to measure; give at least one policy and one depth.")
         lowest = {"depths": 0, "n_prompt": 0, "n_gen": 0, "n_threads": 0}
-        for name in ("depths", "n_prompt", "n_gen", "repetitions", "chunk", "n_batch", "n_ubatch", "n_threads"):
+        for name in (*lowest, "repetitions", "chunk", "n_batch", "n_ubatch", "evict_every"):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 if number < lowest.get(name, 1):
@@ -91,15 +94,17 @@ class Result:
 
     Attributes:
         prefill_tps: median over the rounds of a batch of ``n_prompt`` tokens at this depth, after everything read so
-            far (of chunked prefill: after what it kept); decode_tps: of ``n_gen`` tokens, one by one, after eviction.
+            far (of chunked prefill: after what it kept); decode_tps: of ``n_gen`` tokens, one by one, after eviction,
+            the demotions that fall due meanwhile included.
         prompt_s: reading all ``depth`` tokens, without evictions; prompt_tps: their speed with evictions.
-        evict_s: scores, allocation and moves of the one eviction at this depth (exact) or of all so far (chunked).
+        evict_s: scores, allocation, moves and demotion of the one eviction at this depth (exact) or of all so far
+            (chunked); ``None`` of what neither evicts nor demotes.
         ttft_s: ``prompt_s``, ``evict_s`` and the median step of decoding.
-        held_mean: tokens held per layer and KV head while decoding; used_bytes: their K and V.
+        held_mean: tokens held per layer and KV head while decoding; used_bytes: their K and V as they are stored.
         peak_bytes: most that the pools held at once to get here. Of ``full``, the share of its tokens: its buffer is
             allocated once, for the largest depth.
         full_bytes: what a full f16 cache would take.
-        attention_bytes_per_token: K and V that attention reads for one decoded token, mean over the ``n_gen``.
+        attention_bytes_per_token: stored K and V that attention reads for one decoded token, mean over the ``n_gen``.
     """
 
     model: str
@@ -147,9 +152,10 @@ def random_tokens(model: Model, n: int, seed: int = 0) -> np.ndarray:
 class Lane:
     """One variant on its way through the depths: its context, and what it took so far.
 
-    Sequence 0 is the text. Exact prefill that evicts does so in a branch, sequence 1, which is decoded from: the text
-    stays whole for the next depth. (Pages shared with it are not given back there, so the release of their memory is
-    not in ``evict_s``.) Whatever is measured is cut off again.
+    Sequence 0 is the text. Exact prefill that evicts or demotes does so in a branch, sequence 1, which is decoded from:
+    the text stays whole for the next depth. (Pages shared with it are not given back there, so the release of their
+    memory is not in ``evict_s``.) Whatever is measured is cut off again; tokens that are demoted while decoding would
+    stay demoted, so then each round has a branch of its own, sequence 2.
     """
 
     def __init__(
@@ -161,13 +167,15 @@ class Lane:
         self._tokens = tokens
         self._clock = clock
         self._step = min(config.chunk if variant.chunked else config.n_ubatch, config.n_batch)
-        self._branches = variant.policy.evicts and not variant.chunked
+        self._branches = (variant.policy.evicts or variant.demotes) and not variant.chunked
         self._seq = 1 if self._branches else 0
         self.pos = 0
         self.prompt_s = self.evict_s = 0.0
         self.peak_bytes = 0
         self._prefill_tps: list[float] = []
         self._decode_tps: list[float] = []
+        self._used = 0
+        self._attended = 0.0
 
     def _run(self, begin: int, end: int, seq: int, outputs: Literal["last", "none"]) -> None:
         """Decode the text from ``begin`` to ``end`` as one batch, and wait for it: accelerators run on their own."""
@@ -175,13 +183,15 @@ class Lane:
         self.context.decode(self._tokens[begin:end], self.context.n_seen(seq), seq, outputs=outputs)
         self.context.model.llama.llama_synchronize(self.context.handle)
 
-    def _evict(self, seq: int) -> float:
-        """Bring a sequence down to the budget; seconds."""
-        cache, variant = self.context.cache, self.variant
+    def _shrink(self, seq: int, *, evicts: bool) -> float:
+        """Bring a sequence down to the budget, if ``evicts``, and demote what has left the tail; seconds."""
+        cache, policy, store = self.context.cache, self.variant.policy, self.variant.store
         assert cache is not None
         start = self._clock()
-        budget = variant.budget.tokens(self.pos, cache.bytes_per_token, variant.policy.min_budget)
-        evict(cache, seq, variant.policy, budget)
+        if evicts:
+            evict(cache, seq, policy, store.tokens(self.variant.budget, self.pos, cache, policy))
+        if store.demotes:
+            store.store(cache, seq, policy.n_window)
         return self._clock() - start
 
     def advance(self, depth: int) -> None:
@@ -192,10 +202,10 @@ class Lane:
         self.prompt_s += self._clock() - start
         self.pos = end
         if self.variant.chunked:
-            self.evict_s += self._evict(0)
+            self.evict_s += self._shrink(0, evicts=True)
 
     def arrive(self) -> None:
-        """The text is as long as the depth: note the memory, evict in the branch, forget the last depth's rounds."""
+        """The text is as long as the depth: note the memory, shrink the branch, forget the last depth's rounds."""
         cache, stats = self.context.cache, self.context.stats()
         if cache is None:
             peak = stats.used_bytes
@@ -204,9 +214,9 @@ class Lane:
         self.peak_bytes = max(self.peak_bytes, int(peak))
         if self._branches:
             self.context.branch(0, 1)
-            self.evict_s = self._evict(1)
+            self.evict_s = self._shrink(1, evicts=self.variant.policy.evicts)
         self._prefill_tps, self._decode_tps = [], []
-        self._used = self._used_end = self._used_bytes()
+        self._used = self._used_bytes(self._seq)
 
     def leave(self) -> None:
         """Back to the text alone, on the way to the next depth."""
@@ -229,14 +239,25 @@ class Lane:
             self._prefill_tps.append(self._config.n_prompt / self._read(self._config.n_prompt))
 
     def _decode(self, n: int) -> float:
-        n_seen = self.context.n_seen(self._seq)
-        start = self._clock()
-        for pos in range(self.pos, self.pos + n):
-            self._run(pos, pos + 1, self._seq, "last")
-            self.context.logits()
-        seconds = self._clock() - start
-        self._used_end = self._used_bytes()
-        self.context.truncate(self._seq, n_seen)
+        seq, every, n_left = self._seq, n, self.context.n_seen(self._seq)
+        if self.variant.demotes:
+            self.context.branch(self._seq, 2)
+            seq, every, n_left = 2, self._config.evict_every, 0
+        seconds = read = 0.0
+        for begin in range(0, n, every):
+            n_step = min(every, n - begin)
+            before = self._used_bytes(seq)
+            start = self._clock()
+            for pos in range(self.pos + begin, self.pos + begin + n_step):
+                self._run(pos, pos + 1, seq, "last")
+                self.context.logits()
+            seconds += self._clock() - start
+            # the i-th of m tokens attends to i more than were there: on average to (m + 1) / 2m of what all m add
+            read += n_step * before + (self._used_bytes(seq) - before) * (n_step + 1) / 2
+            if self.variant.demotes and n_step == every:
+                seconds += self._shrink(seq, evicts=False)
+        self._attended = read / n
+        self.context.truncate(seq, n_left)
         return seconds
 
     def _read(self, n: int) -> float:
@@ -249,9 +270,9 @@ class Lane:
         self.context.truncate(0, n_seen)
         return seconds
 
-    def _used_bytes(self) -> int:
+    def _used_bytes(self, seq: int) -> int:
         cache = self.context.cache
-        return int(self.context.stats().used_bytes) if cache is None else int(cache.seq_stats(self._seq).used_bytes)
+        return int(self.context.stats().used_bytes) if cache is None else int(cache.seq_stats(seq).used_bytes)
 
     def result(self) -> Result:
         """What was measured at this depth."""
@@ -263,8 +284,6 @@ class Lane:
         else:
             stats = cache.seq_stats(self._seq)
             held, full_bytes = stats.n_slots / stats.n_heads, int(stats.full_bytes)
-        # the i-th of n tokens attends to i more than were there: on average to (n + 1) / 2n of what all n add
-        grown = (self._used_end - self._used) * (n_gen + 1) / (2 * n_gen) if n_gen else 0.0
         return Result(
             model=self.context.model.name,
             policy=self.variant.name,
@@ -283,12 +302,12 @@ class Lane:
             prompt_s=self.prompt_s,
             prompt_tps=depth / seconds if depth else None,
             ttft_s=seconds + 1 / decode[0] if depth and decode[0] else None,
-            evict_s=self.evict_s if self.variant.policy.evicts else None,
+            evict_s=self.evict_s if self.variant.policy.evicts or self.variant.demotes else None,
             held_mean=held,
             used_bytes=self._used,
             peak_bytes=self.peak_bytes,
             full_bytes=full_bytes,
-            attention_bytes_per_token=self._used + grown if n_gen else None,
+            attention_bytes_per_token=self._attended if n_gen else None,
         )
 
 
@@ -345,8 +364,8 @@ def _open(
     open_context: Callable[[Model, ContextConfig], Context],
     stack: ExitStack,
 ) -> Context:
-    """A context with room for the whole text, closed with ``stack``; paged ones have a sequence for the branch."""
-    n_seq_max = 2 if variant.paged else 1
+    """A context with room for the whole text, closed with ``stack``; paged ones have sequences for the branches."""
+    n_seq_max = 1 + variant.paged + variant.demotes
     context = open_context(
         model,
         ContextConfig(
@@ -358,10 +377,13 @@ def _open(
             paged=variant.paged,
             n_window=variant.policy.n_window,
             mass=variant.policy.mass,
+            formats=variant.formats,
+            rotate=variant.rotates,
+            type_kv=variant.type_kv,
         ),
     )
     stack.callback(context.close)
     if context.cache is not None and variant.policy.evicts:
         memory = psutil.virtual_memory().total
-        variant.budget.check(variant.policy.min_budget, config.n_ctx, context.cache.bytes_per_token, memory)
+        variant.store.check(variant.budget, context.cache, variant.policy, config.n_ctx, memory)
     return context

@@ -19,8 +19,10 @@ Prefill = Literal["exact", "chunked"]
 PAGED = "paged"
 """A name beside the policies: our cache and kernels with nothing evicted, where ``full`` is llama.cpp's own."""
 
-STORAGES = ("f16",)
-STOCK_STORAGES = ("f16", "q8", "q4")
+StockStorage = Literal["f16", "q8", "q4"]
+STOCK_STORAGES: tuple[StockStorage, ...] = ("f16", "q8", "q4")
+"""What ``full`` can be stored in."""
+
 _ALL = Budget.parse("100%")
 
 
@@ -45,6 +47,11 @@ class Variant:
         return Storage(self.storage)
 
     @property
+    def demotes(self) -> bool:
+        """Whether tokens are demoted; llama.cpp's cache has them in its type from the start."""
+        return self.paged and self.store.demotes
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Formats beside f16 that our cache must be able to store for it."""
         return (self.policy.formats or self.store.formats) if self.paged else ()
@@ -53,6 +60,11 @@ class Variant:
     def rotates(self) -> bool:
         """Whether our cache must rotate keys and values for it."""
         return self.paged and (bool(self.policy.formats) or self.store.rotates)
+
+    @property
+    def type_kv(self) -> StockStorage:
+        """The type that llama.cpp's cache is made in."""
+        return "f16" if self.paged else self.storage  # type: ignore[return-value]
 
     @property
     def chunked(self) -> bool:
@@ -70,27 +82,30 @@ def expand(
     names: Sequence[str],
     policy_args: Mapping[str, str],
     budgets: Sequence[str],
-    storages: Sequence[str] = STORAGES,
+    storages: Sequence[str] = ("f16",),
     prefills: Sequence[Prefill] = ("exact",),
     guides: Sequence[int] = (0,),
-    known: Sequence[str] = STORAGES,
 ) -> tuple[Variant, ...]:
     """All combinations, by policy, storage, budget, prefill, guide; what does not evict appears once per storage.
 
-    ``known``: storages that can be named. ``full`` exists in those of llama.cpp's own cache only: f16, q8, q4.
-    ``policy_args`` go to the policies that have such a parameter; a guide to chunked prefill of those that look at
-    attention scores.
+    ``full`` exists in :data:`STOCK_STORAGES` only. ``policy_args`` go to the policies that have such a parameter; a
+    guide to chunked prefill of those that look at attention scores.
 
     Raises:
         UsageError: unknown policy, budget or storage; a parameter that no policy has; a budget in tokens below what
-            its policy needs.
+            its policy needs; only ``full``, and only in storages that it does not exist in.
     """
     for storage in storages:
-        if storage not in known:
-            raise UsageError(f"There is no storage {storage!r} for the KV cache here; give {', '.join(known)}.")
+        Storage(storage)  # says which there are
     parsed = [Budget.parse(text) for text in budgets]
+    policies = _policies(names, policy_args)
+    if policies.keys() == {"full"} and storages and not set(storages) & set(STOCK_STORAGES):
+        raise UsageError(
+            f"'full' is llama.cpp's own cache, which is never stored in {' or '.join(storages)}; "
+            f"give {', '.join(STOCK_STORAGES)}, or the policy '{PAGED}'."
+        )
     out: list[Variant] = []
-    for name, policy in _policies(names, policy_args).items():
+    for name, policy in policies.items():
         choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills, guides)
         for storage, budget, prefill, guide in choices:
             if not policy.evicts and name != PAGED and storage not in STOCK_STORAGES:

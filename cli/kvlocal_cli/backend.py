@@ -118,6 +118,7 @@ def plan_bench(
         n_batch=settings.n_batch,
         n_ubatch=settings.n_ubatch,
         n_threads=settings.n_threads,
+        evict_every=settings.evict_every,
     )
 
 
@@ -198,14 +199,13 @@ def plan_eval(
     parallel: int,
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
-    from kvlocal.cache import FORMATS
     from kvlocal.eval.stage import StageConfig
     from kvlocal.sweep import expand
 
     return EvalPlan(
         metric=metric,
         source=source,
-        variants=expand(policies, settings.policy_args, budgets, storages, prefills, guides, FORMATS),
+        variants=expand(policies, settings.policy_args, budgets, storages, prefills, guides),
         cases=_read_cases(metric, source),
         questions=questions,
         config=StageConfig(

@@ -1,4 +1,4 @@
-"""`kvlocal bench`: speed and memory over depth, policy, budget."""
+"""`kvlocal bench`: speed and memory over depth, policy, storage, budget."""
 
 from __future__ import annotations
 
@@ -73,7 +73,15 @@ class Wholes(Names):
     metavar="SIZE,…",
     help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the depth) or 512MiB.",
 )
-@option("KV cache", "--kv", "storages", type=Names(), default="f16", metavar="TYPE,…", help="How it is stored.")
+@option(
+    "KV cache",
+    "--kv",
+    "storages",
+    type=Names(),
+    default="f16",
+    metavar="TYPE,…",
+    help="How it is stored; q8 and q4 of full are llama.cpp's own types.",
+)
 @option(
     "KV cache",
     "--prefill",
@@ -114,7 +122,7 @@ def bench(
     output_file: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure speed and memory by depth, policy, budget.
+    """Measure speed and memory by depth, policy, storage, budget.
 
     MODEL is a GGUF file or hf:USER/REPO[:FILE]; without it, a small default model is used. Options that take a list
     (N,…) measure every combination, in one process and in turns, so that a machine that slows down does so for all.
@@ -123,6 +131,7 @@ def bench(
     \b
     kvlocal bench model.gguf -d 0,8192,32768 --budget 1024,25%
     kvlocal bench --policy full,paged,snapkv,ada-snapkv -o json --output-file speed.json
+    kvlocal bench --policy full,paged --kv f16,q8,q4,kv2
     kvlocal bench --random-model llama-1b -d 0,16384 --plot speed.svg
     kvlocal bench -d 65536 -p 0 --prefill exact,chunked --budget 2048
     """

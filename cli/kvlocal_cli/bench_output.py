@@ -32,7 +32,11 @@ def as_csv(_machine: Machine, rows: Sequence[Row]) -> str:
 
 def as_md(machine: Machine, rows: Sequence[Row]) -> str:
     """A heading and a table; ratios if `full` was measured, and no column that says nothing."""
-    baseline = {row["depth"]: row for row in rows if row["policy"] == "full"}
+    full = [row for row in rows if row["policy"] == "full"]
+    # of several storages the first one that was asked for, unless f16 is among them
+    base = min((row["storage"] for row in full), key=lambda storage: storage != "f16", default="f16")
+    baseline = {row["depth"]: row for row in full if row["storage"] == base}
+    versus = "x full" if base == "f16" else f"x full {base}"
 
     def ratio(key: str) -> Callable[[Row], str]:
         return lambda row: _ratio(row[key], baseline.get(row["depth"], {}).get(key))
@@ -47,9 +51,9 @@ def as_md(machine: Machine, rows: Sequence[Row]) -> str:
         ("mode", any(row["prefill"] != "exact" for row in rows), lambda row: str(row["prefill"])),
         ("kv", any(row["storage"] != "f16" for row in rows), lambda row: str(row["storage"])),
         ("prefill t/s", _any(rows, "prefill_tps"), lambda row: _rate(row["prefill_tps"])),
-        ("x full", both("prefill_tps"), ratio("prefill_tps")),
+        (versus, both("prefill_tps"), ratio("prefill_tps")),
         ("decode t/s", _any(rows, "decode_tps"), lambda row: _range(row, "decode_tps")),
-        ("x full", both("decode_tps"), ratio("decode_tps")),
+        (versus, both("decode_tps"), ratio("decode_tps")),
         ("used", True, lambda row: size(row["used_bytes"])),
         ("peak", True, lambda row: size(row["peak_bytes"])),
         ("evict s", _any(rows, "evict_s"), lambda row: _seconds(row["evict_s"])),

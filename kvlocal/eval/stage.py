@@ -96,7 +96,7 @@ class Stage:
                 mass=next(iter(kinds), "none"),
                 formats=tuple(sorted({name for v in variants for name in v.formats})),
                 rotate=variants[0].rotates,
-                type_kv=variants[0].storage if not variants[0].paged else "f16",  # type: ignore[arg-type]
+                type_kv=variants[0].type_kv,
             ),
         )
         self.text: list[int] = []

@@ -27,7 +27,7 @@ from kvlocal.policies.params import declared_rules
 from kvlocal.sampling import Sampling
 
 SCORING = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
-EVICTING = [name for name in REGISTRY if name not in ("full", "buzz")]
+EVICTING = [name for name in REGISTRY if name not in ("full", "buzz", "ladder")]
 
 
 def assert_bytes_in_order(engine: Engine) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
-from kvlocal.cache import FORMATS
 from kvlocal.engine import Engine
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
@@ -87,7 +86,8 @@ def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None
     path.write_text(document(LANTERN, before=12, after=24))
     model = Model(tiny_path)
     found = excerpts(model, [path], 384, 48, 2)
-    variants = expand(["full", "paged", "streaming"], {}, ["80%"], FORMATS, known=FORMATS)
+    storages = ("f16", *BITS)
+    variants = expand(["full", "paged", "streaming"], {}, ["80%"], storages)
     assert len(variants) == 13
     store = Store(tmp_path / "records.jsonl")
     config = StageConfig(n_ctx=512, parallel=2, n_ubatch=128, n_threads=1)
@@ -96,7 +96,7 @@ def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None
     assert table["full", "q8"]["held"] == pytest.approx(8.5 / 16, rel=1e-4)
     assert 0 < table["full", "q8"]["kl"] < table["full", "q4"]["kl"], "llama.cpp's own"
     for name in ("paged", "streaming"):
-        found_bytes = [table[name, storage]["used_bytes"] for storage in FORMATS]
+        found_bytes = [table[name, storage]["used_bytes"] for storage in storages]
         assert found_bytes == sorted(found_bytes, reverse=True) and len(set(found_bytes)) == 5
     assert 0 < table["paged", "q8"]["kl"] < table["paged", "q4"]["kl"] < table["paged", "kv2"]["kl"]
 

@@ -18,11 +18,16 @@ LAYERS = [Layer(0, 4, 2, 8, 8, 1.0), Layer(1, 4, 2, 16, 8, 1.0)]
 HEADS = [(layer, head) for layer in range(2) for head in range(2)]
 TOKEN_BYTES = 2 * 2 * (8 + 8) + 2 * 2 * (16 + 8)  # heads x bytes x (d_k + d_v), of both layers
 EVICT_S = 10.0
+DEMOTE_S = 3.0
 
 
 @dataclass
 class Event:
-    """``what``: decode, branch, evict, truncate; of ``decode``: the tokens' positions and the slots held before."""
+    """``what``: decode, branch, evict, demote, truncate.
+
+    Of ``decode``: the tokens' positions and the slots held before; of ``demote``: the first position that was not
+    demoted yet, and how many.
+    """
 
     lane: int
     what: str
@@ -90,6 +95,7 @@ class FakeContext:
         self.world, self.lane, self.config = world, lane, config
         self.model = FakeModel(world)
         self.slots: list[list[int]] = [[] for _ in range(config.n_seq_max)]
+        self.demoted: list[set[int]] = [set() for _ in range(config.n_seq_max)]
         self.peak = 0
         self.closed = False
         self.cache = FakeCache(self) if config.paged else None
@@ -124,16 +130,19 @@ class FakeContext:
 
     def truncate(self, seq: int, n: int) -> None:
         self.slots[seq] = [pos for pos in self.slots[seq] if pos < n]
+        self.demoted[seq] &= set(self.slots[seq])
         self.note("truncate", seq, begin=n)
 
     def branch(self, src: int, dst: int) -> None:
         self.slots[dst] = list(self.slots[src])
+        self.demoted[dst] = set(self.demoted[src])
         self.note("branch", dst)
 
     def evict(self, seq: int, budget: int) -> None:
         held = self.slots[seq]
         self.note("evict", seq, held=len(held), n=budget)
         self.slots[seq] = held[max(len(held) - budget, 0) :]
+        self.demoted[seq] &= set(self.slots[seq])
 
     def stats(self) -> Any:
         seen = self.slots[0][-1] + 1 if self.slots[0] else 0
@@ -146,11 +155,28 @@ class FakeContext:
 
 
 class FakeCache:
+    """A demoted token takes a quarter of the bytes."""
+
     layers = LAYERS
     bytes_per_token = TOKEN_BYTES
 
     def __init__(self, context: FakeContext) -> None:
         self.context = context
+
+    def positions(self, seq: int, layer: int) -> list[np.ndarray]:
+        return [np.array(self.context.slots[seq], np.int32) for _ in range(self.layers[layer].n_head_kv)]
+
+    def has_mu(self, _seq: int, _layer: int) -> bool:
+        return True  # there are no keys to take a mean of
+
+    def demote(self, seq: int, layer: int, slots: Sequence[np.ndarray], storage: str) -> None:
+        assert storage in self.context.config.formats and all(np.array_equal(s, slots[0]) for s in slots)
+        held, demoted = self.context.slots[seq], self.context.demoted[seq]
+        if layer == len(self.layers) - 1:
+            new = sorted({held[i] for i in slots[0]} - demoted)
+            demoted |= set(new)
+            self.context.world.now += DEMOTE_S
+            self.context.note("demote", seq, begin=new[0] if new else -1, n=len(new))
 
     def held(self, seq: int) -> list[np.ndarray]:
         n = len(self.context.slots[seq])
@@ -160,9 +186,14 @@ class FakeCache:
         slots = self.context.slots[seq]
         seen = slots[-1] + 1 if slots else 0
         n_heads = len(HEADS)
-        used = len(slots) * TOKEN_BYTES
+        n_demoted = len(self.context.demoted[seq])
+        used = (len(slots) - n_demoted) * TOKEN_BYTES + n_demoted * TOKEN_BYTES // 4
         return SimpleNamespace(
-            n_slots=len(slots) * n_heads, n_heads=n_heads, used_bytes=used, full_bytes=seen * TOKEN_BYTES
+            n_seen=seen,
+            n_slots=len(slots) * n_heads,
+            n_heads=n_heads,
+            used_bytes=used,
+            full_bytes=seen * TOKEN_BYTES,
         )
 
     def reset_peak(self) -> None:

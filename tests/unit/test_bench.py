@@ -232,6 +232,7 @@ def test_a_budget_in_bytes_that_the_policy_cannot_work_with_is_refused(world: Wo
         ({"n_prompt": -1}, "n_prompt has -1"),
         ({"n_gen": -1}, "n_gen has -1"),
         ({"repetitions": 0}, "repetitions has 0; it must be 1 or more"),
+        ({"evict_every": 0}, "evict_every has 0; it must be 1 or more"),
         ({"depths": (2**31,)}, "is too large"),
     ],
 )
@@ -304,7 +305,7 @@ def test_arguments_go_to_the_policies_that_have_them() -> None:
         ("snapky", {}, "25%", "f16", "There is no policy 'snapky' .did you mean 'snapkv'"),
         ("snapkv", {}, "2x", "f16", "'x' in '2x' is not a unit"),
         ("snapkv", {}, "8", "f16", "A budget of 8 tokens per head is too small: the policy needs at least 33"),
-        ("full", {}, "25%", "q8", "There is no storage 'q8' for the KV cache here; give f16"),
+        ("full", {}, "25%", "q5", "There is no storage 'q5' for the KV cache; give f16, q8, q4"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(names: str, args: Any, budget: str, storage: str, sentence: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fake_engine import ANSWER, Fake, call, fail, install, sentence
 
 from kvlocal.errors import KVError
+from kvlocal.storage import STORAGES
 
 
 @pytest.fixture
@@ -42,6 +43,10 @@ def test_help_groups_the_options_and_shows_an_example() -> None:
     assert titles == ["Prompt:", "Model:", "KV cache:", "Sampling:", "Output:", "Options:"]
     assert '\n  kvlocal run -f report.txt -p "Who signed it?" --budget 25%\n' in text
     assert "[default: ada-snapkv]" in text and "[default: 2048]" in text
+
+
+def test_one_storage_is_chosen_of_those_there_are() -> None:
+    assert f"[{'|'.join(STORAGES)}]" in "".join(call("run", "-h").stdout.split())
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "bench", "eval", "policies", "demo"])

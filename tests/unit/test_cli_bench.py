@@ -21,6 +21,7 @@ from kvlocal.bench import BenchConfig, Result, Step
 from kvlocal.errors import KVError
 from kvlocal.plot import lines
 from kvlocal.random_model import SHAPES
+from kvlocal.storage import STORAGES
 
 MIB = 2**20
 MACHINE = {"cpu": "Fast Chip 9", "cores": 4, "threads": 1, "read_bytes_per_s": 12.34e9}
@@ -132,6 +133,37 @@ def test_ratios_are_to_full_at_the_same_depth(fake: Fake) -> None:
     assert [row[5].strip() for row in rows] == ["–", "1.00", "1.25", "1.00", "1.00"]
 
 
+def test_every_storage_has_its_row(fake: Fake) -> None:
+    q8 = replace(FULL, policy="paged", storage="q8", decode_tps=25.0, used_bytes=46 * MIB, evict_s=0.25, ttft_s=16.5)
+    stock = replace(FULL, storage="q4", decode_tps=15.0, used_bytes=24 * MIB, peak_bytes=24 * MIB)
+    fake.results = [FULL, stock, q8, replace(q8, policy="ada-snapkv", budget="25%", storage="kv2", used_bytes=5 * MIB)]
+    assert call("bench").stdout.split("\n", 2)[2] == (
+        "| depth | policy     | budget | kv  | prefill t/s | x full |       decode t/s | x full |     used |     peak"
+        " | evict s | ttft s |\n"
+        "| ----: | ---------- | ------ | --- | ----------: | -----: | ---------------: | -----: | -------: | -------:"
+        " | ------: | -----: |\n"
+        "| 4,096 | full       | 100%   | f16 |         200 |   1.00 | 20.0 (19.5–20.2) |   1.00 | 84.0 MiB | 84.0 MiB"
+        " |       – |  16.05 |\n"
+        "| 4,096 | full       | 100%   | q4  |         200 |   1.00 | 15.0 (19.5–20.2) |   0.75 | 24.0 MiB | 24.0 MiB"
+        " |       – |  16.05 |\n"
+        "| 4,096 | paged      | 100%   | q8  |         200 |   1.00 | 25.0 (19.5–20.2) |   1.25 | 46.0 MiB | 84.0 MiB"
+        " |    0.25 |  16.50 |\n"
+        "| 4,096 | ada-snapkv | 25%    | kv2 |         200 |   1.00 | 25.0 (19.5–20.2) |   1.25 |  5.0 MiB | 84.0 MiB"
+        " |    0.25 |  16.50 |\n"
+    )
+
+
+def test_ratios_are_to_full_in_f16_or_the_first_storage_there_is(fake: Fake) -> None:
+    q8, q4 = replace(FULL, storage="q8"), replace(FULL, storage="q4", decode_tps=15.0)
+    for results, title, expected in (
+        ([q4, FULL], "x full", ["0.75", "1.00"]),
+        ([q8, q4], "x full q8", ["1.00", "0.75"]),
+    ):
+        assert header(fake, *results).count(title) == 2
+        rows = [line.split("|") for line in call("bench").stdout.splitlines()[4:]]
+        assert [row[8].strip() for row in rows] == expected
+
+
 def test_json_is_the_machine_and_every_field(fake: Fake) -> None:
     printed = json.loads(call("bench", "-o", "json").stdout)
     assert printed == {"machine": MACHINE, "results": [asdict(FULL), asdict(ADA)]}
@@ -187,6 +219,19 @@ def test_every_option_arrives(fake: Fake) -> None:
     assert config == BenchConfig(config.variants, (0, 64), 16, 8, 2, 32, 128, 64, 3)
 
 
+def test_every_storage_arrives(fake: Fake) -> None:
+    kv = ",".join(STORAGES)
+    assert call("bench", "--policy", "full,paged,snapkv", "--kv", kv, "--budget", "25%").exit_code == 0
+    assert fake.config is not None and fake.config.evict_every == 32
+    labels = [variant.label for variant in fake.config.variants]
+    rest = STORAGES[1:]
+    assert labels == [
+        *("full", "full q8", "full q4"),
+        *("paged", *(f"paged {storage}" for storage in rest)),
+        *("snapkv 25%", *(f"snapkv 25% {storage}" for storage in rest)),
+    ]
+
+
 def test_the_model_is_a_path_a_repository_or_random(fake: Fake) -> None:
     assert call("bench", "-hf", "someone/model").exit_code == 0 and fake.model == "hf:someone/model"
     assert call("bench", "--random-model", "llama-1b").exit_code == 0
@@ -214,7 +259,9 @@ def test_the_model_is_a_path_a_repository_or_random(fake: Fake) -> None:
         ("-p -1", "Invalid value for '-p' / '--n-prompt': -1 is not in the range x>=0;"),
         ("-r 0", "Invalid value for '-r' / '--repetitions': 0 is not in the range x>=1;"),
         ("-o xml", "Invalid value for '-o' / '--output': 'xml' is not one of 'md', 'json', 'csv';"),
-        ("--kv q8", "There is no storage 'q8' for the KV cache here; give f16."),
+        ("--kv q5", "There is no storage 'q5' for the KV cache; give f16, q8, q4, "),
+        ("--kv q8,", "Invalid value for '--kv': 'q8,' is not a list: an item is empty;"),
+        ("--policy full --kv kv2", "'full' is llama.cpp's own cache, which is never stored in kv2; give f16, q8, q4, "),
         ("--policy snapky", "There is no policy 'snapky' (did you mean 'snapkv'?); known policies: "),
         ("--budget 10x", "'x' in '10x' is not a unit: use %, "),
         ("--budget 25%,8", "A budget of 8 tokens per head is too small: the policy needs at least "),

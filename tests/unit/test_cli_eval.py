@@ -400,7 +400,7 @@ def test_weights_are_f32_for_the_default_model_or_when_asked(fake: Fake, args: s
         ("needle --policy snapky", "There is no policy 'snapky' (did you mean 'snapkv'?); known policies: "),
         ("needle --policy-arg nothing=1", "None of the policies streaming, snapkv, ada-snapkv has a parameter "),
         ("needle --budget 25%,8", "A budget of 8 tokens per head is too small: the policy needs at least "),
-        ("needle --kv q5", "There is no storage 'q5' for the KV cache here; give f16, q8, q4, kv3, kv2."),
+        ("needle --kv q5", "There is no storage 'q5' for the KV cache; give f16, q8, q4, "),
         ("needle --chunk 64", "--chunk has no effect without --prefill chunked; give both or neither."),
         ("needle --guide 0,64", "--guide has no effect without --prefill chunked; give both or neither."),
         ("needle --plot needle.pdf", "A plot is written as .svg or .png, not as 'needle.pdf'."),
