@@ -66,12 +66,13 @@ def encode_rows(row: str, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return out
 
 
-def decode_rows(row: str, stored: npt.NDArray[np.uint8]) -> Floats:
-    """What :func:`encode_rows` stored, float32 ``[n, d]``."""
+def decode_rows(row: str, stored: npt.NDArray[np.uint8], *, plain: bool = False) -> Floats:
+    """What :func:`encode_rows` stored, float32 ``[n, d]``; ``plain``: by the loops that the vector code must equal."""
     values, size = _BLOCKS[row]
+    decode = _libraries()[1].kvl_row_decode_ref if plain else _libraries()[1].kvl_row_decode
     out = np.empty((len(stored), stored.shape[1] // size * values), np.float32)
     for source, target in zip(np.ascontiguousarray(stored), out, strict=True):
-        _libraries()[1].kvl_row_decode(ROWS.index(row), source.ctypes.data, out.shape[1], target.ctypes.data)
+        decode(ROWS.index(row), source.ctypes.data, out.shape[1], target.ctypes.data)
     return out
 
 
@@ -104,6 +105,7 @@ def _libraries() -> tuple[Any, Any]:
         (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [ptr, ptr, ctypes.c_int]),
         (cpu, "kvl_row_encode", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
         (cpu, "kvl_row_decode", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
+        (cpu, "kvl_row_decode_ref", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
     )
     for library, name, result, arguments in functions:
         function = getattr(library, name)

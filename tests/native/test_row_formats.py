@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlocal.kernels import PAGE_SLOTS, attend_pages, decode_rows, encode_rows, reference
+
+Floats = npt.NDArray[np.float32]
 
 KV2 = np.array([-10, -3, 3, 10], np.float32)
 KV3 = np.array([-60, -38, -21, -7, 7, 21, 38, 60], np.float32)
@@ -61,6 +64,83 @@ def test_a_block_is_its_scale_times_the_levels_of_its_codes(row: str, seed: int,
     if size > 1e-3:
         np.testing.assert_allclose((out**2).sum(1), (x**2).sum(1), rtol=4e-3)
     assert (np.sign(out) == np.where(x < 0, -1, 1))[half(stored) > 0].all()
+
+
+BLOCK_BYTES = {"f16": 64, "q8": 34, "q4": 18, "kv3": 26, "kv2": 18}
+
+
+@pytest.mark.parametrize("row", BLOCK_BYTES)
+def test_vector_code_decodes_to_the_bits_of_plain_loops(row: str) -> None:
+    """Random bytes: every code at every place, scales of both signs, subnormal, infinite and not a number."""
+    stored = np.random.default_rng(0).integers(0, 256, (3000, 3 * BLOCK_BYTES[row]), np.uint8)
+    fast, plain = decode_rows(row, stored), decode_rows(row, stored, plain=True)
+    number = ~np.isnan(plain)
+    assert number.any(axis=0).all()
+    np.testing.assert_array_equal(np.isnan(fast), ~number)
+    np.testing.assert_array_equal(fast.view(np.uint32)[number], plain.view(np.uint32)[number])
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 8, 17, 80, 127])
+def test_f16_rows_of_any_length_are_rounded_and_read_as_numpy_does(n: int) -> None:
+    x = (np.random.default_rng(n).standard_normal((20, n)) * 10.0 ** np.arange(-9, 11)[:, None]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        want = x.astype(np.float16)
+    stored = encode_rows("f16", x)
+    np.testing.assert_array_equal(stored.view(np.float16), want)
+    np.testing.assert_array_equal(decode_rows("f16", stored), want.astype(np.float32))
+
+
+STEPS = {"kv2": [0.9816], "kv3": [0.5006, 1.05, 1.748]}
+
+
+def square_sums(x: Floats) -> Floats:
+    """Of blocks ``[n, 64]``, in f64, in the one order that is allowed."""
+    sums = np.zeros((len(x), 16))
+    for part in np.split(x.astype(np.float64), 4, axis=1):
+        sums += part**2
+    while sums.shape[1] > 1:
+        first, second = np.split(sums, 2, axis=1)
+        sums = first + second
+    return sums[:, 0].astype(np.float32)
+
+
+def by_formula(row: str, x: Floats, squares: Floats) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.float16]]:
+    """Codes and scales of blocks ``[n, 64]``: steps in units of the root mean square, a scale that keeps the norm."""
+    rms = np.sqrt(squares / np.float32(64))[:, None]
+    beyond = sum((np.abs(x) > np.float32(step) * rms).astype(int) for step in STEPS[row])
+    half_levels = len(LEVELS[row]) // 2
+    code = np.where(x < 0, half_levels - 1 - beyond, half_levels + beyond)
+    return code, np.sqrt(squares / (LEVELS[row][code] ** 2).sum(1)).astype(np.float16)
+
+
+@given(
+    row=st.sampled_from(["kv2", "kv3"]),
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1e-30, 1e-6, 0.01, 1.0, 300.0]),
+    coarse=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_block_is_encoded_by_the_formula(row: str, seed: int, size: float, coarse: bool) -> None:
+    """Bit for bit, in whatever instructions, blocks of zeros and of equal values too."""
+    x = np.random.default_rng(seed).standard_t(3, (50, 64))
+    x = (size * (np.round(x) if coarse else x)).astype(np.float32)
+    code, scale = by_formula(row, x, square_sums(x))
+    stored = encode_rows(row, x.reshape(5, -1)).reshape(len(x), -1)
+    np.testing.assert_array_equal(codes(row, stored), code)
+    np.testing.assert_array_equal(half(stored), scale.astype(np.float32))
+
+
+@pytest.mark.parametrize(("row", "step"), [(row, step) for row, steps in STEPS.items() for step in steps])
+def test_a_value_on_a_step_shows_that_squares_are_summed_in_f64(row: str, step: float) -> None:
+    """In a sum of f32, by the order of its terms or by fused operations, the step would lie beside the value."""
+    x = np.random.default_rng(0).standard_normal((500, 64)).astype(np.float32)
+    for _ in range(20):
+        x[:, 5] = np.float32(step) * np.sqrt(square_sums(x) / np.float32(64))
+    code, scale = by_formula(row, x, square_sums(x))
+    assert (code != by_formula(row, x, (x * x).sum(1))[0]).any(axis=1).sum() > 20
+    stored = encode_rows(row, x)
+    np.testing.assert_array_equal(codes(row, stored), code)
+    np.testing.assert_array_equal(half(stored), scale.astype(np.float32))
 
 
 @pytest.mark.parametrize("row", ["q8", "q4", "kv3", "kv2"])

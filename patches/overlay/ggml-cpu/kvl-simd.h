@@ -113,7 +113,7 @@ static inline void vf_sum4(vf a, vf b, vf c, vf d, float * to) {
 static inline vf vf_exp(vf a) {
     return ggml_v_expf(a);
 }
-#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
+#elif defined(__ARM_NEON) && defined(__aarch64__)
 #define VF_PIN(x) __asm__("" : "+w"(x))
 typedef float32x4_t vf;
 #define VF_N 4
@@ -157,7 +157,16 @@ static inline void vf_sum4(vf a, vf b, vf c, vf d, float * to) {
     vst1q_f32(to, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
 }
 static inline vf vf_exp(vf a) {
+#if defined(__ARM_FEATURE_SVE)
+    // where there is SVE, ggml's is of that type, whose vectors hold at least these four
+    float x[4];
+    vst1q_f32(x, a);
+    const svbool_t four = svptrue_pat_b32(SV_VL4);
+    svst1_f32(four, x, ggml_v_expf(four, svld1_f32(four, x)));
+    return vld1q_f32(x);
+#else
     return ggml_v_expf(a);
+#endif
 }
 #else
 #define VF_PIN(x) (void)(x)

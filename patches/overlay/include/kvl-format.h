@@ -55,6 +55,8 @@ typedef void (*kvl_row_rotate_t)(float * x, int d);
 
 void kvl_row_encode(kvl_row row, const float * x, int d, void * out);
 void kvl_row_decode(kvl_row row, const void * in, int d, float * out);
+// One value after the other, in plain loops: what kvl_row_decode must equal bit for bit in any instructions.
+void kvl_row_decode_ref(kvl_row row, const void * in, int d, float * out);
 void kvl_row_rotate(float * x, int d);
 
 #ifdef __cplusplus
