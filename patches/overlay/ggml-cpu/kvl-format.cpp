@@ -2,6 +2,7 @@
 
 #include "kvl-format.h"
 
+#include "kvl-affine.h"
 #include "kvl-attn.h"
 
 #include "kvl-simd.h"
@@ -177,10 +178,13 @@ extern "C" void kvl_row_encode(kvl_row row, const float * x, int d, void * out) 
                 encode_kv3(x + 64 * i, static_cast<kvl_block_kv3 *>(out)[i]);
             });
             break;
-        default:
+        case KVL_ROW_KV2:
             blocks(row, d, [&](int i) {
                 encode_kv2(x + 64 * i, static_cast<kvl_block_kv2 *>(out)[i]);
             });
+            break;
+        default:
+            kvl::affine_encode(row, x, d, out);
     }
 }
 
@@ -206,10 +210,13 @@ extern "C" void kvl_row_decode(kvl_row row, const void * in, int d, float * out)
                 decode_kv3(static_cast<const kvl_block_kv3 *>(in)[i], out + 64 * i);
             });
             break;
-        default:
+        case KVL_ROW_KV2:
             blocks(row, d, [&](int i) {
                 decode_kv2(static_cast<const kvl_block_kv2 *>(in)[i], out + 64 * i);
             });
+            break;
+        default:
+            kvl::affine_decode(row, in, d, out);
     }
 }
 

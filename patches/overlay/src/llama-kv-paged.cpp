@@ -13,12 +13,26 @@
 #include <numeric>
 #include <stdexcept>
 
-// Row formats of K and V by page format.
-static constexpr std::pair<kvl_row, kvl_row> ROWS[KVL_FORMAT_COUNT] = {{KVL_ROW_F16, KVL_ROW_F16},
-                                                                       {KVL_ROW_Q8, KVL_ROW_Q8},
-                                                                       {KVL_ROW_Q4, KVL_ROW_Q4},
-                                                                       {KVL_ROW_KV3, KVL_ROW_KV2},
-                                                                       {KVL_ROW_KV2, KVL_ROW_KV2}};
+// Row formats of K and V.
+static std::pair<kvl_row, kvl_row> rows_of(uint32_t format, const kvl_params & params) {
+    switch (format) {
+        case KVL_FORMAT_Q8:
+            return {KVL_ROW_Q8, KVL_ROW_Q8};
+        case KVL_FORMAT_Q4:
+            return {KVL_ROW_Q4, KVL_ROW_Q4};
+        case KVL_FORMAT_KV3:
+            return {KVL_ROW_KV3, KVL_ROW_KV2};
+        case KVL_FORMAT_KV2:
+            return {KVL_ROW_KV2, KVL_ROW_KV2};
+        case KVL_FORMAT_KIVI:
+            return {kvl_kivi_row(params.kivi_bits, params.kivi_group, true),
+                    kvl_kivi_row(params.kivi_bits, params.kivi_group, false)};
+        case KVL_FORMAT_TOKEN2:
+            return {KVL_ROW_TOKEN2, KVL_ROW_TOKEN2};
+        default:
+            return {KVL_ROW_F16, KVL_ROW_F16};
+    }
+}
 
 static uint32_t pages_for(uint32_t n_slots) {
     return (n_slots + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS;
@@ -119,12 +133,14 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
                                      " sequences needs more slots than an index can address; use a smaller -c");
         }
         for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-            const auto [k_row, v_row] = ROWS[f];
+            const auto [k_row, v_row] = rows_of(f, params);
             const bool wanted = f == KVL_FORMAT_F16 || params.formats >> f & 1;
-            if (wanted && (s.d_k % kvl_row_block(k_row) != 0 || s.d_v % kvl_row_block(v_row) != 0)) {
+            const uint32_t k_block = uint32_t(kvl_row_block(k_row));
+            const uint32_t v_block = uint32_t(kvl_row_block(v_row));
+            if (wanted && (s.d_k % k_block != 0 || s.d_v % v_block != 0)) {
                 throw std::runtime_error("heads of " + std::to_string(s.d_k) + " and " + std::to_string(s.d_v) +
-                                         " values cannot be stored in blocks of " +
-                                         std::to_string(kvl_row_block(k_row)));
+                                         " values cannot be stored in blocks of " + std::to_string(k_block) +
+                                         (k_block != v_block ? " and " + std::to_string(v_block) : ""));
             }
             pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row)
                                    : nullptr);
@@ -139,9 +155,9 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         for (uint32_t f = 0; f < KVL_PAGE_FORMATS; f++) {
             const bool known = f < KVL_FORMAT_COUNT;
             kvl_pool * pool = known ? pools[pool_of[layer.il] * KVL_FORMAT_COUNT + f].get() : nullptr;
+            const auto [k_row, v_row] = rows_of(f, params);
             layer.pools.push_back(pool);
-            layer.formats.push_back({known ? ROWS[f].first : KVL_ROW_F16, known ? ROWS[f].second : KVL_ROW_F16,
-                                     pool ? static_cast<const char *>(pool->k->data) : nullptr,
+            layer.formats.push_back({k_row, v_row, pool ? static_cast<const char *>(pool->k->data) : nullptr,
                                      pool ? static_cast<const char *>(pool->v->data) : nullptr});
         }
         layer.pool = layer.pools[KVL_FORMAT_F16];
@@ -174,8 +190,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         find(KVL_ATTN_MASS_PROC, attn.mass);
         find(KVL_ATTN_SCORES_PROC, attn.scores);
         find(KVL_ATTN_ROTATE_PROC, attn.rotate);
-        find(KVL_ROW_ENCODE_PROC, attn.encode);
-        find(KVL_ROW_DECODE_PROC, attn.decode);
+        find(KVL_ROWS_ENCODE_PROC, attn.encode);
+        find(KVL_ROWS_DECODE_PROC, attn.decode);
         find(KVL_ROW_ROTATE_PROC, attn.rotate_row);
     }
     if ((params.formats != 0 || params.rotate) && !fused()) {
