@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvlocal.budget import PAGE_SLOTS, Budget
-from kvlocal.cache import FORMATS, PagedCache
+from kvlocal.cache import PagedCache
 from kvlocal.errors import UsageError
 
 MIN_MEAN = 64
@@ -17,13 +17,16 @@ MIN_MEAN = 64
 BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
 """Per value of K and of V, scales included."""
 
+STORAGES = tuple(BITS)
+"""Formats that this rule can fill, slot by slot."""
+
 
 @dataclass(frozen=True)
 class Storage:
     """Tokens that leave the tail are demoted to ``name``, the sinks never; the values of pages stay as they are then.
 
     Attributes:
-        name: one of :data:`kvlocal.cache.FORMATS`; ``f16`` demotes nothing.
+        name: one of :data:`STORAGES`; ``f16`` demotes nothing.
         sink: tokens at the start of the sequence that stay in f16; tail: latest tokens that do.
         centre: take the mean of a head's keys away before they are demoted (but to q8, which does not need it).
             Attention gives it back exactly; it is taken once, from the tokens between sinks and tail, when the first
@@ -36,8 +39,8 @@ class Storage:
     centre: bool = True
 
     def __post_init__(self) -> None:
-        if self.name not in FORMATS:
-            raise UsageError(f"There is no storage {self.name!r} for the KV cache; give {', '.join(FORMATS)}.")
+        if self.name not in STORAGES:
+            raise UsageError(f"There is no storage {self.name!r} for the KV cache; give {', '.join(STORAGES)}.")
         for what in ("sink", "tail"):
             if getattr(self, what) < 0:
                 raise UsageError(f"The {what} of the storage is {getattr(self, what)}; it must be 0 or more.")

@@ -198,14 +198,14 @@ def plan_eval(
     parallel: int,
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
-    from kvlocal.cache import FORMATS
     from kvlocal.eval.stage import StageConfig
+    from kvlocal.storage import STORAGES
     from kvlocal.sweep import expand
 
     return EvalPlan(
         metric=metric,
         source=source,
-        variants=expand(policies, settings.policy_args, budgets, storages, prefills, guides, FORMATS),
+        variants=expand(policies, settings.policy_args, budgets, storages, prefills, guides, STORAGES),
         cases=_read_cases(metric, source),
         questions=questions,
         config=StageConfig(

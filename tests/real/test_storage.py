@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
-from kvlocal.cache import FORMATS
 from kvlocal.engine import Engine
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Kld, excerpts
 from kvlocal.model import Model
-from kvlocal.storage import Storage
+from kvlocal.storage import STORAGES, Storage
 from kvlocal.sweep import expand
 
 BITS = {"q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}
@@ -87,7 +86,7 @@ def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None
     path.write_text(document(LANTERN, before=12, after=24))
     model = Model(tiny_path)
     found = excerpts(model, [path], 384, 48, 2)
-    variants = expand(["full", "paged", "streaming"], {}, ["80%"], FORMATS, known=FORMATS)
+    variants = expand(["full", "paged", "streaming"], {}, ["80%"], STORAGES, known=STORAGES)
     assert len(variants) == 13
     store = Store(tmp_path / "records.jsonl")
     config = StageConfig(n_ctx=512, parallel=2, n_ubatch=128, n_threads=1)
@@ -96,7 +95,7 @@ def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None
     assert table["full", "q8"]["held"] == pytest.approx(8.5 / 16, rel=1e-4)
     assert 0 < table["full", "q8"]["kl"] < table["full", "q4"]["kl"], "llama.cpp's own"
     for name in ("paged", "streaming"):
-        found_bytes = [table[name, storage]["used_bytes"] for storage in FORMATS]
+        found_bytes = [table[name, storage]["used_bytes"] for storage in STORAGES]
         assert found_bytes == sorted(found_bytes, reverse=True) and len(set(found_bytes)) == 5
     assert 0 < table["paged", "q8"]["kl"] < table["paged", "q4"]["kl"] < table["paged", "kv2"]["kl"]
 
