@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvlocal import native
+from kvlocal.budget import PAGE_SLOTS
 from kvlocal.native import KvlLayerInfo, KvlSeqStats, KvlStats
 from kvlocal.policies.base import CacheView, LayerView
 
@@ -19,8 +20,12 @@ MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
 """In the order of ``kvl_mass``."""
 
 
-FORMATS = ("f16", "q8", "q4", "kv3", "kv2")
-"""How pages store their slots, in the order of ``kvl_format``; kv3 has 3-bit keys and 2-bit values."""
+FORMATS = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "token2")
+"""How pages store their slots, in the order of ``kvl_format``; kv3 has 3-bit keys and 2-bit values.
+
+kivi (arXiv 2402.02750) stores keys per channel over groups of slots, values per slot; token2 is the 2-bit quantizer
+that the code of LogQuant (arXiv 2503.19950) runs.
+"""
 
 BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
 """Per value of K and of V, scales included."""
@@ -55,11 +60,16 @@ class Layer:
 class PagedCache:
     """Reads and evicts the slots of a context made by ``kvl_init_from_model``.
 
-    ``formats`` are those that the context was made with beside f16. Layers are counted among the attention layers.
-    Every method raises :class:`~kvlocal.errors.KVError` with the library's reason when it refuses.
+    Layers are counted among the attention layers. Every method raises :class:`~kvlocal.errors.KVError` with the
+    library's reason when it refuses.
+
+    Attributes:
+        formats: those of :data:`FORMATS` that the context can store, f16 first.
+        kivi_group: slots that share scales in the storage kivi.
     """
 
-    def __init__(self, ctx: Any, formats: Sequence[str] = ()) -> None:
+    def __init__(self, ctx: Any, formats: Sequence[str] = (), kivi_group: int = 32) -> None:
+        self.kivi_group = kivi_group
         self._native = native.load()
         self._lib = self._native.lib
         self._ctx = ctx
@@ -114,6 +124,18 @@ class PagedCache:
     def slot_pages(self, seq: int, layer: int) -> list[np.ndarray]:
         """In which of the head's pages the slots lie, per KV head int32 ``[n_slots]``."""
         return self._slot_pages(seq, layer)[1]
+
+    def kivi_groups(self, seq: int, layer: int) -> list[np.ndarray]:
+        """Which kivi group of the head the slots lie in, per KV head int32 ``[n_slots]``, -1: in none.
+
+        A group takes the bytes of :attr:`kivi_group` slots until the last of its slots is evicted.
+        """
+        out = []
+        for formats, pages in zip(*self._slot_pages(seq, layer), strict=True):
+            first = 1 + max(pages[formats == FORMATS.index("token2")], default=-1)  # kivi pages come next
+            group = (pages - first) * PAGE_SLOTS // self.kivi_group
+            out.append(np.where(formats == FORMATS.index("kivi"), group, -1).astype(np.int32))
+        return out
 
     def _slot_pages(self, seq: int, layer: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         lengths = self.lengths(seq, layer)
@@ -228,7 +250,8 @@ class PagedCache:
     def demote(self, seq: int, layer: int, slots: Sequence[np.ndarray], storage: str) -> None:
         """Store these slot indices of every KV head (ascending) in another of :data:`FORMATS` than f16.
 
-        What is there already stays as it is. The context must have been made with the format.
+        What is there already stays as it is. The context must have been made with the format. To kivi go multiples of
+        :attr:`kivi_group` slots per head, which are grouped as they come; from kivi there is no way to another format.
         """
         counts = np.array([len(s) for s in slots], np.int32)
         flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)

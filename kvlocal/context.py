@@ -42,6 +42,8 @@ class ContextConfig:
         flash_attn: flash attention over the stock cache.
         formats: storage that slots may be demoted to, of :data:`kvlocal.cache.FORMATS` (paged).
         rotate: keys and values are rotated before they are stored: q4, kv3 and kv2 need it (paged).
+        kivi_bits: bits per code of the storage kivi, 2 or 4; kivi_group: how many slots (of keys) and channels (of
+            values) share a scale there, 32 or 64 (paged).
         portable: attention with stock operators even where a page kernel exists (paged; the reference in tests).
     """
 
@@ -57,6 +59,8 @@ class ContextConfig:
     n_pool_ctx: int = 0
     formats: tuple[str, ...] = ()
     rotate: bool = False
+    kivi_bits: int = 2
+    kivi_group: int = 32
     type_kv: Literal["f16", "f32", "q8", "q4"] = "f16"
     flash_attn: bool = True
     portable: bool = False
@@ -81,7 +85,10 @@ class Context:
         self._native.log.clear()
         if config.paged:
             formats = sum(1 << FORMATS.index(name) for name in config.formats)
-            kvl = KvlParams(config.n_window, config.n_pool_ctx, 64 << 20, config.portable, formats, config.rotate)
+            kvl = KvlParams(
+                config.n_window, config.n_pool_ctx, 64 << 20, config.portable, formats, config.rotate,
+                config.kivi_bits, config.kivi_group,
+            )  # fmt: skip
             self.handle: Any = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
             if not self.handle:
                 self._native.check(native.ERR_UNSUPPORTED)
@@ -91,7 +98,7 @@ class Context:
             self.handle = self._llama.llama_init_from_model(model.handle, params)
             if not self.handle:
                 raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
-        self.cache = PagedCache(self.handle, config.formats) if config.paged else None
+        self.cache = PagedCache(self.handle, config.formats, config.kivi_group or 32) if config.paged else None
         if self.cache is not None and config.mass != "none":
             try:
                 self.cache.accumulate_mass(config.mass)

@@ -50,29 +50,46 @@ class _Format(ctypes.Structure):
 
 _PAGE_FORMATS, _PAGE_FORMAT_SHIFT = 8, 28
 
-ROWS = ("f16", "q8", "q4", "kv3", "kv2")
-"""How a row can be stored, in the order of ``kvl_row``."""
+_KIVI = {f"kivi{b}-{group}{keys}": (b, group) for keys in ("", "-k") for b in (2, 4) for group in (32, 64)}
+ROWS = ("f16", "q8", "q4", "kv3", "kv2", "token2", *_KIVI)
+"""How a row can be stored, in the order of ``kvl_row``; ``kivi2-64-k``: 2-bit keys in groups of 64 slots."""
 
-_BLOCKS = {"f16": (1, 2), "q8": (32, 34), "q4": (32, 18), "kv3": (64, 26), "kv2": (64, 18)}  # values, bytes
+_BLOCKS = {  # values, bytes
+    **{"f16": (1, 2), "q8": (32, 34), "q4": (32, 18), "kv3": (64, 26), "kv2": (64, 18), "token2": (64, 19)},
+    **{row: (group, 4 + group * b // 8) for row, (b, group) in _KIVI.items()},
+}
+
+
+def group_slots(row: str) -> int:
+    """Slots that are stored together: 1 unless they share scales."""
+    return _KIVI[row][1] if row.endswith("-k") else 1
 
 
 def encode_rows(row: str, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """``x`` ``[n, d]`` as it is stored, ``[n, bytes of a row]``; ``d`` is a multiple of the block's values."""
+    """``x`` ``[n, d]`` as it is stored, ``[n, bytes of a row]``.
+
+    ``d`` is a multiple of the block's values, ``n`` of :func:`group_slots`: the bytes of a group are rows by their
+    number only. Groups of keys need ``d`` to be a multiple of 32.
+    """
     values, size = _BLOCKS[row]
     x = np.ascontiguousarray(x, np.float32)
-    out = np.empty((len(x), x.shape[1] // values * size), np.uint8)
-    for source, target in zip(x, out, strict=True):
-        _libraries()[1].kvl_row_encode(ROWS.index(row), source.ctypes.data, x.shape[1], target.ctypes.data)
+    out = np.empty((len(x), x.shape[1] * size // values), np.uint8)
+    _libraries()[1].kvl_rows_encode(ROWS.index(row), x.ctypes.data, *x.shape, out.ctypes.data)
     return out
 
 
 def decode_rows(row: str, stored: npt.NDArray[np.uint8], *, plain: bool = False) -> Floats:
     """What :func:`encode_rows` stored, float32 ``[n, d]``; ``plain``: by the loops that the vector code must equal."""
     values, size = _BLOCKS[row]
-    decode = _libraries()[1].kvl_row_decode_ref if plain else _libraries()[1].kvl_row_decode
-    out = np.empty((len(stored), stored.shape[1] // size * values), np.float32)
-    for source, target in zip(np.ascontiguousarray(stored), out, strict=True):
-        decode(ROWS.index(row), source.ctypes.data, out.shape[1], target.ctypes.data)
+    step, stored = group_slots(row), np.ascontiguousarray(stored)
+    out = np.empty((len(stored), stored.shape[1] * values // size), np.float32)
+    d, library = out.shape[1], _libraries()[1]
+    for i in range(0, len(out), step):
+        source, target = stored[i : i + step], out[i : i + step]
+        if plain:
+            library.kvl_row_decode_ref(ROWS.index(row), source.ctypes.data, d, target.ctypes.data)
+        else:
+            library.kvl_rows_decode(ROWS.index(row), source.ctypes.data, 0, step, d, target.ctypes.data, d)
     return out
 
 
@@ -103,8 +120,8 @@ def _libraries() -> tuple[Any, Any]:
         (base, "ggml_new_graph", ptr, [ptr]),
         (base, "ggml_build_forward_expand", None, [ptr, ptr]),
         (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [ptr, ptr, ctypes.c_int]),
-        (cpu, "kvl_row_encode", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
-        (cpu, "kvl_row_decode", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
+        (cpu, "kvl_rows_encode", None, [ctypes.c_int, ptr, ctypes.c_int, ctypes.c_int, ptr]),
+        (cpu, "kvl_rows_decode", None, [ctypes.c_int, ptr, *[ctypes.c_int] * 3, ptr, ctypes.c_int]),
         (cpu, "kvl_row_decode_ref", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
     )
     for library, name, result, arguments in functions:
@@ -169,11 +186,15 @@ class _Pools:
         self.formats = (_Format * _PAGE_FORMATS)()
         self._kept: list[Any] = []  # what the C side points into
         pools: dict[tuple[str, str], tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}
+        n_pairs = 0
         for i, pages in enumerate(stored):
+            paired = False  # this page and the one before lie in one group
             for page, kinds in enumerate(pages):
-                if kinds == ("f16", "f16"):
+                if kinds == ("f16", "f16") or paired:
+                    paired = False
                     continue
-                part = slice(page * PAGE_SLOTS, (page + 1) * PAGE_SLOTS)
+                paired = group_slots(kinds[0]) > PAGE_SLOTS
+                part = slice(page * PAGE_SLOTS, (page + 1 + paired) * PAGE_SLOTS)
                 k = encode_rows(kinds[0], keys[i][part] - (mu[i] if mu else 0))
                 v = encode_rows(kinds[1], values[i][part])
                 if kinds not in pools:
@@ -184,9 +205,15 @@ class _Pools:
                     pools[kinds] = (number, pool_k, pool_v)
                     self.formats[number] = _Format(*map(ROWS.index, kinds), pool_k.ctypes.data, pool_v.ctypes.data)
                 number, pool_k, pool_v = pools[kinds]
-                at = int(order[first[i] + page]) * PAGE_SLOTS
+                at = int(order[first[i] + page])
+                if paired:
+                    n_pairs += 1
+                    at = 2 * (len(order) // 2 - n_pairs)
+                self.entries[first[i] + page : first[i] + page + 1 + paired] = [
+                    number << _PAGE_FORMAT_SHIFT | at + j for j in range(1 + paired)
+                ]
+                at *= PAGE_SLOTS
                 pool_k[at : at + len(k)], pool_v[at : at + len(v)] = k, v
-                self.entries[first[i] + page] |= number << _PAGE_FORMAT_SHIFT
         self._kept += [*pools.values()]
         self.mu: Any = None
         if mu is not None:
@@ -223,7 +250,8 @@ def attend_pages(
         n_split: parts into which a stream's pages are cut, for few rows.
         n_threads: threads.
         seed: order of the pages in the pool.
-        stored: per stream and page how its keys and values are stored (:data:`ROWS`); ``None``: f16.
+        stored: per stream and page how its keys and values are stored (:data:`ROWS`); ``None``: f16. Pages of kivi are
+            full, those of groups of 64 slots come in pairs.
         mu: per stream ``[d_k]``, taken from the keys of all pages but f16 ones before they are stored.
 
     Returns:

@@ -35,6 +35,8 @@ class KvlParams(ctypes.Structure):
         ("portable", ctypes.c_int32),
         ("formats", ctypes.c_int32),
         ("rotate", ctypes.c_int32),
+        ("kivi_bits", ctypes.c_int32),
+        ("kivi_group", ctypes.c_int32),
     )
 
 

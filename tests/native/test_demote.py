@@ -17,8 +17,11 @@ from kvlocal.kernels import decode_rows, encode_rows
 
 SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
 GROUP = 3
-ROWS = {"q8": ("q8", "q8"), "q4": ("q4", "q4"), "kv3": ("kv3", "kv2"), "kv2": ("kv2", "kv2")}
-BITS = {"f16": 16, "q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}
+ROWS = {
+    **{name: (name, name) for name in ("q8", "q4", "kv2", "token2")},
+    **{"kv3": ("kv3", "kv2"), "kivi": ("kivi2-32-k", "kivi2-32")},
+}
+BITS = {"f16": 16, "q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25, "kivi": 3, "token2": 2.375}
 
 
 def paged(context: Context) -> PagedCache:
@@ -59,7 +62,7 @@ def test_demoted_slots_are_what_their_rows_can_hold(
     cache = paged(context)
     context.decode(random_tokens(context.model, 150), 0, 0)
     before = [cache.keys_values(0, layer, 1) for layer in range(2)]
-    slots = np.r_[3:40, 64:100]
+    slots = np.r_[3:40, 64:91]  # two groups of kivi
     demote(cache, slots, storage)
     rest = np.setdiff1d(np.arange(150), slots)
     for layer, (k, v) in enumerate(before):
@@ -92,7 +95,10 @@ def test_a_rotation_changes_nothing_but_rounding(open_model: OpenModel, open_con
         np.testing.assert_allclose(rotated, plain, atol=2e-3 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize(("storage", "error"), [("q8", 0.01), ("q4", 0.12), ("kv3", 0.35), ("kv2", 0.5)])
+@pytest.mark.parametrize(
+    ("storage", "error"),
+    [("q8", 0.01), ("q4", 0.12), ("kv3", 0.35), ("kv2", 0.5), ("kivi", 0.5), ("token2", 0.5)],
+)
 @pytest.mark.parametrize("n_new", [1, 40])
 def test_attention_reads_pages_of_all_formats(
     storage: str, error: float, n_new: int, open_model: OpenModel, open_context: OpenContext
@@ -183,7 +189,7 @@ def test_what_stays_never_drifts(data: st.DataObject, open_model: OpenModel, ope
             context.branch(0, 1)
             other = read(1)
         else:
-            storage = FORMATS[rng.integers(1, 5)]
+            storage = rng.choice([name for name in FORMATS[1:] if name != "kivi"])
             for layer in range(2):
                 lengths = cache.lengths(0, layer)
                 if action == "keep":
@@ -210,6 +216,42 @@ def test_what_stays_never_drifts(data: st.DataObject, open_model: OpenModel, ope
         assert stats.used_bytes == cache.seq_stats(0).used_bytes <= stats.allocated_bytes <= stats.peak_bytes
     context.truncate(0, 0)
     assert cache.stats().used_bytes == cache.stats().allocated_bytes == 0
+
+
+@pytest.mark.parametrize("storage", ["q8", "token2"])
+def test_branches_fill_the_page_that_they_shared_each_for_itself(
+    storage: str, open_model: OpenModel, open_context: OpenContext
+) -> None:
+    context = open_all(open_model, open_context)
+    cache = paged(context)
+    context.decode(random_tokens(context.model, 100), 0, 0)
+    before = cache.keys_values(0, 0, 0)[0]
+    demote(cache, np.arange(10), storage)
+    context.branch(0, 1)
+    demote(cache, np.arange(10, 30), storage, seq=0)
+    demote(cache, np.arange(50, 70), storage, seq=1)
+    for seq, slots in ((0, np.r_[0:30]), (1, np.r_[0:10, 50:70])):
+        wanted = before.copy()
+        wanted[slots] = stored(before[slots], storage, rotate=False)
+        np.testing.assert_array_equal(cache.keys_values(seq, 0, 0)[0], wanted)
+
+
+def test_a_shared_page_that_is_filled_up_needs_a_page_more(open_model: OpenModel, open_context: OpenContext) -> None:
+    context = open_all(open_model, open_context, formats=("q8",), n_pool_ctx=32, n_seq_max=3)
+    cache = paged(context)
+    context.decode(random_tokens(context.model, 20), 0, 0)
+    demote(cache, np.arange(10), "q8")
+    context.branch(0, 1)
+    with pytest.raises(KVError, match="pool is full: 2 pages needed, 0 free"):
+        for n in range(0, 1000, 32):
+            context.decode(random_tokens(context.model, 32), n, 2)
+            demote(cache, np.arange(n, n + 32), "q8", seq=2)
+    with pytest.raises(KVError, match="pool is full: 2 pages needed, 0 free"):
+        demote(cache, np.arange(10, 15), "q8")
+    assert (cache.formats(0, 0)[0] != 0).sum() == 10
+    context.truncate(1, 0)
+    demote(cache, np.arange(10, 15), "q8")
+    assert (cache.formats(0, 0)[0] != 0).sum() == 15
 
 
 def test_what_cannot_be_done_is_refused(open_model: OpenModel, open_context: OpenContext) -> None:

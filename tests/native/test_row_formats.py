@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.kernels import PAGE_SLOTS, attend_pages, decode_rows, encode_rows, reference
+from kvlocal.kernels import PAGE_SLOTS, ROWS, attend_pages, decode_rows, encode_rows, group_slots, reference
 
 Floats = npt.NDArray[np.float32]
 
 KV2 = np.array([-10, -3, 3, 10], np.float32)
 KV3 = np.array([-60, -38, -21, -7, 7, 21, 38, 60], np.float32)
 LEVELS = {"kv2": KV2, "kv3": KV3}
-PAIRS = [("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("kv3", "kv2"), ("kv2", "kv2")]
+PAIRS = [("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("kv3", "kv2"), ("kv2", "kv2"), ("token2", "token2")]
+KIVI = [(row, row.removesuffix("-k")) for row in ROWS if row.endswith("-k")]
 
 
 def half(stored: np.ndarray) -> np.ndarray:
@@ -143,7 +144,7 @@ def test_a_value_on_a_step_shows_that_squares_are_summed_in_f64(row: str, step: 
     np.testing.assert_array_equal(half(stored), scale.astype(np.float32))
 
 
-@pytest.mark.parametrize("row", ["q8", "q4", "kv3", "kv2"])
+@pytest.mark.parametrize("row", ["q8", "q4", "kv3", "kv2", "token2"])
 def test_nothing_stays_nothing(row: str) -> None:
     assert not decode_rows(row, encode_rows(row, np.zeros((1, 128)))).any()
 
@@ -167,10 +168,26 @@ def test_q8_and_q4_are_the_blocks_of_ggml() -> None:
 def as_stored(x: np.ndarray, rows: list[str], mu: np.ndarray | float = 0.0) -> np.ndarray:
     """What attention sees of keys or values whose pages are stored like this."""
     out = x.astype(np.float64)
-    for page, row in enumerate(rows):
+    page = 0
+    while page < len(rows):
+        row, step = rows[page], max(1, group_slots(rows[page]) // PAGE_SLOTS)
         if row != "f16":
-            part = slice(page * PAGE_SLOTS, (page + 1) * PAGE_SLOTS)
+            part = slice(page * PAGE_SLOTS, (page + step) * PAGE_SLOTS)
             out[part] = decode_rows(row, encode_rows(row, x[part].astype(np.float32) - mu)).astype(np.float64) + mu
+        page += step
+    return out
+
+
+def random_pages(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
+    """How the pages of ``n`` slots are stored: at most six kinds, groups of kivi whole."""
+    kinds = [*PAIRS, *KIVI]
+    kinds = [kinds[i] for i in rng.permutation(len(kinds))[:6]]
+    out: list[tuple[str, str]] = []
+    while len(out) * PAGE_SLOTS < n:
+        left = n - len(out) * PAGE_SLOTS
+        fits = [pair for pair in kinds if group_slots(pair[0]) <= left] or [("f16", "f16")]
+        pair = fits[rng.integers(len(fits))]
+        out += [pair] * max(1, group_slots(pair[0]) // PAGE_SLOTS)
     return out
 
 
@@ -187,7 +204,8 @@ def test_pages_of_all_formats_side_by_side(data: st.DataObject) -> None:
     offset = 3.0 * rng.standard_normal(d).astype(np.float32)
     keys = [(rng.standard_normal((n, d)) + offset).astype(np.float16) for n in lengths]
     values = [rng.standard_normal((n, d)).astype(np.float16) for n in lengths]
-    stored = [[PAIRS[rng.integers(len(PAIRS))] for _ in range(-(-n // PAGE_SLOTS))] for n in lengths]
+    kinds = rng.integers(0, 10_000)
+    stored = [random_pages(np.random.default_rng(kinds), n) for n in lengths]
     mu = [offset] * len(keys) if draw(st.booleans()) else None
     live = [rng.random(n) > 0.3 for n in lengths]
     for mask in live:

@@ -14,8 +14,8 @@ void prefetch_row(const ggml_fp16_t * row, int d) {
 }
 
 void prefetch_page(const page_rows & rows) {
-    const int64_t bytes = PAGE * int64_t(kvl_row_bytes(rows.row, rows.d));
-    for (int64_t c = 0; c < bytes; c += 64) {
+    const int64_t bytes = int64_t(kvl_row_bytes(rows.row, rows.d));
+    for (int64_t c = rows.first * bytes; c < (rows.first + PAGE) * bytes; c += 64) {
         __builtin_prefetch(rows.data + c);
     }
 }

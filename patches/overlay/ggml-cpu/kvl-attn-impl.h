@@ -33,11 +33,14 @@ inline float mean_logit(float m, float l, int n) {
 struct page_rows {
     kvl_row row;
     int d;
+    int first; // the page's first row among those that are stored together with it
     const char * data;
 
-    page_rows(kvl_row row, const void * pool, int32_t entry, int d)
-        : row(row), d(d), data(static_cast<const char *>(pool) +
-                               int64_t(entry & ((1 << KVL_PAGE_FORMAT_SHIFT) - 1)) * PAGE * kvl_row_bytes(row, d)) {}
+    page_rows(kvl_row row, const void * pool, int32_t entry, int d) : row(row), d(d) {
+        const int64_t i = int64_t(entry & ((1 << KVL_PAGE_FORMAT_SHIFT) - 1)) * PAGE;
+        first = int(i % kvl_row_slots(row));
+        data = static_cast<const char *>(pool) + (i - first) * kvl_row_bytes(row, d);
+    }
 
     const ggml_fp16_t * f16() const { return reinterpret_cast<const ggml_fp16_t *>(data); }
     // the first n as f32, ld apart

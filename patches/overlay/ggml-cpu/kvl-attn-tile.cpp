@@ -61,10 +61,7 @@ void add_bias(tile_buffers & t, int j, int n) {
 
 void page_rows::widen(int n, float * to, int ld) const {
     if (row != KVL_ROW_F16) {
-        const size_t bytes = kvl_row_bytes(row, d);
-        for (int j = 0; j < n; j++) {
-            kvl_row_decode(row, data + j * bytes, d, to + j * ld);
-        }
+        kvl_rows_decode(row, data, first, n, d, to, ld);
         return;
     }
     const ggml_fp16_t * from = f16();

@@ -133,8 +133,8 @@ extern "C" void * kvl_cpu_proc_address(const char * name) {
         {KVL_ATTN_MASS_PROC, reinterpret_cast<void *>(kvl_attn_mass)},
         {KVL_ATTN_SCORES_PROC, reinterpret_cast<void *>(kvl_attn_scores)},
         {KVL_ATTN_ROTATE_PROC, reinterpret_cast<void *>(kvl_attn_rotate)},
-        {KVL_ROW_ENCODE_PROC, reinterpret_cast<void *>(kvl_row_encode)},
-        {KVL_ROW_DECODE_PROC, reinterpret_cast<void *>(kvl_row_decode)},
+        {KVL_ROWS_ENCODE_PROC, reinterpret_cast<void *>(kvl_rows_encode)},
+        {KVL_ROWS_DECODE_PROC, reinterpret_cast<void *>(kvl_rows_decode)},
         {KVL_ROW_ROTATE_PROC, reinterpret_cast<void *>(kvl_row_rotate)},
     };
     for (const auto & [known, proc] : procs) {

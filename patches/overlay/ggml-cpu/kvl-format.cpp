@@ -2,6 +2,7 @@
 
 #include "kvl-format.h"
 
+#include "kvl-affine.h"
 #include "kvl-attn.h"
 
 #include "kvl-format-decode.h"
@@ -122,10 +123,13 @@ extern "C" void kvl_row_encode(kvl_row row, const float * x, int d, void * out) 
                 encode(x + 64 * i, static_cast<kvl_block_kv3 *>(out)[i]);
             });
             break;
-        default:
+        case KVL_ROW_KV2:
             blocks(row, d, [&](int i) {
                 encode(x + 64 * i, static_cast<kvl_block_kv2 *>(out)[i]);
             });
+            break;
+        default:
+            kvl::affine_encode(row, x, d, out);
     }
 }
 
@@ -178,10 +182,13 @@ extern "C" void kvl_row_decode_ref(kvl_row row, const void * in, int d, float * 
                 plain::decode(static_cast<const kvl_block_kv3 *>(in)[i], out + 64 * i);
             });
             break;
-        default:
+        case KVL_ROW_KV2:
             blocks(row, d, [&](int i) {
                 plain::decode(static_cast<const kvl_block_kv2 *>(in)[i], out + 64 * i);
             });
+            break;
+        default:
+            kvl::affine_decode(row, in, d, out);
     }
 }
 

@@ -46,7 +46,9 @@ typedef enum kvl_format {
     KVL_FORMAT_Q4 = 2,
     KVL_FORMAT_KV3 = 3, // K in kv3, V in kv2
     KVL_FORMAT_KV2 = 4,
-    KVL_FORMAT_COUNT = 5,
+    KVL_FORMAT_KIVI = 5,   // K per channel over groups of kivi_group slots, V per slot
+    KVL_FORMAT_TOKEN2 = 6, // 2 bits per slot with an integer zero point, as LogQuant's code has it
+    KVL_FORMAT_COUNT = 7,
 } kvl_format;
 
 typedef struct kvl_params {
@@ -56,10 +58,12 @@ typedef struct kvl_params {
     int32_t portable;    // 1: attention with stock operators only (the reference), even where a kernel exists
     int32_t formats;     // formats that kvl_demote may use beside f16: bits 1 << kvl_format
     int32_t rotate;      // 1: K and V are rotated before they are stored, so that their values are about normal
+    int32_t kivi_bits;   // per code of KVL_FORMAT_KIVI: 2 or 4 (0: 2)
+    int32_t kivi_group;  // slots (of K) and channels (of V) that share a scale there: 32 or 64 (0: 32)
 } kvl_params;
 
 typedef struct kvl_stats {
-    uint64_t used_bytes;      // K and V of the slots held; a page shared by branches counts once
+    uint64_t used_bytes;      // K and V of the slots held; what branches share counts once
     uint64_t allocated_bytes; // pages taken from the pools, page waste included
     uint64_t peak_bytes;      // largest allocated_bytes so far
     uint64_t full_bytes;      // what a full f16 cache would take for the tokens seen
@@ -127,7 +131,8 @@ LLAMA_API int32_t kvl_lengths(const struct llama_context * ctx, llama_seq_id seq
 // Positions of all heads of a layer, head after head: out[sum of lengths].
 LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
 // How the slots that kvl_positions names are stored, and where: format[i] is a kvl_format, page[i] the index of the
-// slot's page among those of its head (either may be NULL).
+// slot's page among those of its head (either may be NULL). A head's kivi pages come right behind its token2 pages, of
+// which none is empty; with kivi_group = 64, two of them in turn are a group.
 LLAMA_API int32_t kvl_slot_pages(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * format,
                                  int32_t * page);
 // Attention of the last n_queries remembered window queries (0: of all): f32 out[n_head][stride], softmax in f32 over
@@ -156,11 +161,13 @@ LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq,
 LLAMA_API int32_t kvl_rotate(struct llama_context * ctx, int32_t layer, int32_t n, float * x, const int32_t * pos);
 
 // Keep these slots of every KV head of a layer and give the rest back: n_keep[n_head_kv] counts, slots concatenated,
-// strictly ascending within a head. All or nothing.
+// strictly ascending within a head. All or nothing. A kivi group is given back once none of its slots is left.
 LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep,
                            const int32_t * slots);
 // Store these slots of every KV head of a layer in another format: n_demote[n_head_kv] counts, slots as for kvl_keep.
-// Needs the page kernels and a format named in kvl_params. All or nothing.
+// Slots that are in this format stay as they are. Needs the page kernels and a format named in kvl_params. All or
+// nothing. To kivi go multiples of kivi_group slots per head, a group being the next kivi_group of them by position;
+// from kivi there is no way to another format.
 LLAMA_API int32_t kvl_demote(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format,
                              const int32_t * n_demote, const int32_t * slots);
 // f32 [n_head_kv][d_k], as keys are read: taken from them before they are stored in any format but f16, and given back

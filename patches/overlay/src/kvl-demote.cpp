@@ -1,196 +1,172 @@
-// Pages of several formats in one head: compaction within each, and moving slots from one to another.
+// Slots that are stored in another format from now on.
 
 #include "kvl-api.h"
+#include "kvl-parallel.h"
 #include "llama-kv-paged.h"
 
 #include <algorithm>
-#include <map>
 
 using kvl_api::fail;
 
-namespace {
+// Slots of one head that go to another format: the i-th of them to row at + i of the pages.
+struct kvl_move {
+    std::vector<uint32_t> slots, rest; // those that go, by position; the others that are held, by slot
+    uint32_t at = 0;                   // rows that are taken in the first of the pages
+    std::vector<uint32_t> pages;       // numbers in the pool of the format
+    std::vector<float> k, v;           // room for what is encoded together
 
-// Pages [begin, end) of one format, and which of the given slots lie in them.
-struct page_group {
-    uint32_t format, begin, end;
-    size_t first, n; // slots[first .. first + n)
+    uint32_t n_pages() const {
+        return slots.empty() ? 0 : uint32_t((at + slots.size() + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS);
+    }
 };
 
-std::vector<page_group> groups_of(const kvl_head & head, const std::vector<uint32_t> & slots) {
-    std::vector<page_group> out;
-    size_t first = 0;
-    for (uint32_t p = 0; p < head.pages.size();) {
-        const uint32_t format = kvl_head::page_format(head.pages[p]);
-        page_group g = {format, p, p, first, 0};
-        while (g.end < head.pages.size() && kvl_head::page_format(head.pages[g.end]) == format) {
-            g.end++;
-        }
-        const auto last = std::lower_bound(slots.begin() + int64_t(first), slots.end(), g.end * KVL_PAGE_SLOTS);
-        g.n = size_t(last - slots.begin()) - first;
-        first += g.n;
-        p = g.end;
-        out.push_back(g);
+namespace {
+
+// Pages up to the last one of a format.
+uint32_t format_end(const kvl_head & head, uint32_t format) {
+    uint32_t p = 0;
+    while (p < head.pages.size() && kvl_head::page_format(head.pages[p]) >= format) {
+        p++;
     }
+    return p;
+}
+
+kvl_move plan(const kvl_head & head, uint32_t format, const kvl_pool & pool, const int32_t * slots, int32_t n) {
+    kvl_move out;
+    const std::vector<uint32_t> order = head.order();
+    std::vector<bool> goes(head.n(), false);
+    for (int32_t i = 0; i < n; i++) {
+        const uint32_t slot = order[slots[i]];
+        if (head.format(slot) != format) { // else it is there already
+            goes[slot] = true;
+            out.slots.push_back(slot);
+        }
+    }
+    for (uint32_t slot = 0; slot < head.n(); slot++) {
+        if (!goes[slot] && head.pos[slot] != kvl_head::HOLE) {
+            out.rest.push_back(slot);
+        }
+    }
+    const uint32_t end = format_end(head, format);
+    if (format != KVL_FORMAT_KIVI && end > 0 && kvl_head::page_format(head.pages[end - 1]) == format) {
+        out.at = head.in_page(end - 1) % KVL_PAGE_SLOTS;
+    }
+    const size_t together = std::min<size_t>(out.slots.size(), pool.n_together * KVL_PAGE_SLOTS);
+    out.pages.reserve(out.n_pages());
+    out.k.resize(together * pool.d_k);
+    out.v.resize(together * pool.d_v);
     return out;
 }
 
-// Whether some slot of the group's page q comes from elsewhere.
-bool page_moves(const page_group & g, const std::vector<uint32_t> & slots, uint32_t q) {
-    const size_t last = std::min(g.n, size_t(q + 1) * KVL_PAGE_SLOTS) - 1;
-    return slots[g.first + last] != g.begin * KVL_PAGE_SLOTS + last;
-}
-
-uint32_t entry(uint32_t format, uint32_t number) {
-    return format << KVL_PAGE_FORMAT_SHIFT | number;
+// Takes the pages; the first one may be there, in part filled.
+void reserve(kvl_pool & pool, kvl_head & head, uint32_t format, kvl_move & move) {
+    if (move.at > 0 && !move.slots.empty()) {
+        uint32_t & last = head.pages[format_end(head, format) - 1];
+        if (pool.shared(kvl_head::page_number(last))) {
+            last = kvl_head::page_entry(format, pool.unshare(kvl_head::page_number(last), move.at));
+        }
+        move.pages.push_back(kvl_head::page_number(last));
+    }
+    while (move.pages.size() < move.n_pages()) {
+        const uint32_t first = pool.take();
+        for (uint32_t i = 0; i < pool.n_together; i++) {
+            move.pages.push_back(first + i);
+        }
+    }
 }
 
 } // namespace
-
-void llama_kv_paged::count_copies(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
-                                  std::vector<uint32_t> & copies) const {
-    for (const page_group & g : groups_of(head, slots)) {
-        for (uint32_t q = 0; q * KVL_PAGE_SLOTS < g.n; q++) {
-            const uint32_t page = kvl_head::page_number(head.pages[g.begin + q]);
-            copies[g.format] += page_moves(g, slots, q) && layer.pools[g.format]->shared(page) ? 1 : 0;
-        }
-    }
-}
-
-void llama_kv_paged::compact(kvl_layer & layer, kvl_head & head, const std::vector<uint32_t> & slots) {
-    kvl_head out;
-    out.mass.resize(head.mass.size());
-    std::vector<std::pair<kvl_pool *, uint32_t>> gone;
-    for (const page_group & g : groups_of(head, slots)) {
-        kvl_pool & pool = *layer.pools[g.format];
-        const uint32_t n_pages = uint32_t((g.n + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS);
-        // sources are never behind their destination, so pages can be rewritten in ascending order; a page that is
-        // still shared is read from the old table after a new page has taken its place
-        for (uint32_t q = 0; q < n_pages; q++) {
-            uint32_t page = kvl_head::page_number(head.pages[g.begin + q]);
-            if (page_moves(g, slots, q)) {
-                if (pool.shared(page)) {
-                    gone.emplace_back(&pool, page);
-                    page = pool.take();
-                }
-                const size_t end = std::min(g.n, size_t(q + 1) * KVL_PAGE_SLOTS);
-                for (size_t i = size_t(q) * KVL_PAGE_SLOTS; i < end;) {
-                    // one move for a run of neighbours within one source page
-                    const uint32_t from = slots[g.first + i];
-                    uint32_t run = 1;
-                    while (i + run < end && slots[g.first + i + run] == from + run &&
-                           (from + run) / KVL_PAGE_SLOTS == from / KVL_PAGE_SLOTS) {
-                        run++;
-                    }
-                    const uint64_t to = uint64_t(page) * KVL_PAGE_SLOTS + i % KVL_PAGE_SLOTS;
-                    if (head.row(from) != to) {
-                        pool.move_rows(to, head.row(from), run);
-                    }
-                    i += run;
-                }
-            }
-            out.pages.push_back(entry(g.format, page));
-        }
-        for (uint32_t p = g.begin + n_pages; p < g.end; p++) {
-            gone.emplace_back(&pool, kvl_head::page_number(head.pages[p]));
-        }
-        for (size_t i = 0; i < g.n; i++) {
-            const uint32_t slot = slots[g.first + i];
-            out.pos.push_back(head.pos[slot]);
-            for (size_t m = 0; m < head.mass.size(); m++) {
-                out.mass[m].push_back(head.mass[m][slot]);
-            }
-        }
-        if (g.format != KVL_FORMAT_F16) {
-            const size_t full = size_t(out.pages.size()) * KVL_PAGE_SLOTS;
-            out.n_holes += uint32_t(full - out.pos.size());
-            out.pos.resize(full, kvl_head::HOLE);
-            for (auto & mass : out.mass) {
-                mass.resize(full, 0.0f);
-            }
-        }
-    }
-    note_peak();
-    for (const auto & [pool, page] : gone) {
-        pool->drop(page);
-    }
-    for (uint32_t p = 0; p < out.pages.size(); p++) {
-        out.live.push_back(out.all_live(p));
-    }
-    head = std::move(out);
-}
 
 void llama_kv_paged::read_slot(llama_seq_id seq, uint32_t layer_id, uint32_t h, uint32_t slot, float * k,
                                float * v) const {
     const kvl_layer & layer = layers[layer_id];
     const kvl_head & head = seqs[seq].heads[layer_id][h];
-    const uint32_t format = head.format(slot);
-    const kvl_pool & pool = *layer.pools[format];
-    if (format == KVL_FORMAT_F16) {
+    const kvl_pool & pool = *layer.pools[head.format(slot)];
+    if (!attn.decode) {
         pool.read_rows(head.row(slot), 1, k, v);
         return;
     }
     const auto decode = [&](const ggml_tensor * t, kvl_row row, uint32_t d, float * out) {
+        const uint64_t first = head.row(slot) % uint64_t(kvl_row_slots(row));
         if (out) {
-            attn.decode(row, static_cast<const char *>(t->data) + head.row(slot) * t->nb[1], int(d), out);
+            attn.decode(row, static_cast<const char *>(t->data) + (head.row(slot) - first) * t->nb[1], int(first), 1,
+                        int(d), out, int(d));
         }
     };
     decode(pool.k, pool.k_row, pool.d_k, k);
     decode(pool.v, pool.v_row, pool.d_v, v);
     const std::vector<float> & mu = seqs[seq].mu[layer_id];
-    for (uint32_t c = 0; k && !mu.empty() && c < pool.d_k; c++) {
+    const bool centred = k && head.format(slot) != KVL_FORMAT_F16 && !mu.empty();
+    for (uint32_t c = 0; centred && c < pool.d_k; c++) {
         k[c] += mu[h * pool.d_k + c];
     }
 }
 
-// New slots of a format behind those that are there.
-void llama_kv_paged::insert(kvl_layer & layer, kvl_head & head, uint32_t format, const std::vector<llama_pos> & pos,
-                            const std::vector<std::vector<float>> & mass, const std::vector<float> & k,
-                            const std::vector<float> & v) {
-    kvl_pool & pool = *layer.pools[format];
-    uint32_t p = 0; // first page behind the group
-    while (p < head.pages.size() && kvl_head::page_format(head.pages[p]) >= format) {
-        p++;
-    }
-    uint32_t slot = p * KVL_PAGE_SLOTS;
-    const bool exists = p > 0 && kvl_head::page_format(head.pages[p - 1]) == format;
-    while (exists && head.pos[slot - 1] == kvl_head::HOLE) {
-        slot--;
-    }
-    for (size_t i = 0; i < pos.size(); i++, slot++) {
-        if (slot == p * KVL_PAGE_SLOTS) {
-            head.pages.insert(head.pages.begin() + p, entry(format, pool.take()));
-            head.live.insert(head.live.begin() + p, 0);
-            head.pos.insert(head.pos.begin() + slot, KVL_PAGE_SLOTS, kvl_head::HOLE);
-            for (auto & m : head.mass) {
-                m.insert(m.begin() + slot, KVL_PAGE_SLOTS, 0.0f);
-            }
-            head.n_holes += KVL_PAGE_SLOTS;
-            p++;
-        } else if (i == 0) {
-            uint32_t & page = head.pages[slot / KVL_PAGE_SLOTS];
-            if (pool.shared(kvl_head::page_number(page))) {
-                page = entry(format, pool.unshare(kvl_head::page_number(page), slot % KVL_PAGE_SLOTS));
+// Runs in a thread of its own: allocates nothing, and no other head reads or writes these pages.
+void llama_kv_paged::encode_slots(llama_seq_id seq, uint32_t layer, uint32_t h, const kvl_pool & pool,
+                                  kvl_move & move) const {
+    const uint32_t step = pool.n_together * KVL_PAGE_SLOTS;
+    const std::vector<float> & mu = seqs[seq].mu[layer];
+    for (size_t i = 0; i < move.slots.size();) {
+        const size_t at = move.at + i;
+        const size_t n = std::min(move.slots.size() - i, step - at % step);
+        for (size_t j = 0; j < n; j++) {
+            float * k = move.k.data() + j * pool.d_k;
+            read_slot(seq, layer, h, move.slots[i + j], k, move.v.data() + j * pool.d_v);
+            for (uint32_t c = 0; !mu.empty() && c < pool.d_k; c++) {
+                k[c] -= mu[h * pool.d_k + c];
             }
         }
-        head.pos[slot] = pos[i];
-        head.n_holes--;
-        for (size_t m = 0; m < head.mass.size(); m++) {
-            head.mass[m][slot] = mass[m][i];
-        }
-        const auto encode = [&](ggml_tensor * t, kvl_row row, uint32_t d, const float * x) {
-            attn.encode(row, x + i * d, int(d), static_cast<char *>(t->data) + head.row(slot) * t->nb[1]);
+        const uint64_t row = uint64_t(move.pages[at / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + at % KVL_PAGE_SLOTS;
+        const auto encode = [&](ggml_tensor * t, kvl_row kind, uint32_t d, const float * x) {
+            attn.encode(kind, x, int(n), int(d), static_cast<char *>(t->data) + row * t->nb[1]);
         };
-        encode(pool.k, pool.k_row, pool.d_k, k.data());
-        encode(pool.v, pool.v_row, pool.d_v, v.data());
+        encode(pool.k, pool.k_row, pool.d_k, move.k.data());
+        encode(pool.v, pool.v_row, pool.d_v, move.v.data());
+        i += n;
     }
-    for (uint32_t q = 0; q < head.pages.size(); q++) {
-        head.live[q] = head.all_live(q);
+}
+
+void llama_kv_paged::move_slots(kvl_layer & layer, kvl_head & head, uint32_t format, const kvl_move & move) {
+    if (move.slots.empty()) {
+        return;
     }
-    note_peak();
+    const auto moved = [&](const auto & values) {
+        std::remove_const_t<std::remove_reference_t<decltype(values)>> out;
+        for (const uint32_t slot : move.slots) {
+            out.push_back(values[slot]);
+        }
+        return out;
+    };
+    const std::vector<llama_pos> pos = moved(head.pos);
+    std::vector<std::vector<float>> mass;
+    for (const auto & values : head.mass) {
+        mass.push_back(moved(values));
+    }
+    compact(layer, head, move.rest);
+
+    const uint32_t end = format_end(head, format);
+    const uint32_t n_old = move.at > 0 ? 1 : 0; // pages that were there
+    const uint32_t n_new = uint32_t(move.pages.size()) - n_old;
+    const uint32_t first = (end - n_old) * KVL_PAGE_SLOTS + move.at;
+    for (uint32_t i = 0; i < n_new; i++) {
+        head.pages.insert(head.pages.begin() + end + i, kvl_head::page_entry(format, move.pages[n_old + i]));
+    }
+    head.pos.insert(head.pos.begin() + end * KVL_PAGE_SLOTS, n_new * KVL_PAGE_SLOTS, kvl_head::HOLE);
+    std::copy(pos.begin(), pos.end(), head.pos.begin() + first);
+    for (size_t m = 0; m < mass.size(); m++) {
+        head.mass[m].insert(head.mass[m].begin() + end * KVL_PAGE_SLOTS, n_new * KVL_PAGE_SLOTS, 0.0f);
+        std::copy(mass[m].begin(), mass[m].end(), head.mass[m].begin() + first);
+    }
+    head.n_holes += n_new * KVL_PAGE_SLOTS - uint32_t(pos.size());
+    head.live.assign(head.pages.size(), 0);
+    for (uint32_t p = 0; p < head.pages.size(); p++) {
+        head.live[p] = head.all_live(p);
+    }
 }
 
 int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t format, const int32_t * n_demote,
-                               const int32_t * slots) {
+                               const int32_t * slots, int n_threads) {
     kvl_layer & layer = layers[layer_id];
     std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
     if (format == KVL_FORMAT_F16 || format >= KVL_FORMAT_COUNT || !layer.pools[format]) {
@@ -200,59 +176,44 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
         return KVL_ERR_ARGUMENT;
     }
     kvl_pool & pool = *layer.pools[format];
-    const std::vector<float> & mu = seqs[seq_id].mu[layer_id];
-    struct move {
-        std::vector<uint32_t> rest;
-        std::vector<llama_pos> pos;
-        std::vector<std::vector<float>> mass;
-        std::vector<float> k, v;
-    };
-    std::vector<move> moves(heads.size());
+    std::vector<kvl_move> moves;
     std::vector<uint32_t> need(layer.pools.size(), 0);
     for (uint32_t h = 0; h < heads.size(); slots += n_demote[h], h++) {
-        const kvl_head & head = heads[h];
-        move & m = moves[h];
-        const std::vector<uint32_t> order = head.order();
-        std::vector<bool> goes(head.n(), false);
-        m.mass.resize(head.mass.size());
-        for (int32_t i = 0; i < n_demote[h]; i++) {
-            const uint32_t slot = order[slots[i]];
-            if (head.format(slot) == format) {
-                continue; // it is there already
-            }
-            goes[slot] = true;
-            m.pos.push_back(head.pos[slot]);
-            for (size_t g = 0; g < head.mass.size(); g++) {
-                m.mass[g].push_back(head.mass[g][slot]);
-            }
-            m.k.resize(m.k.size() + pool.d_k);
-            m.v.resize(m.v.size() + pool.d_v);
-            float * k = m.k.data() + m.k.size() - pool.d_k;
-            read_slot(seq_id, layer_id, h, slot, k, m.v.data() + m.v.size() - pool.d_v);
-            for (uint32_t c = 0; !mu.empty() && c < pool.d_k; c++) {
-                k[c] -= mu[h * pool.d_k + c];
-            }
+        moves.push_back(plan(heads[h], format, pool, slots, n_demote[h]));
+        const kvl_move & m = moves.back();
+        const std::string where = " (layer " + std::to_string(layer_id) + ", KV head " + std::to_string(h) + ")";
+        const auto n_kivi = std::count_if(m.slots.begin(), m.slots.end(), [&](uint32_t slot) {
+            return heads[h].format(slot) == KVL_FORMAT_KIVI;
+        });
+        if (n_kivi > 0) {
+            return fail(KVL_ERR_ARGUMENT, std::to_string(n_kivi) + " of " + std::to_string(m.slots.size()) +
+                                              " slots are stored in kivi and cannot go to another format" + where);
         }
-        for (uint32_t slot = 0; slot < head.n(); slot++) {
-            if (!goes[slot] && head.pos[slot] != kvl_head::HOLE) {
-                m.rest.push_back(slot);
-            }
+        const int group = kvl_row_slots(pool.k_row);
+        if (m.slots.size() % size_t(group) != 0) {
+            return fail(KVL_ERR_ARGUMENT, "kivi stores slots in groups of " + std::to_string(group) + ", not " +
+                                              std::to_string(m.slots.size()) + " of them" + where);
         }
-        count_copies(layer, head, m.rest, need);
-        need[format] += m.pos.empty() ? 0 : uint32_t(m.pos.size() / KVL_PAGE_SLOTS) + 2;
+        const bool copy =
+            m.at > 0 && pool.shared(kvl_head::page_number(heads[h].pages[format_end(heads[h], format) - 1]));
+        need[format] += m.slots.empty() ? 0 : m.n_pages() - (m.at > 0 && !copy ? 1 : 0);
+        count_copies(layer, heads[h], m.rest, need);
     }
     for (uint32_t f = 0; f < need.size(); f++) {
         if (need[f] > 0 && need[f] > layer.pools[f]->n_free()) {
-            return fail(KVL_ERR_MEMORY, "the KV pool is full: up to " + std::to_string(need[f]) + " pages needed, " +
+            return fail(KVL_ERR_MEMORY, "the KV pool is full: " + std::to_string(need[f]) + " pages needed, " +
                                             std::to_string(layer.pools[f]->n_free()) + " free");
         }
     }
     for (uint32_t h = 0; h < heads.size(); h++) {
-        move & m = moves[h];
-        if (!m.pos.empty()) {
-            compact(layer, heads[h], m.rest);
-            insert(layer, heads[h], format, m.pos, m.mass, m.k, m.v);
-        }
+        reserve(pool, heads[h], format, moves[h]);
+    }
+    note_peak();
+    kvl_parallel_for(int(heads.size()), n_threads, [&](int h) {
+        encode_slots(seq_id, layer_id, uint32_t(h), pool, moves[size_t(h)]);
+    });
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        move_slots(layer, heads[h], format, moves[h]);
     }
     trim();
     return KVL_OK;

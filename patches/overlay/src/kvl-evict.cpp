@@ -314,7 +314,11 @@ llama_pos llama_kv_paged::seq_pos_min(llama_seq_id seq_id) const {
     llama_pos p = seqs[seq_id].n_seen - 1;
     for (const auto & heads : seqs[seq_id].heads) {
         for (const kvl_head & head : heads) {
-            p = head.pos.empty() ? p : std::min(p, head.pos.front());
+            // only slots of f16 are in order
+            const auto end = head.pos.begin() + std::min(head.n(), head.f16_begin() + 1);
+            std::for_each(head.pos.begin(), end, [&](llama_pos pos) {
+                p = pos == kvl_head::HOLE ? p : std::min(p, pos);
+            });
         }
     }
     return p;

@@ -3,6 +3,7 @@
 #include "llama-kv-paged.h"
 
 #include <algorithm>
+#include <bitset>
 #include <map>
 #include <numeric>
 
@@ -37,10 +38,13 @@ uint32_t kvl_head::all_live(uint32_t page) const {
     return bits;
 }
 
+uint32_t kvl_head::held_bits(uint32_t page) const {
+    const uint32_t n = kvl_head::n() - page * KVL_PAGE_SLOTS;
+    return all_live(page) & (n < KVL_PAGE_SLOTS ? (1u << n) - 1 : UINT32_MAX);
+}
+
 uint32_t kvl_head::in_page(uint32_t page) const {
-    const uint32_t n = std::min<uint32_t>(kvl_head::n() - page * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
-    const auto begin = pos.begin() + page * KVL_PAGE_SLOTS;
-    return n_holes == 0 ? n : n - uint32_t(std::count(begin, begin + n, HOLE));
+    return uint32_t(std::bitset<KVL_PAGE_SLOTS>(held_bits(page)).count());
 }
 
 //
@@ -92,8 +96,8 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
     out.n_evict = n_evict;
     out.score_us = score_us;
     out.keep_us = keep_us;
-    // slots in use per page: a page shared by branches counts once, with its fullest owner
-    std::map<const kvl_pool *, std::vector<uint8_t>> fill;
+    // slots in use per page: a slot shared by branches counts once
+    std::map<const kvl_pool *, std::vector<uint32_t>> fill;
     for (const auto & pool : pools) {
         if (pool) {
             out.allocated_bytes += pool->allocated_bytes();
@@ -109,17 +113,18 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
                 for (uint32_t p = 0; p < head.pages.size(); p++) {
-                    uint8_t & most = fill[layers[l].pools[kvl_head::page_format(head.pages[p])]]
-                                         [kvl_head::page_number(head.pages[p])];
-                    most = std::max<uint8_t>(most, uint8_t(head.in_page(p)));
+                    fill[layers[l].pools[kvl_head::page_format(head.pages[p])]][kvl_head::page_number(head.pages[p])] |=
+                        head.held_bits(p);
                 }
                 out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
                 out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
             }
         }
     }
-    for (const auto & [pool, n] : fill) {
-        out.used_bytes += std::accumulate(n.begin(), n.end(), uint64_t(0)) * pool->slot_bytes();
+    for (const auto & [pool, pages] : fill) {
+        for (const uint32_t bits : pages) {
+            out.used_bytes += std::bitset<KVL_PAGE_SLOTS>(bits).count() * pool->slot_bytes();
+        }
     }
 }
 

@@ -92,15 +92,17 @@ void kvl_region::give_back(size_t begin, size_t end) {
 
 kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row,
                    kvl_row v_row)
-    : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row), buft(buft), n_pages(n_pages), refs(n_pages, 0),
-      k_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k))),
-      v_mem(buft, size_t(n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v))) {
+    : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row),
+      n_together(std::max<uint32_t>(uint32_t(kvl_row_slots(k_row)) / KVL_PAGE_SLOTS, 1)), buft(buft),
+      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0),
+      k_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k))),
+      v_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v))) {
     ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
     ctx.reset(ggml_init(params));
     if (!ctx) {
         throw std::bad_alloc();
     }
-    const int64_t n_rows = int64_t(n_pages) * KVL_PAGE_SLOTS;
+    const int64_t n_rows = int64_t(this->n_pages) * KVL_PAGE_SLOTS;
     const auto rows = [&](kvl_row row, uint32_t d) {
         return row == KVL_ROW_F16
                    ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d, n_rows)
@@ -121,15 +123,21 @@ bool kvl_pool::matches(ggml_backend_buffer_type_t b, uint32_t dk, uint32_t dv) c
 }
 
 uint32_t kvl_pool::take() {
-    while (hint < n_pages && refs[hint] != 0) {
-        hint++;
+    const auto is_free = [&] {
+        return std::all_of(refs.begin() + hint, refs.begin() + hint + n_together, [](uint32_t n) {
+            return n == 0;
+        });
+    };
+    while (hint < n_pages && !is_free()) {
+        hint += n_together;
     }
     if (hint == n_pages) {
         return NONE;
     }
-    const uint32_t page = hint++;
-    refs[page] = 1;
-    n_taken++;
+    const uint32_t page = hint;
+    hint += n_together;
+    std::fill_n(refs.begin() + page, n_together, 1);
+    n_taken += n_together;
     return page;
 }
 
@@ -138,7 +146,7 @@ void kvl_pool::drop(uint32_t page) {
         return;
     }
     n_taken--;
-    hint = std::min(hint, page);
+    hint = std::min(hint, page / n_together * n_together);
     dropped.push_back(page);
 }
 

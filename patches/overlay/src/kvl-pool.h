@@ -44,12 +44,13 @@ class kvl_pool {
 
     bool matches(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v) const;
 
-    // lowest free page with one owner, NONE when the pool is exhausted
+    // n_together lowest free pages with one owner, by the first of them; NONE when the pool is exhausted
     uint32_t take();
     void share(uint32_t page) { refs[page]++; }
     void drop(uint32_t page);
     bool shared(uint32_t page) const { return refs[page] > 1; }
-    // a private copy of the first n slots of a shared page; the caller's reference moves to the copy
+    // a private copy of the first n slots of a shared page; the caller's reference moves to the copy. Not of groups:
+    // nobody writes to them
     uint32_t unshare(uint32_t page, uint32_t n);
 
     // give dropped pages back to the operating system
@@ -72,6 +73,9 @@ class kvl_pool {
     const uint32_t d_v;
     const kvl_row k_row;
     const kvl_row v_row;
+    // pages that lie in one group of slots that are stored together: taken at once, the first is a multiple of their
+    // number, and whoever shares or drops one does so with all
+    const uint32_t n_together;
 
     ggml_tensor * k = nullptr; // f16 [d_k, n_pages*32], or i8 [bytes of a row, n_pages*32]
     ggml_tensor * v = nullptr;

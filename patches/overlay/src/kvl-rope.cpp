@@ -71,11 +71,11 @@ int32_t kvl_rotate_rows(const llama_context & ctx, llama_kv_paged & kv, uint32_t
 
 int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_seq_id seq_id) {
     auto & heads_of = kv.seqs[seq_id].heads;
-    const uint32_t n = heads_of[0][0].n();
+    const uint32_t n = heads_of[0][0].held();
     for (size_t l = 0; l < kv.layers.size(); l++) {
         for (const kvl_head & head : heads_of[l]) {
-            if (head.n() != n) {
-                kvl_set_error("heads hold " + std::to_string(n) + " and " + std::to_string(head.n()) +
+            if (head.held() != n) {
+                kvl_set_error("heads hold " + std::to_string(n) + " and " + std::to_string(head.held()) +
                               " slots; only a sequence with equal heads can be renumbered");
                 return KVL_ERR_ARGUMENT;
             }

@@ -226,7 +226,7 @@ int32_t kvl_demote(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t
     }
     return guarded([&] {
         ctx->synchronize();
-        return kv->demote(seq, uint32_t(layer), uint32_t(format), n_demote, slots);
+        return kv->demote(seq, uint32_t(layer), uint32_t(format), n_demote, slots, int(ctx->n_threads_batch()));
     });
 }
 

@@ -86,8 +86,8 @@ size_t kvl_struct_size(const char * name) {
 }
 
 kvl_params kvl_default_params(void) {
-    return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20,
-            /*.portable =*/0,  /*.formats =*/0,    /*.rotate =*/0};
+    return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20, /*.portable =*/0,
+            /*.formats =*/0,   /*.rotate =*/0,     /*.kivi_bits =*/2,          /*.kivi_group =*/32};
 }
 
 int32_t kvl_model_check(const llama_model * model) {
@@ -113,13 +113,20 @@ llama_context * kvl_init_from_model(llama_model * model, llama_context_params pa
     if (kvl_model_check(model) != KVL_OK) {
         return nullptr;
     }
-    const kvl_params p = kvl ? *kvl : kvl_default_params();
+    kvl_params p = kvl ? *kvl : kvl_default_params();
+    p.kivi_bits = p.kivi_bits == 0 ? 2 : p.kivi_bits;
+    p.kivi_group = p.kivi_group == 0 ? 32 : p.kivi_group;
     if (p.n_window < 0 || p.n_pool_ctx < 0 || p.score_bytes <= 0) {
         kvl_set_error("n_window and n_pool_ctx must not be negative, score_bytes must be positive");
         return nullptr;
     }
     if (p.formats < 0 || p.formats >> KVL_FORMAT_COUNT != 0) {
         kvl_set_error("formats has bits beyond 1 << " + std::to_string(KVL_FORMAT_COUNT - 1));
+        return nullptr;
+    }
+    if ((p.kivi_bits != 2 && p.kivi_bits != 4) || (p.kivi_group != 32 && p.kivi_group != 64)) {
+        kvl_set_error("kivi stores 2 or 4 bits in groups of 32 or 64, not " + std::to_string(p.kivi_bits) +
+                      " bits in groups of " + std::to_string(p.kivi_group));
         return nullptr;
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.embeddings) {

@@ -13,12 +13,26 @@
 #include <numeric>
 #include <stdexcept>
 
-// Row formats of K and V by page format.
-static constexpr std::pair<kvl_row, kvl_row> ROWS[KVL_FORMAT_COUNT] = {{KVL_ROW_F16, KVL_ROW_F16},
-                                                                       {KVL_ROW_Q8, KVL_ROW_Q8},
-                                                                       {KVL_ROW_Q4, KVL_ROW_Q4},
-                                                                       {KVL_ROW_KV3, KVL_ROW_KV2},
-                                                                       {KVL_ROW_KV2, KVL_ROW_KV2}};
+// Row formats of K and V.
+static std::pair<kvl_row, kvl_row> rows_of(uint32_t format, const kvl_params & params) {
+    switch (format) {
+        case KVL_FORMAT_Q8:
+            return {KVL_ROW_Q8, KVL_ROW_Q8};
+        case KVL_FORMAT_Q4:
+            return {KVL_ROW_Q4, KVL_ROW_Q4};
+        case KVL_FORMAT_KV3:
+            return {KVL_ROW_KV3, KVL_ROW_KV2};
+        case KVL_FORMAT_KV2:
+            return {KVL_ROW_KV2, KVL_ROW_KV2};
+        case KVL_FORMAT_KIVI:
+            return {kvl_kivi_row(params.kivi_bits, params.kivi_group, true),
+                    kvl_kivi_row(params.kivi_bits, params.kivi_group, false)};
+        case KVL_FORMAT_TOKEN2:
+            return {KVL_ROW_TOKEN2, KVL_ROW_TOKEN2};
+        default:
+            return {KVL_ROW_F16, KVL_ROW_F16};
+    }
+}
 
 static uint32_t pages_for(uint32_t n_slots) {
     return (n_slots + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS;
@@ -75,25 +89,28 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
     }
 }
 
-// Why rows cannot be stored in a format, empty if they can.
-static std::string block_refusal(uint32_t format, uint32_t d_k, uint32_t d_v) {
-    const auto [k_row, v_row] = ROWS[format];
-    if (d_k % kvl_row_block(k_row) == 0 && d_v % kvl_row_block(v_row) == 0) {
+// Why rows cannot be stored in these formats, empty if they can.
+static std::string block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32_t d_v) {
+    const int k_block = kvl_row_block(k_row);
+    const int v_block = kvl_row_block(v_row);
+    if (d_k % uint32_t(k_block) == 0 && d_v % uint32_t(v_block) == 0) {
         return "";
     }
     return "heads of " + std::to_string(d_k) + " and " + std::to_string(d_v) +
-           " values cannot be stored in blocks of " + std::to_string(kvl_row_block(k_row));
+           " values cannot be stored in blocks of " + std::to_string(k_block) +
+           (k_block != v_block ? " and " + std::to_string(v_block) : "");
 }
 
 std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format format) {
     const llama_hparams & hp = model.hparams;
+    const auto [k_row, v_row] = rows_of(format, {});
     std::string why;
     for (uint32_t il = 0; il < hp.n_layer() && why.empty(); il++) {
         if (!hp.has_kv(il) || hp.n_head_kv(il) == 0) {
             continue;
         }
         const bool host = ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)));
-        why = format == KVL_FORMAT_F16 || host ? block_refusal(format, hp.n_embd_head_k(il), hp.n_embd_head_v(il))
+        why = format == KVL_FORMAT_F16 || host ? block_refusal(k_row, v_row, hp.n_embd_head_k(il), hp.n_embd_head_v(il))
                                                : "only pages in main memory can be stored in other formats than f16";
     }
     return why;
@@ -143,9 +160,9 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
                                      " sequences needs more slots than an index can address; use a smaller -c");
         }
         for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-            const auto [k_row, v_row] = ROWS[f];
+            const auto [k_row, v_row] = rows_of(f, params);
             const bool wanted = f == KVL_FORMAT_F16 || params.formats >> f & 1;
-            if (const std::string why = wanted ? block_refusal(f, s.d_k, s.d_v) : ""; !why.empty()) {
+            if (const std::string why = wanted ? block_refusal(k_row, v_row, s.d_k, s.d_v) : ""; !why.empty()) {
                 throw std::runtime_error(why);
             }
             pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row)
@@ -161,9 +178,9 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         for (uint32_t f = 0; f < KVL_PAGE_FORMATS; f++) {
             const bool known = f < KVL_FORMAT_COUNT;
             kvl_pool * pool = known ? pools[pool_of[layer.il] * KVL_FORMAT_COUNT + f].get() : nullptr;
+            const auto [k_row, v_row] = rows_of(f, params);
             layer.pools.push_back(pool);
-            layer.formats.push_back({known ? ROWS[f].first : KVL_ROW_F16, known ? ROWS[f].second : KVL_ROW_F16,
-                                     pool ? static_cast<const char *>(pool->k->data) : nullptr,
+            layer.formats.push_back({k_row, v_row, pool ? static_cast<const char *>(pool->k->data) : nullptr,
                                      pool ? static_cast<const char *>(pool->v->data) : nullptr});
         }
         layer.pool = layer.pools[KVL_FORMAT_F16];
@@ -196,8 +213,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         find(KVL_ATTN_MASS_PROC, attn.mass);
         find(KVL_ATTN_SCORES_PROC, attn.scores);
         find(KVL_ATTN_ROTATE_PROC, attn.rotate);
-        find(KVL_ROW_ENCODE_PROC, attn.encode);
-        find(KVL_ROW_DECODE_PROC, attn.decode);
+        find(KVL_ROWS_ENCODE_PROC, attn.encode);
+        find(KVL_ROWS_DECODE_PROC, attn.decode);
         find(KVL_ROW_ROTATE_PROC, attn.rotate_row);
     }
     if ((params.formats != 0 || params.rotate) && !fused()) {

@@ -18,6 +18,7 @@ struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
 class llama_kv_paged_context;
+struct kvl_move;
 
 void kvl_set_threads(ggml_backend_t cpu, int n_threads);
 
@@ -27,8 +28,9 @@ void kvl_set_error(const std::string & what);
 // One KV head of one layer of one sequence. Slot i lives in page pages[i / 32], row i % 32.
 //
 // Pages of one format lie together, f16 last; only the last page of a format is not full, and what it has to spare are
-// holes, but for the very last page, where new tokens are appended. f16 slots are in the order of their positions.
-// Whoever asks from outside counts slots by position, without holes: see order().
+// holes, but for the very last page, where new tokens are appended. Pages of kivi are otherwise: nothing moves in them,
+// so a hole is where a slot was dropped, and stays one until its group has no slot left. f16 slots are in the order of
+// their positions. Whoever asks from outside counts slots by position, without holes: see order().
 struct kvl_head {
     std::vector<uint32_t> pages;          // format << KVL_PAGE_FORMAT_SHIFT | number in the pool of that format
     std::vector<uint32_t> live;           // bits per page: slots that attention sees
@@ -52,12 +54,15 @@ struct kvl_head {
     uint32_t f16_begin() const;
     // slots without holes, by position
     std::vector<uint32_t> order() const;
-    // slots of a page that are no holes
+    // bits of a page: slots that are no holes
+    uint32_t held_bits(uint32_t page) const;
+    // their number
     uint32_t in_page(uint32_t page) const;
     // live bits of a page when nothing is deselected: all but holes, and rows for slots to come
     uint32_t all_live(uint32_t page) const;
 
     static uint32_t page_format(uint32_t entry) { return entry >> KVL_PAGE_FORMAT_SHIFT; }
+    static uint32_t page_entry(uint32_t format, uint32_t number) { return format << KVL_PAGE_FORMAT_SHIFT | number; }
     static uint32_t page_number(uint32_t entry) { return entry & ((1u << KVL_PAGE_FORMAT_SHIFT) - 1); }
 };
 
@@ -126,7 +131,8 @@ class llama_kv_paged : public llama_memory_i {
     // compact to the given slots; false with the error set, and nothing changed
     bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
     // store the given slots in another format; KVL_OK or a kvl_status with the error set, and nothing changed
-    int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const int32_t * n_demote, const int32_t * slots);
+    int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const int32_t * n_demote, const int32_t * slots,
+                   int n_threads);
     int32_t set_mu(llama_seq_id seq, uint32_t layer, const float * mu);
     // keys and values of one slot as they were before they were stored, rotated or not
     void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
@@ -161,11 +167,11 @@ class llama_kv_paged : public llama_memory_i {
     std::vector<kvl_layer> layers;
     std::vector<kvl_sequence> seqs;
 
-    // the CPU backend's page kernels (kvl-attn.h), nullptr: attention with stock operators
+    // the CPU backend's page kernels (kvl-attn.h), nullptr: attention with stock operators, all pages are f16
     struct {
         ggml_custom_op_t compute, merge, mass, scores, rotate;
-        kvl_row_encode_t encode;
-        kvl_row_decode_t decode;
+        kvl_rows_encode_t encode;
+        kvl_rows_decode_t decode;
         kvl_row_rotate_t rotate_row;
     } attn = {};
     // for what is computed outside the model's graph, made once; nullptr: it cannot be
@@ -188,9 +194,9 @@ class llama_kv_paged : public llama_memory_i {
     // pages that compact() must copy, by format
     void count_copies(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
                       std::vector<uint32_t> & copies) const;
-    void insert(kvl_layer & layer, kvl_head & head, uint32_t format, const std::vector<llama_pos> & pos,
-                const std::vector<std::vector<float>> & mass, const std::vector<float> & k,
-                const std::vector<float> & v);
+    // the steps of a demotion of one head: encode the slots where they will be, then enter them in the page table
+    void encode_slots(llama_seq_id seq, uint32_t layer, uint32_t head, const kvl_pool & pool, kvl_move & move) const;
+    void move_slots(kvl_layer & layer, kvl_head & head, uint32_t format, const kvl_move & move);
     void trim();
     bool pages_fit(const std::vector<llama_ubatch> & ubatches);
 
