@@ -379,6 +379,8 @@ def _open(
             mass=variant.policy.mass,
             formats=variant.formats,
             rotate=variant.rotates,
+            kivi_bits=variant.store.bits,
+            kivi_group=variant.store.group,
             type_kv=variant.type_kv,
         ),
     )

@@ -27,8 +27,11 @@ kivi (arXiv 2402.02750) stores keys per channel over groups of slots, values per
 that the code of LogQuant (arXiv 2503.19950) runs.
 """
 
-BITS = {"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)}
-"""Per value of K and of V, scales included."""
+BITS = {
+    **{"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)},
+    **{"kivi": (3.0, 3.0), "token2": (2.375, 2.375)},
+}
+"""Per value of K and of V, scales included; kivi: of 2 bits in groups of 32."""
 
 
 def _ints(array: np.ndarray) -> Any:
@@ -256,6 +259,18 @@ class PagedCache:
         counts = np.array([len(s) for s in slots], np.int32)
         flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)
         self._check(self._lib.kvl_demote(self._ctx, seq, layer, FORMATS.index(storage), _ints(counts), _ints(flat)))
+
+    def demote_due(self, seq: int, layer: int, positions: np.ndarray, storage: str, n_most: int = 0) -> int:
+        """Store in another format what the heads have in f16 at these positions (ascending).
+
+        ``n_most`` slots per head at most, the earliest (0: all); of kivi whole groups only.
+
+        Returns:
+            How many slots were demoted.
+        """
+        at = np.ascontiguousarray(positions, np.int32)
+        storage_index = FORMATS.index(storage)
+        return self._check(self._lib.kvl_demote_due(self._ctx, seq, layer, storage_index, len(at), _ints(at), n_most))
 
     def set_mu(self, seq: int, layer: int, mu: np.ndarray) -> None:
         """What is taken from keys before they are demoted, and given back by attention: float32 ``[n_head_kv, d_k]``.

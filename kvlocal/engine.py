@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from kvlocal import native
-from kvlocal.budget import Budget
+from kvlocal.budget import PAGE_SLOTS, Budget
 from kvlocal.cache import PagedCache
 from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import KVError, UsageError
@@ -141,6 +141,8 @@ class Engine:
                 paged=paged,
                 formats=formats,
                 rotate=bool(formats) and (bool(self.policy.formats) or config.storage.rotates),
+                kivi_bits=config.storage.bits,
+                kivi_group=config.storage.group,
                 n_window=self.policy.n_window,
                 mass=self.policy.mass,
             ),
@@ -212,7 +214,8 @@ class Engine:
     def _on_event(self, seq: int, event: int) -> None:
         # what comes next must find room in the cache, whatever the budget allows
         rooms = {native.EVENT_CHUNK: self._chunk_room, native.EVENT_LIMIT: self.n_ctx - self.config.evict_every}
-        self.evict(seq, room=rooms.get(event))
+        # a step while decoding never waits for more than one page of each head
+        self.evict(seq, room=rooms.get(event), n_pages=int(event == native.EVENT_LIMIT))
 
     @property
     def _chunk_room(self) -> int:
@@ -225,10 +228,11 @@ class Engine:
             return n_seen
         return self.config.storage.tokens(self.config.budget, n_seen, self.cache, self.policy)
 
-    def evict(self, seq: int = 0, *, room: int | None = None, guide: Sequence[int] = ()) -> bool:
+    def evict(self, seq: int = 0, *, room: int | None = None, guide: Sequence[int] = (), n_pages: int = 0) -> bool:
         """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less, and demote what is due.
 
-        ``guide``: tokens whose attention decides, as if they came next; they are not kept.
+        ``guide``: tokens whose attention decides, as if they came next; they are not kept. ``n_pages``: most pages per
+        head that the storage demotes, 0: all that are due.
 
         Returns:
             ``False`` if it already holds no more.
@@ -237,7 +241,7 @@ class Engine:
             return False
         start = time.perf_counter()
         evicted = self._bounded and self._evict(self.cache, seq, room, guide)
-        demoted = self.config.storage.store(self.cache, seq, self.policy.n_window)
+        demoted = self.config.storage.store(self.cache, seq, self.policy.n_window, n_pages)
         self.cache.set_limit(seq, self._limit(self.cache, seq))
         if evicted or demoted:
             self._evict_s += time.perf_counter() - start
@@ -253,7 +257,7 @@ class Engine:
         if self._bounded:
             limit = min(limit, self.policy.limit(self.budget_tokens(seq), every))
         if self.config.storage.demotes:
-            limit = min(limit, cache.mean_slots(seq) + every - 1)
+            limit = min(limit, cache.mean_slots(seq) + min(every, PAGE_SLOTS) - 1)
         return limit if self._bounded or self.config.storage.demotes else 0
 
     def _evict(self, cache: PagedCache, seq: int, room: int | None, guide: Sequence[int]) -> bool:

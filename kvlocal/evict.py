@@ -63,7 +63,10 @@ def evict(
             middle = [np.arange(*np.searchsorted(p, decision.centre)) for p in layer.positions]
             if any(len(slots) for heads in decision.demote.values() for slots in heads):
                 cache.centre(seq, layer.layer, middle)
-            cache.keep(seq, layer.layer, decision.keep)
+            keep = decision.keep
+            if "kivi" in cache.formats:
+                keep = [whole_groups(*of) for of in zip(keep, cache.kivi_groups(seq, layer.layer), strict=True)]
+            cache.keep(seq, layer.layer, keep)
             for name, slots in decision.demote.items():
                 cache.demote(seq, layer.layer, slots, name)
     if policy.rolls:
@@ -71,6 +74,33 @@ def evict(
     cache.note_eviction(seq)
     cache.trim()
     return True
+
+
+def whole_groups(keep: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """What a head keeps when slots that share scales can only go together.
+
+    Of the groups in which something is to be kept those with the most of it stay, as a whole: as many of them as the
+    slots to be kept would fill, at least one if there is nothing else. Equally many: the newer group. Nothing is
+    encoded anew, so values do not drift, and every group that goes gives its bytes back.
+
+    Args:
+        keep: slots that a policy keeps, ascending.
+        groups: int32 ``[n_slots]``: the group of every slot, -1: on its own.
+
+    Returns:
+        Slots to keep, ascending, in all at most as many as ``keep`` and the rest of one group.
+    """
+    of_kept = groups[keep]
+    alone = keep[of_kept < 0]
+    counts = np.bincount(of_kept[of_kept >= 0], minlength=int(groups.max(initial=-1)) + 1)
+    sizes = np.bincount(groups[groups >= 0], minlength=len(counts))
+    order = np.lexsort((-np.arange(len(counts)), -counts))
+    fits = np.cumsum(sizes[order]) <= counts.sum()
+    if not len(alone) and not fits.any():
+        fits[:1] = True
+    stay = np.isin(groups, order[fits])
+    stay[alone] = True
+    return np.flatnonzero(stay)
 
 
 def guided_scores(context: Context, seq: int, guide: Sequence[int], n_window: int) -> list[np.ndarray]:

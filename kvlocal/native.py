@@ -147,6 +147,7 @@ def _declare(lib: Any) -> None:
         "kvl_read_queries": (i32, [ptr, i32, i32, i32, floats]),
         "kvl_keep": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_demote": (i32, [ptr, i32, i32, i32, ints, ints]),
+        "kvl_demote_due": (i32, [ptr, i32, i32, i32, i32, ints, i32]),
         "kvl_set_mu": (i32, [ptr, i32, i32, floats]),
         "kvl_select": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_branch": (i32, [ptr, i32, i32]),

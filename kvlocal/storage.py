@@ -4,71 +4,147 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from kvlocal.budget import PAGE_SLOTS, Budget
-from kvlocal.cache import PagedCache
+from kvlocal.cache import BITS, Layer, PagedCache
 from kvlocal.errors import UsageError
 from kvlocal.policies.base import Policy
 
-STORAGES = ("f16", "q8", "q4", "kv3", "kv2")
+STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
 """What can be named."""
 
 MIN_MEAN = 64
 """Tokens from which the mean of the keys is taken, at least."""
 
+SINK = 32
+"""Tokens at the start that stay in f16 by default, but for kivi and logquant: these are as published."""
+
 
 @dataclass(frozen=True)
 class Storage:
-    """Tokens that leave the tail are demoted to ``name``, the sinks never; the values of pages stay as they are then.
+    """Some tokens stay in f16, the others are demoted once and then stay as they are (spec: quant).
+
+    ``q8``, ``q4``, ``kv3``, ``kv2``: rotated rows of 8, 4, 3 and 2, or 2 bits (section 3.4); what leaves the tail is
+    demoted, the sinks never. ``kivi`` (Liu et al., arXiv:2402.02750): keys per channel over groups of tokens, values
+    per token over groups of channels; whole groups of tokens that have left the tail are demoted. ``logquant`` (Chen et
+    al., arXiv:2503.19950): likewise, but what stays in f16 is :func:`log_positions`, which thins out with age.
 
     Attributes:
         name: one of :data:`STORAGES`; ``f16`` demotes nothing.
-        sink: tokens at the start of the sequence that stay in f16; tail: latest tokens that do.
-        centre: take the mean of a head's keys away before they are demoted (but to q8, which does not need it).
-            Attention gives it back exactly; it is taken once, from the tokens between sinks and tail, when the first
-            :data:`MIN_MEAN` of them are demoted.
+        sink: tokens at the start of the sequence that stay in f16 (default: :data:`SINK`, of kivi and logquant 0).
+        tail: latest tokens that do; of logquant at most so many in all.
+        centre: take the mean of a head's keys away before they are demoted (but to q8, which does not need it; kivi and
+            logquant do not). Attention gives it back exactly, whatever comes after it (soft caps, attention sinks); it
+            is taken once, from the tokens between sinks and tail, when the first :data:`MIN_MEAN` of them are demoted.
+        bits: of kivi and logquant, 2 or 4; group: of these, 32 or 64 tokens (keys) or channels (values).
+        quantizer: of logquant: ``channel`` is kivi's, ``token`` groups 64 channels of one token, of keys too, with an
+            integer zero point, as its authors' code does.
     """
 
     name: str = "f16"
-    sink: int = 32
+    sink: int = -1
     tail: int = 128
     centre: bool = True
+    bits: int = 2
+    group: int = 32
+    quantizer: str = "channel"
 
     def __post_init__(self) -> None:
         if self.name not in STORAGES:
             raise UsageError(f"There is no storage {self.name!r} for the KV cache; give {', '.join(STORAGES)}.")
+        if self.sink == -1:
+            object.__setattr__(self, "sink", 0 if self._published else SINK)
         for what in ("sink", "tail"):
             if getattr(self, what) < 0:
                 raise UsageError(f"The {what} of the storage is {getattr(self, what)}; it must be 0 or more.")
+        if self.name == "logquant" and self.tail < 3:
+            raise UsageError(f"The tail of logquant is {self.tail}; it must be 3 or more (three windows).")
+        for what, allowed in (("bits", (2, 4)), ("group", (32, 64)), ("quantizer", ("channel", "token"))):
+            if getattr(self, what) not in allowed:
+                choices = " or ".join(map(str, allowed))
+                raise UsageError(f"{what} is {getattr(self, what)!r} for the storage {self.name}; give {choices}.")
+
+    @classmethod
+    def parse(cls, text: str, **defaults: Any) -> Storage:
+        """Reads ``name`` or ``name:key=value:…``, such as ``kivi:bits=4:group=64``.
+
+        Raises:
+            UsageError: an unknown storage or key, or a value that is not allowed.
+        """
+        name, *settings = text.strip().split(":")
+        values: dict[str, Any] = {}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            known = ["sink", "tail", *(["bits", "group"] if name in ("kivi", "logquant") else [])]
+            known += ["quantizer"] if name == "logquant" else []
+            if key not in known:
+                raise UsageError(f"Storage {name!r} has no setting {key!r}; it has {', '.join(known)}.")
+            try:
+                values[key] = value if key == "quantizer" else int(value)
+            except ValueError:
+                raise UsageError(f"{setting} is not possible for the storage {name}: give a whole number.") from None
+        return cls(name, **(defaults | values))
+
+    @property
+    def _published(self) -> bool:
+        return self.name in ("kivi", "logquant")
 
     @property
     def demotes(self) -> bool:
         return self.name != "f16"
 
     @property
+    def format(self) -> str:
+        """What is demoted gets this one of :data:`kvlocal.cache.FORMATS`."""
+        if self.name == "logquant" and self.quantizer == "token":
+            return "token2"
+        return "kivi" if self._published else self.name
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Formats that a context needs for it, beside f16."""
-        return (self.name,) if self.demotes else ()
+        return (self.format,) if self.demotes else ()
 
     @property
     def rotates(self) -> bool:
         """Whether a context must rotate keys and values for it: blocks of a row then hold values of one size."""
-        return self.demotes
+        return self.demotes and not self._published
+
+    @property
+    def _centres(self) -> bool:
+        return self.centre and self.rotates and self.name != "q8"
+
+    def slot_bytes(self, layer: Layer) -> float:
+        """K and V bytes of one demoted slot of one head."""
+        k, v = (self.bits + 32 / self.group,) * 2 if self.format == "kivi" else BITS[self.format]
+        return (layer.d_k * k + layer.d_v * v) / 8
 
     def bytes_per_token(self, cache: PagedCache) -> int:
         """K and V bytes of one demoted token in every head of every layer, rounded up."""
-        return math.ceil(sum(layer.n_head_kv * layer.slot_bytes(self.name) for layer in cache.layers))
+        return math.ceil(sum(layer.n_head_kv * self.slot_bytes(layer) for layer in cache.layers))
 
     def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, policy: Policy) -> int:
-        """Tokens per KV head and layer that a budget allows; of bytes, those that sinks and tail take come first."""
+        """Tokens per KV head and layer that a budget allows; of bytes, those that sinks and tail take come first.
+
+        Raises:
+            UsageError: as :meth:`Budget.tokens`; bytes that sinks and tail alone would take.
+        """
         if policy.formats:  # it counts pages itself
             return budget.tokens(n_seen, cache.bytes_per_token, policy.min_budget, page_slots=1)
         each, more = self.bytes_per_token(cache), cache.bytes_per_token - self.bytes_per_token(cache)
         if budget.unit == "bytes" and self.demotes:
-            # sinks, tail and what is in neither full page are f16
-            budget = Budget("bytes", max(int(budget.value) - (self.sink + self.tail + PAGE_SLOTS) * more, 0))
+            # sinks, tail, what waits for its group and what is in neither full page are f16
+            waits = self.group if self.format == "kivi" else 0
+            f16_bytes = (self.sink + self.tail + waits + PAGE_SLOTS) * more
+            if int(budget.value) <= f16_bytes:
+                raise UsageError(
+                    f"A budget of {budget} is too small: sinks and tail of the storage {self.name} alone take "
+                    f"{f16_bytes / 2**20:.1f} MiB; use a larger budget or a shorter --kv-tail."
+                )
+            budget = Budget("bytes", int(budget.value) - f16_bytes)
             return budget.tokens(n_seen, each, policy.min_budget, page_slots=2 * PAGE_SLOTS)
         return budget.tokens(n_seen, each, policy.min_budget)
 
@@ -77,23 +153,57 @@ class Storage:
         self.tokens(budget, n_ctx, cache, policy)
         budget.check(policy.min_budget, n_ctx, self.bytes_per_token(cache), memory_bytes)
 
-    def store(self, cache: PagedCache, seq: int, n_window: int) -> bool:
-        """Demote what has left the tail, which is never shorter than the ``n_window`` queries that score.
+    def due(self, n_seen: int, n_window: int) -> np.ndarray:
+        """Positions that are to be demoted when ``n_seen`` tokens were seen, int32, ascending.
+
+        The latest ``n_window`` never are: their queries score.
+        """
+        if self.name != "logquant":
+            return np.arange(self.sink, n_seen - max(self.tail, n_window), dtype=np.int32)
+        out = np.ones(max(n_seen - n_window, 0), bool)
+        kept = log_positions(n_seen, self.tail // 3)
+        out[kept[kept < len(out)]] = False
+        out[: self.sink] = False
+        return np.flatnonzero(out).astype(np.int32)
+
+    def store(self, cache: PagedCache, seq: int, n_window: int, n_pages: int = 0) -> bool:
+        """Demote what is due.
+
+        Args:
+            cache: the cache.
+            seq: the sequence.
+            n_window: latest tokens that stay as they are.
+            n_pages: most pages (of kivi groups) per head that are demoted now, 0: all.
 
         Returns:
             Whether there was anything to demote.
         """
-        end = int(cache.seq_stats(seq).n_seen) - max(self.tail, n_window)
-        if not self.demotes or end <= self.sink:
+        if not self.demotes:
+            return False
+        positions = self.due(int(cache.seq_stats(seq).n_seen), n_window)
+        if not len(positions):
             return False
         some = False
         for layer in range(len(cache.layers)):
-            positions = cache.positions(seq, layer)
-            slots = [np.arange(*np.searchsorted(p, (self.sink, end))) for p in positions]
-            if self.centre and self.name != "q8" and not cache.has_mu(seq, layer):
+            if self._centres and not cache.has_mu(seq, layer):
+                slots = [np.flatnonzero(np.isin(p, positions)) for p in cache.positions(seq, layer)]
                 if max(map(len, slots)) < MIN_MEAN:
                     continue
                 cache.centre(seq, layer, slots)
-            cache.demote(seq, layer, slots, self.name)
-            some = True
+            most = n_pages * max(PAGE_SLOTS, self.group if self.format == "kivi" else 0)
+            some |= cache.demote_due(seq, layer, positions, self.format, most) > 0
         return some
+
+
+def log_positions(n_seen: int, window: int) -> np.ndarray:
+    """Positions that LogQuant keeps in full precision after ``n_seen`` tokens, int64, ascending.
+
+    Algorithm 1 of arXiv:2503.19950: when ``3 * window`` tokens are held and another comes, every second of the oldest
+    ``2 * window`` goes. The set depends on the number of tokens alone, so chunks and batches make no difference.
+    Between ``2 * window + 1`` and ``3 * window`` tokens once so many were seen, the very first always among them.
+    """
+    held = np.arange(min(n_seen, 3 * window))
+    for end in range(3 * window, n_seen, window):
+        new = np.arange(end, min(end + window, n_seen))
+        held = np.concatenate([held[: 2 * window : 2], held[2 * window :], new])
+    return held

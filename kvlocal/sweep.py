@@ -44,7 +44,7 @@ class Variant:
     @property
     def store(self) -> Storage:
         """How what it keeps is stored."""
-        return Storage(self.storage)
+        return Storage.parse(self.storage)
 
     @property
     def demotes(self) -> bool:
@@ -96,7 +96,7 @@ def expand(
             its policy needs; only ``full``, and only in storages that it does not exist in.
     """
     for storage in storages:
-        Storage(storage)  # says which there are
+        Storage.parse(storage)  # says which there are
     parsed = [Budget.parse(text) for text in budgets]
     policies = _policies(names, policy_args)
     if policies.keys() == {"full"} and storages and not set(storages) & set(STOCK_STORAGES):
@@ -110,8 +110,8 @@ def expand(
         for storage, budget, prefill, guide in choices:
             if not policy.evicts and name != PAGED and storage not in STOCK_STORAGES:
                 continue
-            if policy.formats and storage != "f16":
-                continue  # it says itself how tokens are stored
+            if policy.formats:
+                storage = "f16"  # it says itself how tokens are stored
             if policy.evicts and budget.unit == "tokens":
                 budget.tokens(0, 1, policy.min_budget)
             variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")

@@ -64,7 +64,7 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
                 prefill=settings.prefill,
                 chunk=settings.chunk,
                 guide=settings.guide,
-                storage=Storage(settings.storage, tail=settings.storage_tail),
+                storage=Storage.parse(settings.storage, tail=settings.storage_tail),
                 evict_every=settings.evict_every,
             )
         )

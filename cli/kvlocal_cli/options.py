@@ -146,9 +146,10 @@ _CACHE = stack(
         "KV cache",
         "--kv",
         "storage",
-        type=click.Choice(["f16", "q8", "q4", "kv3", "kv2"]),
         default="f16",
-        help="How what is kept is stored: 16, 8.5, 4.5, 2.75 or 2.25 bits a value, but for sinks and the tail.",
+        metavar="TYPE",
+        help="How what is kept is stored: f16, q8, q4, kv3, kv2 (16, 8.5, 4.5, 2.75 or 2.25 bits a value, but for "
+        "sinks and the tail), kivi or logquant (3 bits; kivi:bits=4:group=64, logquant:quantizer=token).",
     ),
     count("KV cache", "--kv-tail", "storage_tail", default=128, minimum=0, help="Latest tokens --kv leaves in f16."),
     option(

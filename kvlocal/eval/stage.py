@@ -68,7 +68,8 @@ def group(variants: Sequence[Variant]) -> list[list[Variant]]:
     groups: dict[object, list[Variant]] = {}
     for variant in variants:
         last = variant.policy.mass == "last"
-        kind = variant.rotates if variant.paged else variant.storage
+        store = variant.store
+        kind = (variant.rotates, store.bits, store.group) if variant.paged else variant.storage
         groups.setdefault((not variant.paged, last, kind), []).append(variant)
     return list(groups.values())
 
@@ -96,6 +97,8 @@ class Stage:
                 mass=next(iter(kinds), "none"),
                 formats=tuple(sorted({name for v in variants for name in v.formats})),
                 rotate=variants[0].rotates,
+                kivi_bits=variants[0].store.bits,
+                kivi_group=variants[0].store.group,
                 type_kv=variants[0].type_kv,
             ),
         )

@@ -47,18 +47,20 @@ class Ladder(Policy):
 
     Formula, per layer, KV head and slot ``j`` between sinks and window::
 
-        w[j] = mean over window rows and query heads of the group of softmax(Q K^T / sqrt(d))[row, j] * |v[j]|
+        s    = mean over the last queries and the group's query heads of softmax(Q K^T / sqrt(d))[row]
+        w[j] = (max of s within kernel // 2 tokens of j * |v[j]|) ^ power
         rung = argmin over r of  w[j] * error[r] + price * bytes[r]
 
-    with the price at which the bytes meet the budget. Dropping a token moves a head's output by at most ``2 C w``,
-    storing it with relative error ``e`` by at most ``C w e``, so one multiplier minimises the sum of these bounds.
+    with the price at which the bytes meet the budget. Dropping a token of attention ``a`` moves a head's output by at
+    most ``2 C a``, storing it with relative error ``e`` by at most ``C a e``, so one multiplier minimises the sum of
+    these bounds. The last queries only estimate the attention to come: their pooling and the power are for that.
     Pages hold one rung each, so slots compete by pages of 32: a head's slots in the order of ``w``, within what they
     are stored as now. Pages of sinks and window are f16; where these do not fill theirs, the best slots do.
 
     Precision only falls: what was demoted stays on its rung or goes lower. The budget is in bytes of whole pages (a
     budget of tokens means the bytes that so many f16 tokens take), so more tokens are held than it names.
 
-    ``rungs=f16 price=layer alpha=0 norm=no`` is purely adaptive Ada-KV on pages of slots.
+    ``rungs=f16 price=layer alpha=0 norm=no power=1`` is purely adaptive Ada-KV on pages of slots.
 
     Shapes: reads ``[n_head, n]`` scores per layer and the values. Cost: O(n log n) per head, and one sort of all pages.
     Limits: the ranking knows only the question that stands in the window. Rungs that the cache cannot store (heads of
@@ -69,13 +71,15 @@ class Ladder(Policy):
     paper: ClassVar[str] = "kvlocal"
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
 
-    window: int = whole(32, low=1, help="most recent tokens: always f16, and their queries rank the others")
+    window: int = whole(32, low=1, help="most recent tokens: always f16")
+    queries: int = whole(128, low=1, help="most recent queries that rank the tokens")
     sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always f16")
     rungs: str = subset(",".join(ERRORS), list(ERRORS), help="how tokens may be stored (f16 always is one)")
     price: str = choice("model", ["model", "layer"], help="whether all layers pay one price, or each its own")
     alpha: float = real(0.2, low=0, high=1, help="share of its equal part of the bytes that every head is sure of")
+    power: float = real(0.7, low=0, high=2, help="exponent of the scores: below 1 they count less")
     norm: str = choice("yes", ["yes", "no"], help="whether a score is multiplied with the norm of the value")
-    kernel: int = whole(1, low=1, odd=True, help="width of the pooling over neighbouring tokens")
+    kernel: int = whole(5, low=1, odd=True, help="width of the pooling over neighbouring tokens")
     pool: str = choice("max", ["max", "avg"], help="how neighbouring scores are pooled")
     agg: str = choice("mean", ["mean", "max"], help="how the query heads of one KV head are combined")
 
@@ -84,7 +88,7 @@ class Ladder(Policy):
 
     @property
     def n_window(self) -> int:
-        return self.window
+        return max(self.queries, self.window)
 
     @property
     def min_budget(self) -> int:
@@ -117,6 +121,8 @@ class Ladder(Policy):
         for h in range(layer.n_head_kv if self.norm == "yes" else 0):
             start, stop = where.start[h], where.stop[h]
             scores[h, start:stop] *= np.linalg.norm(layer.values(h)[start:stop], axis=1)
+        competes = np.isfinite(scores)
+        scores[competes] **= self.power
         return scores
 
     def _heads(self, layer: LayerView, names: list[str]) -> list[Head]:

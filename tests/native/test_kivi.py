@@ -135,7 +135,7 @@ def test_holes_stay_holes(open_model: OpenModel, open_context: OpenContext) -> N
     assert context._llama.llama_memory_seq_pos_min(context._memory, 0) == 1
     context.decode(tokens[200:], 200, 0)
     for layer in range(2):
-        for formats, groups in zip(cache.formats(0, layer), cache.kivi_groups(0, layer), strict=True):
+        for formats, groups in zip(cache.slot_formats(0, layer), cache.kivi_groups(0, layer), strict=True):
             assert ((formats == KIVI) == (groups >= 0)).all()
             assert np.bincount(groups[groups >= 0]).tolist() == [9, 8, 32]
     for at, found in read(cache, 0).items():
@@ -245,7 +245,7 @@ def change(
     """Demote or keep a random part of a layer, and note in ``wanted`` what must come of it."""
     chosen = []
     for head, (positions, formats) in enumerate(
-        zip(cache.positions(seq, layer), cache.formats(seq, layer), strict=True)
+        zip(cache.positions(seq, layer), cache.slot_formats(seq, layer), strict=True)
     ):
         at, n = wanted[layer, head], len(positions)
         if action == "keep":
@@ -284,7 +284,7 @@ def check(cache: PagedCache, seq: int, wanted: dict[Any, Any], group: int) -> No
     used = pages = 0.0
     for layer in range(2):
         for formats, groups, at in zip(
-            cache.formats(seq, layer), cache.kivi_groups(seq, layer), cache.pages(seq, layer), strict=True
+            cache.slot_formats(seq, layer), cache.kivi_groups(seq, layer), cache.slot_pages(seq, layer), strict=True
         ):
             used += sum(each[name] * (formats == FORMATS.index(name)).sum() for name in each)
             pages += len(set(groups[groups >= 0])) * group * each["kivi"]
@@ -367,11 +367,11 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(open_model: OpenMode
     context.decode(random_tokens(context.model, 200), 0, 0)
     with pytest.raises(KVError, match=r"groups of 32, not 50 of them \(layer 1, KV head 1\)"):
         cache.demote(0, 1, [np.arange(64), np.arange(50)], "kivi")
-    assert not any((formats != 0).any() for layer in range(2) for formats in cache.formats(0, layer))
+    assert not any((formats != 0).any() for layer in range(2) for formats in cache.slot_formats(0, layer))
     cache.demote(0, 0, [np.arange(64), np.arange(0)], "kivi")
     with pytest.raises(KVError, match=r"^14 of 20 slots are stored in kivi .* another format \(layer 0, KV head 0\)"):
         cache.demote(0, 0, [np.arange(50, 70), np.arange(50)], "q8")
-    assert [(formats != 0).sum() for formats in cache.formats(0, 0)] == [64, 0]
+    assert [(formats != 0).sum() for formats in cache.slot_formats(0, 0)] == [64, 0]
     with pytest.raises(KVError, match="cannot be given other positions"):
         cache.roll(0)
     cache.demote(0, 0, [np.arange(0), np.arange(0)], "kivi")

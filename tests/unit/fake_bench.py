@@ -169,14 +169,15 @@ class FakeCache:
     def has_mu(self, _seq: int, _layer: int) -> bool:
         return True  # there are no keys to take a mean of
 
-    def demote(self, seq: int, layer: int, slots: Sequence[np.ndarray], storage: str) -> None:
-        assert storage in self.context.config.formats and all(np.array_equal(s, slots[0]) for s in slots)
+    def demote_due(self, seq: int, layer: int, positions: np.ndarray, storage: str, n_most: int) -> int:
+        assert storage in self.context.config.formats and n_most == 0
         held, demoted = self.context.slots[seq], self.context.demoted[seq]
+        new = sorted(set(held) & set(positions.tolist()) - demoted)
         if layer == len(self.layers) - 1:
-            new = sorted({held[i] for i in slots[0]} - demoted)
             demoted |= set(new)
             self.context.world.now += DEMOTE_S
             self.context.note("demote", seq, begin=new[0] if new else -1, n=len(new))
+        return len(new)
 
     def held(self, seq: int) -> list[np.ndarray]:
         n = len(self.context.slots[seq])

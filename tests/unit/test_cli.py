@@ -46,7 +46,9 @@ def test_help_groups_the_options_and_shows_an_example() -> None:
 
 
 def test_one_storage_is_chosen_of_those_there_are() -> None:
-    assert f"[{'|'.join(STORAGES)}]" in "".join(call("run", "-h").stdout.split())
+    text = call("run", "-h").stdout
+    assert all(storage in text for storage in STORAGES)
+    assert "There is no storage 'q5'" in call("run", "--kv", "q5", "-p", "hi").stderr
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "bench", "eval", "policies", "demo"])

@@ -118,7 +118,7 @@ def _heads(cache: Cache) -> list[tuple[np.ndarray, np.ndarray]]:
 @settings(max_examples=20, deadline=None)
 def test_within_a_head_what_is_more_important_is_stored_no_worse(seed):
     cache = Cache(seed, n_layer=1)
-    decisions = decide(cache, 120, norm="no")
+    decisions = decide(cache, 120, norm="no", kernel=1)
     scores = cache.scores[0]
     cache.apply(decisions)
     for row, p, f in zip(scores, cache.positions[0], cache.formats[0], strict=True):
@@ -132,7 +132,7 @@ def test_within_a_head_what_is_more_important_is_stored_no_worse(seed):
 @settings(max_examples=30, deadline=None)
 def test_f16_only_and_a_price_per_layer_is_ada_on_pages(seed, budget):
     cache = Cache(seed, n_head=3, n=32 * 12 + 36 + 28)
-    args = {"rungs": "f16", "price": "layer", "alpha": 0.0, "norm": "no"}
+    args = {"rungs": "f16", "price": "layer", "alpha": 0.0, "norm": "no", "power": 1.0, "kernel": 1}
     for layer, decision in enumerate(decide(cache, 32 * (2 + budget), **args)):
         # what competes after the 28 best, which fill up the pages of sinks and window
         best = np.sort(cache.scores[layer][:, 4:-32], axis=1)[:, ::-1][:, 28:]

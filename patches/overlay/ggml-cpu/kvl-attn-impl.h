@@ -161,6 +161,8 @@ struct tile_buffers {
     line_buffer memory;
     float *qt, *k, *v, *s, *o, *m, *l, *c, *bias;
     int visible[TILE]; // slots that each row sees
+    // per slot of the stream: the first new tokens, so many of them, do not see it either; rows are one head's then
+    const int32_t * blind = nullptr;
 
     tile_buffers(int d_k, int d_v)
         : ld_k((d_k + 15) / 16 * 16), ld_v((d_v + 31) / 32 * 32),

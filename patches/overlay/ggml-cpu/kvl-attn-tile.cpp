@@ -132,6 +132,9 @@ void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, i
         }
         std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
     }
+    for (int j = 0; t.blind && j < n; j++) {
+        std::fill_n(t.s + j * TILE, std::clamp(t.blind[slot0 + j] - rows.first / a.group, 0, rows.n), -INFINITY);
+    }
     const int32_t * masks = a.live(stream) + slot0 / PAGE;
     for (int j = 0; j < n; j++) {
         if (!(uint32_t(masks[j / PAGE]) >> (j % PAGE) & 1)) {

@@ -153,10 +153,13 @@ extern "C" void kvl_row_decode(kvl_row row, const void * in, int d, float * out)
                 fast::decode(static_cast<const kvl_block_kv3 *>(in)[i], out + 64 * i);
             });
             break;
-        default:
+        case KVL_ROW_KV2:
             blocks(row, d, [&](int i) {
                 fast::decode(static_cast<const kvl_block_kv2 *>(in)[i], out + 64 * i);
             });
+            break;
+        default:
+            kvl::affine_decode(row, in, d, out);
     }
 }
 

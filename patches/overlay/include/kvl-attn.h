@@ -73,8 +73,9 @@ struct kvl_attn_params {
 //     for more than KVL_ATTN_FEW_ROWS rows: src[4] the result of kvl_attn_compute; dst is not written
 //
 // kvl_attn_scores
-//     one sequence: src[4] i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the
-//     token before; dst f32 [n_kv, n_head], softmax over these slots, mean over the tokens, 0 beyond
+//     one sequence: src[4] i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the token before; src[5] i32
+//     [n_kv, n_head_kv], how many of the first tokens do not see a slot though it is among these; dst f32 [n_kv,
+//     n_head], softmax over the slots seen, mean over the tokens, 0 beyond
 
 // Rows up to which a stream's pages are split among threads.
 #define KVL_ATTN_FEW_ROWS 24

@@ -170,6 +170,11 @@ LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t
 // from kivi there is no way to another format.
 LLAMA_API int32_t kvl_demote(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format,
                              const int32_t * n_demote, const int32_t * slots);
+// Store in another format what a head has in f16 at these positions, n of them, ascending: the earliest first, n_most
+// per head at most (0: all), for kivi whole groups only. Looks at f16 slots alone, so it costs little while a long
+// sequence grows. Returns how many slots were demoted. All or nothing.
+LLAMA_API int32_t kvl_demote_due(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format, int32_t n,
+                                 const int32_t * positions, int32_t n_most);
 // f32 [n_head_kv][d_k], as keys are read: taken from them before they are stored in any format but f16, and given back
 // by attention. Only while no slot of the layer is in such a format.
 LLAMA_API int32_t kvl_set_mu(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu);

@@ -31,12 +31,10 @@ uint32_t format_end(const kvl_head & head, uint32_t format) {
     return p;
 }
 
-kvl_move plan(const kvl_head & head, uint32_t format, const kvl_pool & pool, const int32_t * slots, int32_t n) {
+kvl_move plan(const kvl_head & head, uint32_t format, const kvl_pool & pool, const std::vector<uint32_t> & slots) {
     kvl_move out;
-    const std::vector<uint32_t> order = head.order();
     std::vector<bool> goes(head.n(), false);
-    for (int32_t i = 0; i < n; i++) {
-        const uint32_t slot = order[slots[i]];
+    for (const uint32_t slot : slots) {
         if (head.format(slot) != format) { // else it is there already
             goes[slot] = true;
             out.slots.push_back(slot);
@@ -167,19 +165,54 @@ void llama_kv_paged::move_slots(kvl_layer & layer, kvl_head & head, uint32_t for
 
 int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t format, const int32_t * n_demote,
                                const int32_t * slots, int n_threads) {
+    if (!check_slots(seq_id, layer_id, n_demote, slots, true)) {
+        return KVL_ERR_ARGUMENT;
+    }
+    std::vector<std::vector<uint32_t>> chosen;
+    for (const kvl_head & head : seqs[seq_id].heads[layer_id]) {
+        const int32_t n = n_demote[chosen.size()];
+        const std::vector<uint32_t> order = head.order();
+        std::vector<uint32_t> & out = chosen.emplace_back();
+        for (int32_t i = 0; i < n; i++) {
+            out.push_back(order[slots[i]]);
+        }
+        slots += n;
+    }
+    return demote(seq_id, layer_id, format, chosen, n_threads);
+}
+
+int32_t llama_kv_paged::demote_due(llama_seq_id seq_id, uint32_t layer_id, uint32_t format, int32_t n,
+                                   const llama_pos * positions, int32_t n_most, int n_threads) {
+    const kvl_pool * pool = format < KVL_FORMAT_COUNT ? layers[layer_id].pools[format] : nullptr;
+    const size_t group = pool ? size_t(kvl_row_slots(pool->k_row)) : 1;
+    std::vector<std::vector<uint32_t>> chosen;
+    int32_t total = 0;
+    for (const kvl_head & head : seqs[seq_id].heads[layer_id]) {
+        std::vector<uint32_t> & out = chosen.emplace_back();
+        for (uint32_t slot = head.f16_begin(); slot < head.n(); slot++) {
+            if (std::binary_search(positions, positions + n, head.pos[slot])) {
+                out.push_back(slot);
+            }
+        }
+        out.resize(std::min(out.size(), n_most > 0 ? size_t(n_most) : out.size()) / group * group);
+        total += int32_t(out.size());
+    }
+    const int32_t rc = demote(seq_id, layer_id, format, chosen, n_threads);
+    return rc == KVL_OK ? total : rc;
+}
+
+int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t format,
+                               const std::vector<std::vector<uint32_t>> & slots, int n_threads) {
     kvl_layer & layer = layers[layer_id];
     std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
     if (format == KVL_FORMAT_F16 || format >= KVL_FORMAT_COUNT || !layer.pools[format]) {
         return fail(KVL_ERR_ARGUMENT, "format " + std::to_string(format) + " was not asked for in kvl_params.formats");
     }
-    if (!check_slots(seq_id, layer_id, n_demote, slots, true)) {
-        return KVL_ERR_ARGUMENT;
-    }
     kvl_pool & pool = *layer.pools[format];
     std::vector<kvl_move> moves;
     std::vector<uint32_t> need(layer.pools.size(), 0);
-    for (uint32_t h = 0; h < heads.size(); slots += n_demote[h], h++) {
-        moves.push_back(plan(heads[h], format, pool, slots, n_demote[h]));
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        moves.push_back(plan(heads[h], format, pool, slots[h]));
         const kvl_move & m = moves.back();
         const std::string where = " (layer " + std::to_string(layer_id) + ", KV head " + std::to_string(h) + ")";
         const auto n_kivi = std::count_if(m.slots.begin(), m.slots.end(), [&](uint32_t slot) {

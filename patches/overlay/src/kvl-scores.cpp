@@ -179,6 +179,7 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
     ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
     ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
+    ggml_tensor * blind = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_slots, H);
     kvl_attn_params params = {};
     params.n_head = int32_t(layer.n_head);
     params.n_head_kv = int32_t(H);
@@ -190,8 +191,8 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     params.soft_cap = layer.soft_cap;
     params.formats = layer.formats.data();
     params.mu = mu.data();
-    ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible};
-    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 5, kv.attn.scores,
+    ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible, blind};
+    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 6, kv.attn.scores,
                                           GGML_N_TASKS_MAX, &params);
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
     ggml_build_forward_expand(gf, scores);
@@ -216,8 +217,14 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
             t[2 * H + first] = int32_t(head.pages[p]);
             t[2 * H + n_pages + first] = int32_t(head.all_live(p));
         }
-        // what is not f16 is older than any query that is remembered
+        // what is not f16 lies before, in no order
         const auto begin = head.pos.begin() + head.f16_begin();
+        auto * not_yet = static_cast<int32_t *>(blind->data) + h * n_slots;
+        const llama_pos first_query = kv.seqs[seq].n_seen - llama_pos(w);
+        std::fill_n(not_yet, n_slots, 0);
+        for (uint32_t slot = 0; slot < head.f16_begin(); slot++) {
+            not_yet[slot] = std::max(head.pos[slot] - first_query, 0);
+        }
         for (int64_t i = 0; i < w; i++) {
             const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
             *v++ = int32_t(std::upper_bound(begin, head.pos.end(), pos) - head.pos.begin());
@@ -257,15 +264,10 @@ int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_
         }
         // a query whose slots are all later than itself would have nothing to attend to
         const llama_pos first_query = kv.seqs[seq].n_seen - llama_pos(rows.size());
-        if (head.plain() && head.pos.front() > first_query) {
-            kvl_set_error("the slots of a head begin inside the window; scores are undefined");
-            return KVL_ERR_ARGUMENT;
-        }
-        if (std::any_of(head.pos.begin(), head.pos.begin() + head.f16_begin(), [&](llama_pos pos) {
-                return pos > first_query;
+        if (std::all_of(head.pos.begin(), head.pos.end(), [&](llama_pos pos) {
+                return pos > first_query || pos == kvl_head::HOLE;
             })) {
-            kvl_set_error("slots inside the window of " + std::to_string(rows.size()) +
-                          " queries are not stored in f16; scores are undefined");
+            kvl_set_error("the slots of a head begin inside the window; scores are undefined");
             return KVL_ERR_ARGUMENT;
         }
     }

@@ -230,6 +230,19 @@ int32_t kvl_demote(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t
     });
 }
 
+int32_t kvl_demote_due(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format, int32_t n,
+                       const int32_t * positions, int32_t n_most) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || format < 0 || n < 0 || n_most < 0 || (n > 0 && !positions)) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        return kv->demote_due(seq, uint32_t(layer), uint32_t(format), n, positions, n_most,
+                              int(ctx->n_threads_batch()));
+    });
+}
+
 int32_t kvl_set_mu(llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu) {
     auto * kv = memory_of(ctx, seq, layer);
     if (!kv || !mu) {

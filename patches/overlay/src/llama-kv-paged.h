@@ -133,6 +133,10 @@ class llama_kv_paged : public llama_memory_i {
     // store the given slots in another format; KVL_OK or a kvl_status with the error set, and nothing changed
     int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const int32_t * n_demote, const int32_t * slots,
                    int n_threads);
+    // likewise the f16 slots of every head whose positions are given, ascending, the first n_most of them (0: all), of
+    // kivi whole groups; how many, or a kvl_status
+    int32_t demote_due(llama_seq_id seq, uint32_t layer, uint32_t format, int32_t n, const llama_pos * positions,
+                       int32_t n_most, int n_threads);
     int32_t set_mu(llama_seq_id seq, uint32_t layer, const float * mu);
     // keys and values of one slot as they were before they were stored, rotated or not
     void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
@@ -185,6 +189,8 @@ class llama_kv_paged : public llama_memory_i {
     uint64_t keep_us = 0;
 
   private:
+    int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const std::vector<std::vector<uint32_t>> & slots,
+                   int n_threads);
     uint64_t allocated_bytes() const;
     void note_peak();
     bool check_slots(llama_seq_id seq, uint32_t layer, const int32_t * counts, const int32_t * slots, bool empty) const;
