@@ -19,6 +19,7 @@ from typing import Any
 
 from common import ROOT, parser
 from quality_page import write_page
+from quality_storage import CLAIMS, all_kept, at_equal_bytes
 
 from kvlocal.budget import Budget
 from kvlocal.dequantize import f32_copy
@@ -144,6 +145,19 @@ class Run:
         cases = summary_cases(self.data / "summarization" / "cnn_dailymail.jsonl", rows=20)
         self.ask("summaries", cases, rouge, variants(), "inside")
 
+    def storage(self) -> None:
+        """Dropped or stored in fewer bits, at equal bytes; and what each storage loses when nothing is dropped."""
+        found = excerpts(self.model, self.texts(), 3072, 256, 6)
+        wanted = [*at_equal_bytes(3072), *all_kept(), *all_kept(CLAIMS)]
+        config = replace(self.config, n_ctx=3072 + 256 + 64)
+        self._collect("storage", lambda store: Kld(self.model, found, wanted, config, store))
+
+    def storage_ruler(self) -> None:
+        cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))
+        cases.sort(key=lambda case: int(case.id.split("/")[1]))
+        wanted = [*at_equal_bytes(3800), *all_kept(("f16", "q4", "kv3", "kv2", "kivi", "logquant"))]
+        self.ask("storage_ruler", cases, contains, wanted, "inside")
+
     def guide(self) -> None:
         """Single needles under chunked prefill, with and without a guide, against exact prefill."""
         cases = ruler_cases(self.data / "ruler-4096", tasks=["niah_single_1", "niah_single_2"], rows=10)
@@ -188,7 +202,7 @@ def grow(engine: Engine, prompt: list[int]) -> dict[str, Any]:
     }
 
 
-PARTS = ("kld", "ruler", "summaries", "kv", "guide", "ppl", "growth")
+PARTS = ("storage", "storage_ruler", "kld", "ruler", "summaries", "kv", "guide", "ppl", "growth")
 
 
 def main() -> None:

@@ -78,12 +78,18 @@ class Storage:
         values: dict[str, Any] = {}
         for setting in settings:
             key, _, value = setting.partition("=")
-            known = ["sink", "tail", *(["bits", "group"] if name in ("kivi", "logquant") else [])]
+            known = [
+                "sink",
+                "tail",
+                *(["centre"] if cls(name).rotates else []),
+                *(["bits", "group"] if name in ("kivi", "logquant") else []),
+            ]
             known += ["quantizer"] if name == "logquant" else []
             if key not in known:
                 raise UsageError(f"Storage {name!r} has no setting {key!r}; it has {', '.join(known)}.")
             try:
                 values[key] = value if key == "quantizer" else int(value)
+                values |= {"centre": bool(int(value))} if key == "centre" else {}
             except ValueError:
                 raise UsageError(f"{setting} is not possible for the storage {name}: give a whole number.") from None
         return cls(name, **(defaults | values))

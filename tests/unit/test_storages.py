@@ -74,7 +74,7 @@ def test_only_our_own_formats_are_rotated_and_only_they_are_centred():
     ("text", "message"),
     [
         ("q5", "no storage 'q5' .* give f16, q8, q4, kv3, kv2, kivi, logquant"),
-        ("kv2:bits=4", "'kv2' has no setting 'bits'; it has sink, tail"),
+        ("kv2:bits=4", "'kv2' has no setting 'bits'; it has sink, tail, centre"),
         ("kivi:quantizer=token", "'kivi' has no setting 'quantizer'; it has sink, tail, bits, group"),
         ("kivi:bits=3", "bits is 3 for the storage kivi; give 2 or 4"),
         ("kivi:group=48", "group is 48 .* give 32 or 64"),

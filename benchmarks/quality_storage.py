@@ -1,0 +1,61 @@
+"""Dropping tokens or storing them in fewer bits, at equal bytes: the variants of the storage parts of quality.py."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from kvlocal.budget import Budget
+from kvlocal.cache import BITS
+from kvlocal.policies import make_policy
+from kvlocal.policies.full import Full
+from kvlocal.storage import Storage
+from kvlocal.sweep import PAGED, Variant, expand
+
+SHARES = ("6%", "12.5%", "19%", "25%")
+"""Of the bytes of a full f16 cache."""
+
+LADDER = "ladder"
+AT_EQUAL_BYTES = {
+    "ada-snapkv": "f16",
+    "ada-snapkv + q4": "q4:sink=4:tail=32",
+    "ada-snapkv + kivi": "kivi:sink=4:tail=32",
+    "ada-snapkv + logquant": "logquant:sink=4:tail=48",
+}
+"""With the same protection as the ladder's: 4 sinks, 32 recent tokens; logquant's are 33 to 48, spread out."""
+
+ALL_KEPT = (
+    *("f16", "q8", "q4", "kv3", "kv2", "kivi", "kivi:group=64", "kivi:bits=4", "logquant", "logquant:quantizer=token"),
+    *("kivi:sink=32", "logquant:sink=32"),
+)
+"""With their own sinks and tails."""
+
+CLAIMS = ("q4:centre=0", "kv3:centre=0", "kv2:centre=0", "kv3:sink=0", "kv2:sink=0", "kv3:sink=4", "kv2:sink=4")
+"""What the mean of the keys and the sinks are worth."""
+
+
+def at(share: str, storage: str, n_tokens: int) -> Variant | None:
+    """Ada-SnapKV with as many tokens as fit into a share of the bytes; ``None`` if there is room for all of them."""
+    store = Storage.parse(storage)
+    bits = (store.bits + 32 / store.group) if store.format == "kivi" else sum(BITS[store.format]) / 2
+    n_f16 = store.sink + max(store.tail, 32) if store.demotes else 0
+    room = float(Decimal(share[:-1])) / 100 * n_tokens - n_f16
+    tokens = int(n_f16 + room * 16 / bits)
+    if tokens > n_tokens:
+        return None
+    name = next(name for name, given in AT_EQUAL_BYTES.items() if given == storage)
+    return Variant(name, make_policy("ada-snapkv"), Budget("tokens", tokens), storage)
+
+
+def at_equal_bytes(n_tokens: int) -> list[Variant]:
+    """The ladder and the others for every share, for texts of ``n_tokens``."""
+    out = []
+    for share in SHARES:
+        out.append(Variant(LADDER, make_policy("ladder"), Budget.parse(share)))
+        out += [found for storage in AT_EQUAL_BYTES.values() if (found := at(share, storage, n_tokens))]
+    return out
+
+
+def all_kept(storages: tuple[str, ...] = ALL_KEPT) -> list[Variant]:
+    """Nothing dropped: our cache in every storage, and llama.cpp's own."""
+    out = [Variant(PAGED, Full(), Budget.parse("100%"), storage) for storage in storages]
+    return out + list(expand(["full"], {}, [], ["q8", "q4"])) if storages is ALL_KEPT else out
