@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import table
+from quality_storage_page import PICTURE, draw, ruler_section, storage_section
 
 Row = dict[str, Any]
 
@@ -20,6 +21,8 @@ def write_page(results: Path, page: Path, model: str) -> None:
     parts = [HEAD.format(model=model)]
     for name, section in SECTIONS.items():
         parts.append(section(found) if name in found else f"{TITLES[name]}\n\nNot measured yet.")
+    if "storage" in found:
+        draw(found["storage"], page.parent / PICTURE)
     page.write_text("\n\n".join(parts).rstrip() + "\n")
     print(f"wrote {page}")
 
@@ -41,6 +44,8 @@ after the eviction. Brackets are 95 % bootstrap intervals over the cases; there 
 same is measured on your own texts and models by `kvlocal eval`."""
 
 TITLES = {
+    "storage": "## Dropped, or stored in fewer bits: KL divergence over bytes",
+    "storage_ruler": "## RULER, 4k, at equal bytes",
     "kld": "## Texts continued: KL divergence",
     "kld-buzz": "## BUZZ against others at the size it has",
     "ppl": "## A long continuation: perplexity",
@@ -256,6 +261,8 @@ def _growth(found: dict[str, list[Row]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[dict[str, list[Row]]], str]] = {
+    "storage": lambda found: storage_section(TITLES["storage"], found["storage"]),
+    "storage_ruler": lambda found: ruler_section(TITLES["storage_ruler"], found["storage_ruler"]),
     "kld": _kld,
     "kld-buzz": _kld_buzz,
     "ppl": _ppl,

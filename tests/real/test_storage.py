@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
+from kvlocal.cache import FORMATS
 from kvlocal.engine import Engine
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Kld, excerpts
 from kvlocal.model import Model
-from kvlocal.storage import Storage
+from kvlocal.storage import Storage, log_positions
 from kvlocal.sweep import expand
 
 BITS = {"q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}
@@ -99,6 +100,64 @@ def test_divergence_falls_with_the_bits(tiny_path: Path, tmp_path: Path) -> None
         found_bytes = [table[name, storage]["used_bytes"] for storage in storages]
         assert found_bytes == sorted(found_bytes, reverse=True) and len(set(found_bytes)) == 5
     assert 0 < table["paged", "q8"]["kl"] < table["paged", "q4"]["kl"] < table["paged", "kv2"]["kl"]
+
+
+@pytest.mark.parametrize("name", ["kivi", "kivi:group=64", "kivi:bits=4"])
+def test_kivi_demotes_whole_groups_that_have_left_the_tail(name: str, open_engine: OpenEngine) -> None:
+    storage = Storage.parse(name, tail=64)
+    engine = open_engine("full", n_ctx=1024, storage=storage)
+    cache = engine.cache
+    assert cache is not None
+    engine.prefill(engine.tokenize(FILLER * 20)[:500])
+    answer(engine, 150)
+    n_seen = cache.seq_stats(0).n_seen
+    assert n_seen > 600
+    for layer in range(len(cache.layers)):
+        for positions, formats in zip(cache.positions(0, layer), cache.slot_formats(0, layer), strict=True):
+            n_kivi = int((formats == FORMATS.index("kivi")).sum())
+            assert n_kivi % storage.group == 0 and (formats[n_kivi:] == 0).all()
+            # a group waits until it is full, and then until the engine looks again
+            assert 64 <= len(positions) - n_kivi < 64 + storage.group + 32
+
+
+@pytest.mark.parametrize("name", ["logquant", "logquant:quantizer=token"])
+def test_logquant_keeps_the_log_set_in_f16(name: str, open_engine: OpenEngine) -> None:
+    engine = open_engine("full", n_ctx=1024, storage=Storage.parse(name, tail=96), prefill="exact")
+    cache = engine.cache
+    assert cache is not None
+    text = engine.tokenize(FILLER * 30)
+    for n_seen in (40, 200, 500, 777):
+        engine.prefill(text[len(engine.tokens[0]) : n_seen])
+        log_set = set(log_positions(n_seen, 32).tolist())
+        for layer in range(len(cache.layers)):
+            for positions, formats in zip(cache.positions(0, layer), cache.slot_formats(0, layer), strict=True):
+                in_f16 = set(positions[formats == 0].tolist())
+                # the latest tokens, whose queries score, are in the set; what waits for its group is not
+                waiting = in_f16 - log_set
+                assert log_set <= in_f16 and len(waiting) < (1 if "token" in name else 32)
+
+
+@pytest.mark.parametrize("name", ["kivi", "logquant"])
+@pytest.mark.parametrize("policy", ["ada-snapkv", "h2o", "streaming"])
+def test_groups_are_evicted_whole_and_memory_stays_bounded(name: str, policy: str, open_engine: OpenEngine) -> None:
+    budget = 250
+    engine = open_engine(policy, str(budget), n_ctx=1024, storage=Storage.parse(name, tail=48))
+    cache = engine.cache
+    assert cache is not None
+    engine.prefill(engine.tokenize(FILLER * 20)[:600])
+    pages = []
+    for _ in engine.generate(300, GREEDY):
+        pages.append(cache.seq_stats(0).page_bytes)
+        assert cache.seq_stats(0).n_slots / cache.seq_stats(0).n_heads <= budget + 32
+    for layer in range(len(cache.layers)):
+        for groups in cache.kivi_groups(0, layer):
+            assert all((groups == g).sum() == 32 for g in set(groups[groups >= 0].tolist()))
+    assert len(pages) > 200 and max(pages[-100:]) <= 1.1 * max(pages[:100])
+
+
+def test_a_budget_that_sinks_and_tail_take_is_refused(open_engine: OpenEngine) -> None:
+    with pytest.raises(UsageError, match="sinks and tail of the storage q4 alone take .* MiB"):
+        open_engine("streaming", "64KiB", storage=Storage("q4"))
 
 
 def test_what_cannot_be_stored_is_refused(open_engine: OpenEngine) -> None:
