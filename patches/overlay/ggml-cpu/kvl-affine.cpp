@@ -285,7 +285,12 @@ extern "C" void kvl_rows_decode(kvl_row row, const void * in, int first, int n, 
         return;
     }
     const size_t bytes = kvl_row_bytes(row, d);
+    from += size_t(first) * bytes;
+    if (ld == d) { // rows are blocks, one after the other
+        kvl_row_decode(row, from, n * d, out);
+        return;
+    }
     for (int i = 0; i < n; i++) {
-        kvl_row_decode(row, from + (size_t(first) + size_t(i)) * bytes, d, out + i * ld);
+        kvl_row_decode(row, from + size_t(i) * bytes, d, out + i * ld);
     }
 }
