@@ -107,6 +107,19 @@ inline void decode(const block_q8_0 & b, float * out) {
     }
 }
 
+#if VF_N == 16
+
+// sixteen levels fit into one vector, and the table looks at the four low bits alone
+inline void decode(const block_q4_0 & b, float * out) {
+    const vi codes = _mm512_setr_epi32(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const vf levels = vf_mul(number(codes), scale(b.d));
+    const vi q = load_u8(b.qs);
+    vf_store(out, pick(levels, q));
+    vf_store(out + 16, pick(levels, shift_right(q, 4)));
+}
+
+#else
+
 inline void decode(const block_q4_0 & b, float * out) {
     const vf d = scale(b.d);
     for (int i = 0; i < 16; i += VF_N) {
@@ -115,6 +128,8 @@ inline void decode(const block_q4_0 & b, float * out) {
         vf_store(out + i + 16, vf_mul(number(add(shift_right(q, 4), -8)), d));
     }
 }
+
+#endif
 
 inline void decode(const kvl_block_kv3 & b, float * out) {
     const vf levels = vf_mul(number(load_i8(KV3)), scale(b.d));
