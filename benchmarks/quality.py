@@ -19,7 +19,7 @@ from typing import Any
 
 from common import ROOT, parser
 from quality_page import write_page
-from quality_storage import CLAIMS, all_kept, at_equal_bytes
+from quality_storage import MORE, all_kept, at_equal_bytes
 
 from kvlocal.budget import Budget
 from kvlocal.dequantize import f32_copy
@@ -147,15 +147,18 @@ class Run:
 
     def storage(self) -> None:
         """Dropped or stored in fewer bits, at equal bytes; and what each storage loses when nothing is dropped."""
-        found = excerpts(self.model, self.texts(), 3072, 256, 6)
-        wanted = [*at_equal_bytes(3072), *all_kept(), *all_kept(CLAIMS)]
         config = replace(self.config, n_ctx=3072 + 256 + 64)
-        self._collect("storage", lambda store: Kld(self.model, found, wanted, config, store))
+        for part, per_text, wanted in (
+            ("storage", 6, [*at_equal_bytes(3072), *all_kept()]),
+            ("storage_kept", 2, [*all_kept(), *all_kept(MORE), *expand(["full"], {}, [], ["q8", "q4"])]),
+        ):
+            found = excerpts(self.model, self.texts(), 3072, 256, per_text)
+            self._collect(part, lambda store, found=found, wanted=wanted: Kld(self.model, found, wanted, config, store))
 
     def storage_ruler(self) -> None:
         cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))
         cases.sort(key=lambda case: int(case.id.split("/")[1]))
-        wanted = [*at_equal_bytes(3800), *all_kept(("f16", "q4", "kv3", "kv2", "kivi", "logquant"))]
+        wanted = [*at_equal_bytes(3800), *all_kept()]
         self.ask("storage_ruler", cases, contains, wanted, "inside")
 
     def guide(self) -> None:

@@ -22,7 +22,7 @@ def write_page(results: Path, page: Path, model: str) -> None:
     for name, section in SECTIONS.items():
         parts.append(section(found) if name in found else f"{TITLES[name]}\n\nNot measured yet.")
     if "storage" in found:
-        draw(found["storage"], page.parent / PICTURE)
+        draw(found["storage"], found["storage_kept"], page.parent / PICTURE)
     page.write_text("\n\n".join(parts).rstrip() + "\n")
     print(f"wrote {page}")
 
@@ -261,7 +261,7 @@ def _growth(found: dict[str, list[Row]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[dict[str, list[Row]]], str]] = {
-    "storage": lambda found: storage_section(TITLES["storage"], found["storage"]),
+    "storage": lambda found: storage_section(TITLES["storage"], found["storage"], found["storage_kept"]),
     "storage_ruler": lambda found: ruler_section(TITLES["storage_ruler"], found["storage_ruler"]),
     "kld": _kld,
     "kld-buzz": _kld_buzz,

@@ -9,7 +9,7 @@ from kvlocal.cache import BITS
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
 from kvlocal.storage import Storage
-from kvlocal.sweep import PAGED, Variant, expand
+from kvlocal.sweep import PAGED, Variant
 
 SHARES = ("6%", "12.5%", "19%", "25%")
 """Of the bytes of a full f16 cache."""
@@ -23,14 +23,14 @@ AT_EQUAL_BYTES = {
 }
 """With the same protection as the ladder's: 4 sinks, 32 recent tokens; logquant's are 33 to 48, spread out."""
 
-ALL_KEPT = (
-    *("f16", "q8", "q4", "kv3", "kv2", "kivi", "kivi:group=64", "kivi:bits=4", "logquant", "logquant:quantizer=token"),
-    *("kivi:sink=32", "logquant:sink=32"),
-)
+ALL_KEPT = ("f16", "q4", "kv3", "kv2", "kivi", "logquant")
 """With their own sinks and tails."""
 
-CLAIMS = ("q4:centre=0", "kv3:centre=0", "kv2:centre=0", "kv3:sink=0", "kv2:sink=0", "kv3:sink=4", "kv2:sink=4")
-"""What the mean of the keys and the sinks are worth."""
+MORE = (
+    *("q8", "kivi:group=64", "kivi:bits=4", "logquant:quantizer=token", "kivi:sink=32", "logquant:sink=32"),
+    *("q4:centre=0", "kv3:centre=0", "kv2:centre=0", "kv3:sink=0", "kv2:sink=0", "kv3:sink=4", "kv2:sink=4"),
+)
+"""Further ones, and what the mean of the keys and the sinks are worth; on fewer texts."""
 
 
 def at(share: str, storage: str, n_tokens: int) -> Variant | None:
@@ -56,6 +56,5 @@ def at_equal_bytes(n_tokens: int) -> list[Variant]:
 
 
 def all_kept(storages: tuple[str, ...] = ALL_KEPT) -> list[Variant]:
-    """Nothing dropped: our cache in every storage, and llama.cpp's own."""
-    out = [Variant(PAGED, Full(), Budget.parse("100%"), storage) for storage in storages]
-    return out + list(expand(["full"], {}, [], ["q8", "q4"])) if storages is ALL_KEPT else out
+    """Nothing dropped, in every storage."""
+    return [Variant(PAGED, Full(), Budget.parse("100%"), storage) for storage in storages]

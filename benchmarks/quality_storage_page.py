@@ -36,7 +36,7 @@ def kept(rows: Sequence[Row]) -> dict[str, Row]:
     return named | {STOCK[row["storage"]]: row for row in overall(rows) if row["policy"] == "full"}
 
 
-def storage_section(title: str, rows: Sequence[Row]) -> str:
+def storage_section(title: str, rows: Sequence[Row], more: Sequence[Row]) -> str:
     methods = [LADDER, *AT_EQUAL_BYTES]
     found = {name: by_share(rows, name) for name in methods}
     others = [name for name in methods if name != LADDER]
@@ -63,16 +63,16 @@ def storage_section(title: str, rows: Sequence[Row]) -> str:
         "Empty: everything fits, see the next table.",
         "Nothing dropped, in the storages' own sinks and tails, beside llama.cpp's q8_0 and q4_0 (which it rotates as "
         "well; it attends to the quantized keys while it reads the prompt, with quantized queries; here the prompt is "
-        "read exactly):",
+        f"read exactly); {overall(more)[0]['n']} of the excerpts:",
         table(
             ["storage", "share of f16 bytes", "KL", "same likeliest token"],
             [
                 [name, f"{row['held']:.1%}", f"{row['kl']:.5f}", f"{row['top1']:.1%}"]
-                for name, row in sorted(kept(rows).items(), key=lambda item: -item[1]["held"])
+                for name, row in sorted(kept(more).items(), key=lambda item: -item[1]["held"])
                 if "centre" not in name and not _is_claim(name)
             ],
         ),
-        claims(rows),
+        claims(more),
     ]
     return "\n\n".join(parts)
 
@@ -130,7 +130,7 @@ def ruler_section(title: str, rows: Sequence[Row]) -> str:
     )
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[Row], more: Sequence[Row], path: Path) -> None:
     """KL divergence over the share of bytes held, a line per method, a mark per storage that keeps everything."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -144,7 +144,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         (line,) = axes.plot(x, y, marker="o", markersize=4, linewidth=width, label=name)
         low, high = [row["ci_low"] for row in mine], [row["ci_high"] for row in mine]
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    for name, row in kept(rows).items():
+    for name, row in (kept(more) | kept(rows)).items():
         if row["kl"] <= 0 or ":" in name or name == "f16":
             continue
         mark = "s" if name in STOCK.values() else "^"

@@ -47,7 +47,7 @@ class Ladder(Policy):
 
     Formula, per layer, KV head and slot ``j`` between sinks and window::
 
-        s    = mean over the last queries and the group's query heads of softmax(Q K^T / sqrt(d))[row]
+        s    = max over the group's query heads of the mean over the last queries of softmax(Q K^T / sqrt(d))[row]
         w[j] = (max of s within kernel // 2 tokens of j * |v[j]|) ^ power
         rung = argmin over r of  w[j] * error[r] + price * bytes[r]
 
@@ -71,7 +71,7 @@ class Ladder(Policy):
     paper: ClassVar[str] = "kvlocal"
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
 
-    window: int = whole(32, low=1, help="most recent tokens: always f16")
+    window: int = whole(28, low=1, help="most recent tokens: always f16; with the sinks, one page")
     queries: int = whole(128, low=1, help="most recent queries that rank the tokens")
     sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always f16")
     rungs: str = subset(",".join(ERRORS), list(ERRORS), help="how tokens may be stored (f16 always is one)")
@@ -79,9 +79,9 @@ class Ladder(Policy):
     alpha: float = real(0.2, low=0, high=1, help="share of its equal part of the bytes that every head is sure of")
     power: float = real(0.7, low=0, high=2, help="exponent of the scores: below 1 they count less")
     norm: str = choice("yes", ["yes", "no"], help="whether a score is multiplied with the norm of the value")
-    kernel: int = whole(5, low=1, odd=True, help="width of the pooling over neighbouring tokens")
+    kernel: int = whole(7, low=1, odd=True, help="width of the pooling over neighbouring tokens")
     pool: str = choice("max", ["max", "avg"], help="how neighbouring scores are pooled")
-    agg: str = choice("mean", ["mean", "max"], help="how the query heads of one KV head are combined")
+    agg: str = choice("max", ["max", "mean"], help="how the query heads of one KV head are combined")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -93,6 +93,10 @@ class Ladder(Policy):
     @property
     def min_budget(self) -> int:
         return -(-(self.sink + self.window) // PAGE_SLOTS) * PAGE_SLOTS
+
+    def limit(self, budget: int, evict_every: int) -> int:
+        # a look at a long cache is worth more than a page
+        return budget + max(evict_every, budget // 16) - 1
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def decide(cache: Cache, budget: int, **args: object) -> list[Decision]:
     return list(make_policy("ladder", args).decide(cache.view(budget)))
 
 
-@given(seed=SEEDS, budget=st.integers(64, 500))
+@given(seed=SEEDS, budget=st.integers(32, 500))
 @settings(max_examples=50, deadline=None)
 def test_whole_pages_fit_the_budget_and_hardly_anything_is_left_over(seed, budget):
     cache = Cache(seed)
@@ -100,8 +100,8 @@ def test_over_twenty_evictions_precision_only_falls_and_the_budget_holds(seed, b
         cache.apply(decide(cache, budget))
         for old, (p, f) in zip(before, _heads(cache), strict=True):
             assert all(f[i] >= old[q] for i, q in enumerate(p.tolist()))
-            ends = (p < 4) | (p >= cache.n_seen - 32)
-            assert ends.sum() == 36 and (f[ends] == 0).all()
+            ends = (p < 4) | (p >= cache.n_seen - 28)
+            assert ends.sum() == 32 and (f[ends] == 0).all()
         assert cache.bytes() <= budget * cache.n_heads * 256
         cache.grow(32)
 
@@ -118,7 +118,7 @@ def _heads(cache: Cache) -> list[tuple[np.ndarray, np.ndarray]]:
 @settings(max_examples=20, deadline=None)
 def test_within_a_head_what_is_more_important_is_stored_no_worse(seed):
     cache = Cache(seed, n_layer=1)
-    decisions = decide(cache, 120, norm="no", kernel=1)
+    decisions = decide(cache, 120, norm="no", kernel=1, window=32)
     scores = cache.scores[0]
     cache.apply(decisions)
     for row, p, f in zip(scores, cache.positions[0], cache.formats[0], strict=True):
@@ -132,7 +132,7 @@ def test_within_a_head_what_is_more_important_is_stored_no_worse(seed):
 @settings(max_examples=30, deadline=None)
 def test_f16_only_and_a_price_per_layer_is_ada_on_pages(seed, budget):
     cache = Cache(seed, n_head=3, n=32 * 12 + 36 + 28)
-    args = {"rungs": "f16", "price": "layer", "alpha": 0.0, "norm": "no", "power": 1.0, "kernel": 1}
+    args = {"rungs": "f16", "price": "layer", "alpha": 0.0, "norm": "no", "power": 1.0, "kernel": 1, "window": 32}
     for layer, decision in enumerate(decide(cache, 32 * (2 + budget), **args)):
         # what competes after the 28 best, which fill up the pages of sinks and window
         best = np.sort(cache.scores[layer][:, 4:-32], axis=1)[:, ::-1][:, 28:]
@@ -164,16 +164,16 @@ def test_a_head_holds_no_more_slots_than_it_has_room_for():
     for layer in view.layers:
         layer.n_room = 320
     for decision in make_policy("ladder").decide(view):
-        assert max(len(kept) for kept in decision.keep) <= 320 + 64
+        assert max(len(kept) for kept in decision.keep) <= 320 + 32
 
 
 def test_the_rungs_are_in_the_order_of_their_bytes_and_errors():
     assert list(ERRORS) == RUNGS and list(ERRORS.values()) == sorted(ERRORS.values())
 
 
-@pytest.mark.parametrize("budget", [1, 63])
+@pytest.mark.parametrize("budget", [1, 31])
 def test_a_budget_below_the_pages_of_sinks_and_window_is_refused(budget):
-    with pytest.raises(UsageError, match="at least 64 tokens per head .* was given"):
+    with pytest.raises(UsageError, match="at least 32 tokens per head .* was given"):
         decide(Cache(0), budget)
 
 
