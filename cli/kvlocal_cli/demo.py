@@ -14,7 +14,7 @@ from .options import GroupedCommand, SamplingSettings, Settings, model_options, 
 from .run import complete, messages
 from .stream import INTERRUPTED, Answer
 
-CACHES = (("full", "100%"), ("ada-snapkv", "25%"))
+CACHES = (("full", "100%"), ("ladder", "25%"))
 
 
 @click.command(cls=GroupedCommand)

@@ -86,7 +86,7 @@ def main() -> None:
 
     \b
     kvlocal run -f report.txt -p "Who signed it?" --budget 25%
-    kvlocal chat --policy ada-snapkv --budget 2048
+    kvlocal chat --policy ladder --budget 2048
     kvlocal policies
     """
     # Text of a model can hold what a terminal's encoding lacks; a question mark is better than a dead process.

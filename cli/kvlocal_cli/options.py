@@ -12,7 +12,9 @@ from click.core import ParameterSource
 
 from kvlocal.errors import UsageError
 
-DEFAULT_POLICY = "ada-snapkv"
+DEFAULT_POLICY = "ladder"
+STORED_POLICY = "ada-snapkv"
+"""The default with --kv: the ladder says itself how tokens are stored."""
 DEFAULT_BUDGET = "2048"
 
 Callback = Callable[..., Any]
@@ -132,7 +134,8 @@ _CACHE = stack(
         "--policy",
         default=DEFAULT_POLICY,
         metavar="NAME",
-        help="Which tokens are kept; `kvlocal policies` lists them.",
+        help=f"Which tokens are kept; `kvlocal policies` lists them. With --kv the default is {STORED_POLICY}: ladder "
+        "stores each token as precisely as it is worth, and takes no --kv.",
     ),
     _POLICY_ARG,
     option(
@@ -266,6 +269,9 @@ def _gather(command: Callback) -> Callback:
     def gather(**options: Any) -> Any:
         values = {name: options.pop(name) for name in names & options.keys()}
         model = pick_model(options.pop("model"), options.pop("hf"))
+        chosen = click.get_current_context().get_parameter_source("policy") is not ParameterSource.DEFAULT
+        if values.get("storage", "f16") != "f16" and not chosen:
+            values["policy"] = STORED_POLICY
         args = parse_policy_args(
             options.pop("policy_args", ()), sink=options.pop("kv_sink", None), window=options.pop("kv_window", None)
         )

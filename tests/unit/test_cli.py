@@ -42,7 +42,7 @@ def test_help_groups_the_options_and_shows_an_example() -> None:
     titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["Prompt:", "Model:", "KV cache:", "Sampling:", "Output:", "Options:"]
     assert '\n  kvlocal run -f report.txt -p "Who signed it?" --budget 25%\n' in text
-    assert "[default: ada-snapkv]" in text and "[default: 2048]" in text
+    assert "[default: ladder]" in text and "[default: 2048]" in text
 
 
 def test_one_storage_is_chosen_of_those_there_are() -> None:
@@ -114,20 +114,20 @@ def test_demo_asks_twice_and_compares(fake: Fake, tmp_path: Path) -> None:
         "Question: When did it rain?",
         "--policy full --budget 100%",
         ANSWER,
-        "--policy ada-snapkv --budget 25%",
+        "--policy ladder --budget 25%",
         ANSWER,
         "budget held KV KV if RSS, eviction prefill decode",
         "policy tokens mean used peak full before after t/s t/s",
         "─",
         "full 256 (25%) 256 6.0 25.0 24.0 no eviction 512 31.2",
-        "ada-snapkv 256 (25%) 256 6.0 25.0 24.0 300.0 281.0 512 31.2",
+        "ladder 256 (25%) 256 6.0 25.0 24.0 300.0 281.0 512 31.2",
     ]
     assert " ".join(caption) == "MiB, all measured, save for `if full`: what a full f16 cache would take."
-    full, ada = fake.engines
+    full, ladder = fake.engines
     assert (full.settings.policy, full.settings.budget) == ("full", "100%")
-    assert (ada.settings.policy, ada.settings.budget) == ("ada-snapkv", "25%")
+    assert (ladder.settings.policy, ladder.settings.budget) == ("ladder", "25%")
     assert full.settings.n_threads == 2 and full.n_predict == 48 and full.sampling.temp == 0
-    assert full.messages == ada.messages == [{"role": "user", "content": "Day 1: rain.\n\nWhen did it rain?"}]
+    assert full.messages == ladder.messages == [{"role": "user", "content": "Day 1: rain.\n\nWhen did it rain?"}]
 
 
 def test_demo_needs_both_files(fake: Fake, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from prompt_toolkit.output import DummyOutput
 
 from kvlocal.errors import KVError
 
-BANNER = "fake · context 4,096 · policy ada-snapkv, budget 2048 · /help lists the commands"
+BANNER = "fake · context 4,096 · policy ladder, budget 2048 · /help lists the commands"
 COMMANDS = "/kv, /stats, /clear, /help, /exit"
 
 

@@ -34,7 +34,7 @@ def test_run_has_the_documented_defaults(fake: Fake) -> None:
     call("run", "-p", "x")
     assert fake.settings == Settings(
         model=None,
-        policy="ada-snapkv",
+        policy="ladder",
         policy_args={},
         budget="2048",
         n_ctx=0,
@@ -47,6 +47,15 @@ def test_run_has_the_documented_defaults(fake: Fake) -> None:
     )
     assert fake.engine.n_predict == 512
     assert fake.engine.sampling == SamplingSettings(0.8, 40, 0.95, 0.05, 1.0, -1)
+
+
+def test_with_a_storage_the_default_policy_is_one_that_leaves_the_storage_alone(fake: Fake) -> None:
+    call("run", "-p", "x", "--kv", "q4")
+    assert fake.settings is not None and (fake.settings.policy, fake.settings.storage) == ("ada-snapkv", "q4")
+    call("run", "-p", "x", "--kv", "q4", "--policy", "streaming")
+    assert fake.settings.policy == "streaming"
+    call("run", "-p", "x", "--kv", "f16")
+    assert fake.settings.policy == "ladder"
 
 
 def test_run_passes_every_short_flag_on(fake: Fake) -> None:
