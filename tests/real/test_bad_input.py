@@ -111,11 +111,11 @@ def test_an_impossible_budget(budget: str, what: str, tiny_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "minimum"),
     [
-        ("--budget 20", "at least 33"),
-        ("--budget 40 --kv-window 40 --kv-sink 4", "at least 45"),
+        ("--budget 20", "at least 32"),
+        ("--budget 40 --kv-window 40 --kv-sink 4", "at least 64"),
         ("--budget 4 --policy streaming", "at least 5"),
-        # 33 tokens and 31 slots of a half-filled page per head, 2 KiB per token
-        ("--budget 2KiB", "128 KiB"),
+        # 32 tokens per head, 2 KiB each
+        ("--budget 2KiB", "64 KiB"),
     ],
 )
 def test_a_budget_below_what_is_always_kept_names_the_minimum(options: str, minimum: str, tiny_path: Path) -> None:
