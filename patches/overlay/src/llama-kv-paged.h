@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct llama_cparams;
@@ -24,6 +25,11 @@ void kvl_set_threads(ggml_backend_t cpu, int n_threads);
 
 // Last error of this thread, as read by kvl_last_error().
 void kvl_set_error(const std::string & what);
+
+// Row formats of K and V of a page format.
+std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params);
+// Why rows cannot be stored in these, empty if they can.
+std::string kvl_block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32_t d_v);
 
 // One KV head of one layer of one sequence. Slot i lives in page pages[i / 32], row i % 32.
 //

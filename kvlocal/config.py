@@ -1,0 +1,75 @@
+"""What an engine is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kvlocal.budget import Budget
+from kvlocal.errors import UsageError
+from kvlocal.policies.base import Policy
+from kvlocal.storage import Storage
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is made of.
+
+    Attributes:
+        model: path of a GGUF file.
+        policy: which tokens are kept; one with ``evicts = False`` runs on llama.cpp's own cache.
+        budget: how many.
+        n_ctx: tokens the cache has room for (0 = what the model was trained for).
+        n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
+        n_threads: 0 = all cores.
+        n_gpu_layers: layers on the accelerator.
+        prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
+            memory stays below budget + chunk whatever the length.
+        chunk: tokens per chunk.
+        storage: how what is kept is stored. Any but f16 runs on our cache, whatever the policy.
+        guide: of a chunked prompt, this many tokens at its end are read after every chunk as if they came next, and
+            their attention decides what that chunk's eviction keeps (0: the chunk's own end does).
+        evict_every: tokens per head that a sequence grows over its budget while decoding until it is evicted again; 1
+            is the papers' exact form.
+        n_seq_max: sequences the cache can hold.
+        n_outputs: most positions of a batch whose logits are read (evaluation).
+    """
+
+    model: Path
+    policy: Policy
+    budget: Budget
+    n_ctx: int = 0
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    prefill: Literal["exact", "chunked"] = "exact"
+    chunk: int = 512
+    guide: int = 0
+    storage: Storage = field(default_factory=Storage)
+    evict_every: int = 32
+    n_seq_max: int = 1
+    n_outputs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "n_threads", "n_gpu_layers", "guide"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("n_batch", "n_ubatch", "chunk", "evict_every", "n_seq_max"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("n_ctx", "n_batch", "n_ubatch", "chunk", "evict_every"):
+            if getattr(self, name) >= 2**31:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be below {2**31}.")
+        if self.prefill not in ("exact", "chunked"):
+            raise UsageError(f"prefill is {self.prefill!r}; it must be exact or chunked.")
+        if self.guide and self.prefill != "chunked":
+            raise UsageError("A guide has no effect on an exact prefill; give --prefill chunked as well.")
+        if self.guide and "scores" not in self.policy.needs:
+            raise UsageError(f"Policy {self.policy.name} does not look at attention scores, so it cannot be guided.")
+        if self.policy.formats and self.storage.demotes:
+            raise UsageError(
+                f"Policy {self.policy.name} says itself how tokens are stored; leave out the storage "
+                f"{self.storage.name}, or give the policy its rungs."
+            )
