@@ -84,7 +84,7 @@ class Lane:
         Twice, the first time to make the branch the owner of the pages that are written.
         """
         cache, store = self.context.cache, Storage(self.storage)
-        if cache is None or not store.demotes:
+        if cache is None or not store.demotes or store.name == "logquant":  # whose tokens leave in other numbers
             return
         self.context.branch(self.seq, scratch)
         seconds = 0.0
@@ -117,6 +117,7 @@ def results(lanes: Sequence[Lane], depth: int) -> list[dict[str, Any]]:
             "vs": {
                 label: spread([b / a for a, b in zip(lane.decode_s, by_label[label].decode_s, strict=True)])
                 for label in REFERENCES
+                if label in by_label
             },
             "store_s": lane.store_s,
         }
@@ -149,7 +150,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
                 row["depth"],
                 f"{row['cache']} {row['storage']}",
                 cell(row["decode_tps"], ".1f"),
-                *(cell(row["vs"][label]) for label in REFERENCES),
+                *(cell(row["vs"].get(label)) for label in REFERENCES),
                 f"{row['used_bytes'] / 2**20:.1f}",
                 "" if row["store_s"] is None else f"{row['store_s']:.2f}",
                 cell(ms, ".3f"),
@@ -163,7 +164,7 @@ def say(what: str) -> None:
     print(time.strftime("%H:%M:%S"), what, flush=True)
 
 
-def open_lanes(model: Model, n_ctx: int, n_threads: int, stack: ExitStack) -> list[Lane]:
+def open_lanes(model: Model, n_ctx: int, n_threads: int, stock: Sequence[str], stack: ExitStack) -> list[Lane]:
     """Ours first, in one context whose last sequence is left for :meth:`Lane.demote`; then those of llama.cpp."""
     formats = tuple(dict.fromkeys(name for storage in STORAGES for name in Storage(storage).formats))
     ours = ContextConfig(
@@ -172,8 +173,9 @@ def open_lanes(model: Model, n_ctx: int, n_threads: int, stack: ExitStack) -> li
     context = stack.enter_context(Context(model, ours))
     lanes = [Lane(context, storage, seq) for seq, storage in enumerate(STORAGES, start=1)]
     for storage in STOCK_STORAGES:
-        stock = ContextConfig(n_ctx, n_threads=n_threads, paged=False, type_kv=storage)
-        lanes.append(Lane(stack.enter_context(Context(model, stock)), storage))
+        if storage in stock:
+            theirs = ContextConfig(n_ctx, n_threads=n_threads, paged=False, type_kv=storage)
+            lanes.append(Lane(stack.enter_context(Context(model, theirs)), storage))
     return lanes
 
 
@@ -182,6 +184,7 @@ def main() -> None:
     p.add_argument("--depths", default="16384,32768", help="tokens, comma-separated")
     p.add_argument("-n", type=int, default=16, help="tokens per turn")
     p.add_argument("-r", "--rounds", type=int, default=9)
+    p.add_argument("--stock", default=",".join(STOCK_STORAGES), help="which of llama.cpp's types take part")
     args = p.parse_args()
     depths = sorted({int(depth) for depth in args.depths.split(",")})
     if depths[0] < LEAST or args.n < 1 or args.rounds < 1:
@@ -191,7 +194,9 @@ def main() -> None:
     tokens = random_tokens(model, depths[-1])
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        lanes = open_lanes(model, depths[-1] + max(args.n, 2 * PAGE_SLOTS) + SLACK, args.threads, stack)
+        lanes = open_lanes(
+            model, depths[-1] + max(args.n, 2 * PAGE_SLOTS) + SLACK, args.threads, args.stock.split(","), stack
+        )
         texts = {id(lane.context): lane for lane in lanes}
         read_s: dict[int, float] = defaultdict(float)
         for begin, depth in zip([0, *depths], depths, strict=False):
