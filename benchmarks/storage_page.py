@@ -192,7 +192,7 @@ def _protection(models: Iterable[_Figures]) -> str:
         names = dict.fromkeys(row["name"] for row in model.rows)
         left = {name: model.kl(name) / model.kl(name, kept="nothing") for name in names}
         short = [name for name, share in left.items() if share > 2 / 3]
-        held = f"not for {'; '.join(short)}" if short else "for all"
+        held = "for none" if len(short) == len(names) else f"not for {'; '.join(short)}" if short else "for all"
         texts.append(
             f"{model.on.lower()} {held} (change of {min(left.values()) - 1:+.0%} to {max(left.values()) - 1:+.0%})"
         )
