@@ -29,6 +29,18 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return out
 
 
+def command(p: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> str:
+    """The command that measures the same: what was given another value than the default, files by their name alone.
+
+    Where data lies, what is written where, and threads change nothing in what is measured.
+    """
+    words = [f"python benchmarks/{script}.py"]
+    for name, value in vars(args).items():
+        if name not in ("data", "output", "threads") and value != p.get_default(name):
+            words.append(f"--{name.removeprefix('n_')} {Path(value).name if name == 'model' else value}")
+    return " ".join(words)
+
+
 def model_path(args: argparse.Namespace) -> Path:
     return resolve_model(args.model)
 

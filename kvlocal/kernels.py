@@ -81,9 +81,11 @@ def encode_rows(row: str, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 def decode_rows(row: str, stored: npt.NDArray[np.uint8], *, plain: bool = False) -> Floats:
     """What :func:`encode_rows` stored, float32 ``[n, d]``; ``plain``: by the loops that the vector code must equal."""
     values, size = _BLOCKS[row]
-    step, stored = group_slots(row), np.ascontiguousarray(stored)
+    stored = np.ascontiguousarray(stored)
     out = np.empty((len(stored), stored.shape[1] * values // size), np.float32)
     d, library = out.shape[1], _libraries()[1]
+    # rows that share nothing are read at once, but for the loops, which read one
+    step = max(len(out), 1) if group_slots(row) == 1 and not plain else group_slots(row)
     for i in range(0, len(out), step):
         source, target = stored[i : i + step], out[i : i + step]
         if plain:

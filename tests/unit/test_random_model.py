@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 
 from kvlocal import random_model
 from kvlocal.errors import KVError, UsageError
-from kvlocal.random_model import SHAPES, Shape, write_random_model
+from kvlocal.random_model import SHAPES, OffsetShape, Shape, write_random_model
 
 TINY = Shape("tiny", "llama", 2, 256, 4, 2, 32, 512, 300, 10000.0, 4096, tied=True)
 QWEN = replace(TINY, name="tiny-qwen", arch="qwen2", n_head=8, tied=False, rms_eps=1e-6)
@@ -58,6 +58,28 @@ def test_only_qwen_has_biases_and_shapes_are_those_asked_for(tmp_path: Path) -> 
     sizes = {name: tuple(int(n) for n in tensor.shape) for name, tensor in qwen.items()}
     assert sizes["blk.1.attn_q.weight"] == (256, 256) and sizes["blk.1.attn_k.weight"] == (256, 64)
     assert sizes["blk.0.ffn_down.weight"] == (512, 256) and sizes["output.weight"] == (256, 300)
+
+
+def test_offsets_are_in_eight_channels_of_every_kv_head_and_nowhere_else(tmp_path: Path) -> None:
+    plain = replace(QWEN, head_dim=64)
+    shape = OffsetShape(**{**vars(plain), "name": "offset"}, offset=90)
+    without, found = (tensors(write_random_model(s, tmp_path / f"{s.name}.gguf")) for s in (plain, shape))
+    assert list(found) == list(without)
+    for name, tensor in found.items():
+        if not name.endswith("attn_k.bias"):
+            assert np.array_equal(tensor.data, without[name].data), name
+            continue
+        for head in np.reshape(tensor.data, (shape.n_head_kv, shape.head_dim)):
+            large = np.flatnonzero(np.abs(head) > 5)
+            slow = large % 32 >= 28
+            assert slow.sum() == 6 and (~slow).sum() == 2
+            assert (np.abs(head[large[slow]]) >= 30).all() and (np.abs(head[large]) <= 90).all()
+            middle = large[~slow]
+            assert (middle % 32 >= 14).all() and (middle % 32 < 18).all()
+            assert (np.abs(head[middle]) >= 10).all() and (np.abs(head[middle]) <= 20).all()
+    for wrong in ({"arch": "llama"}, {"head_dim": 32}):
+        with pytest.raises(ValueError, match="offsets need arch qwen2"):
+            OffsetShape(**{**vars(plain), **wrong})
 
 
 def test_the_same_shape_gives_the_same_bytes_and_no_two_tensors_are_alike(tmp_path: Path) -> None:
