@@ -9,6 +9,7 @@ from typing import Any
 
 from common import table
 from quality_storage_page import PICTURE, draw, ruler_section, storage_section
+from storage_page import sections
 
 Row = dict[str, Any]
 
@@ -21,6 +22,8 @@ def write_page(results: Path, page: Path, model: str) -> None:
     parts = [HEAD.format(model=model)]
     for name, section in SECTIONS.items():
         parts.append(section(found) if name in found else f"{TITLES[name]}\n\nNot measured yet.")
+        if name == "storage_ruler":
+            parts.append(sections(results))
     if "storage" in found:
         draw(found["storage"], found["storage_kept"], page.parent / PICTURE)
     page.write_text("\n\n".join(parts).rstrip() + "\n")

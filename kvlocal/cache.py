@@ -78,7 +78,6 @@ class PagedCache:
         self._ctx = ctx
         self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)
         self._evicted_at: dict[int, int] = {}
-        self._centred: set[tuple[int, int]] = set()
         self.layers: list[Layer] = []
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
@@ -167,11 +166,12 @@ class PagedCache:
         self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, _floats(k), _floats(v)))
         return k, v
 
-    def values(self, seq: int, layer: int, head: int) -> np.ndarray:
-        """Stored values ``[n_slots, d_v]`` of one KV head, float32."""
-        v = np.empty((int(self.lengths(seq, layer)[head]), self.layers[layer].d_v), np.float32)
-        self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, None, _floats(v)))
-        return v
+    def value_norms(self, seq: int, layer: int) -> list[np.ndarray]:
+        """Euclidean norms of the values per KV head, float32 ``[n_slots]``."""
+        lengths = self.lengths(seq, layer)
+        out = np.empty(int(lengths.sum()), np.float32)
+        self._check(self._lib.kvl_value_norms(self._ctx, seq, layer, _floats(out)))
+        return np.split(out, np.cumsum(lengths)[:-1])
 
     def queries(self, seq: int, layer: int, n_queries: int) -> np.ndarray:
         """The last remembered queries (after RoPE), oldest first, float32 ``[<= n_queries, n_head, d_k]``."""
@@ -227,7 +227,7 @@ class PagedCache:
                 kq_scale=layer.kq_scale,
                 read_mass=partial(self.mass, seq, i),
                 read_kv=partial(self.keys_values, seq, i),
-                read_values=partial(self.values, seq, i),
+                read_value_norms=partial(self.value_norms, seq, i),
                 slot_bytes={name: layer.slot_bytes(name) for name in self.formats},
                 read_formats=partial(self._read_formats, seq, i),
                 n_room=n_room,
@@ -281,19 +281,15 @@ class PagedCache:
         if mu.shape != (self.layers[layer].n_head_kv, self.layers[layer].d_k):
             raise ValueError(f"mu has the shape {mu.shape}")
         self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
-        self._centred.add((seq, layer))
 
-    def centre(self, seq: int, layer: int, slots: Sequence[np.ndarray]) -> None:
-        """Take the mean of the keys of these slot indices of every KV head away from what is demoted; see
-        :meth:`set_mu`. Once per sequence: later calls change nothing."""
-        if self.has_mu(seq, layer):
-            return
-        keys = [self.keys_values(seq, layer, h)[0][chosen] for h, chosen in enumerate(slots)]
-        self.set_mu(seq, layer, np.array([k.mean(axis=0) if len(k) else np.zeros(k.shape[1]) for k in keys]))
+    def centre(self, seq: int, layer: int, first: int, end: int, n_least: int = 1) -> int:
+        """Take the mean of the f16 keys at the positions ``first`` to before ``end`` from what will be demoted; see
+        :meth:`set_mu`. Once: with a mean set already it changes nothing.
 
-    def has_mu(self, seq: int, layer: int) -> bool:
-        """Whether :meth:`set_mu` was called since the sequence was empty."""
-        return (seq, layer) in self._centred
+        Returns:
+            The most such keys of a head, or ``n_least`` if a mean was set already; if they are fewer, none is set.
+        """
+        return self._check(self._lib.kvl_centre(self._ctx, seq, layer, first, end, n_least))
 
     def note_eviction(self, seq: int) -> None:
         """Remember that a sequence was evicted now; see :meth:`evicted_at`."""
@@ -331,8 +327,6 @@ class PagedCache:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
         self._check(self._lib.kvl_branch(self._ctx, src, dst))
         self._evicted_at[dst] = self.evicted_at(src)
-        self._centred -= {(dst, layer) for layer in range(len(self.layers))}
-        self._centred |= {(dst, layer) for seq, layer in self._centred if seq == src}
 
     def roll(self, seq: int) -> None:
         """Renumber: slot ``i`` of every head gets position ``i``, its key is turned there, the next token comes after.
@@ -346,8 +340,6 @@ class PagedCache:
         """Remove the tokens at positions >= n from every head."""
         self._check(self._lib.kvl_truncate(self._ctx, seq, n))
         self._evicted_at[seq] = min(self.evicted_at(seq), n)
-        if n <= 0:
-            self._centred -= {(seq, layer) for layer in range(len(self.layers))}
 
     def set_limit(self, seq: int, n_slots: int) -> None:
         """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""

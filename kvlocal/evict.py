@@ -60,9 +60,8 @@ def evict(
     # a policy's matrices are small, and threads of numpy's would wait for those of llama.cpp, which spin for a while
     with _pools().limit(limits=1, user_api="blas"):
         for layer, decision in zip(view.layers, policy.decide(view), strict=True):
-            middle = [np.arange(*np.searchsorted(p, decision.centre)) for p in layer.positions]
             if any(len(slots) for heads in decision.demote.values() for slots in heads):
-                cache.centre(seq, layer.layer, middle)
+                cache.centre(seq, layer.layer, *decision.centre)
             keep = decision.keep
             if "kivi" in cache.formats:
                 keep = [whole_groups(*of) for of in zip(keep, cache.kivi_groups(seq, layer.layer), strict=True)]

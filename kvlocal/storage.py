@@ -189,13 +189,10 @@ class Storage:
         positions = self.due(int(cache.seq_stats(seq).n_seen), n_window)
         if not len(positions):
             return False
-        some = False
+        first, end, some = int(positions[0]), int(positions[-1]) + 1, False
         for layer in range(len(cache.layers)):
-            if self._centres and not cache.has_mu(seq, layer):
-                slots = [np.flatnonzero(np.isin(p, positions)) for p in cache.positions(seq, layer)]
-                if max(map(len, slots)) < MIN_MEAN:
-                    continue
-                cache.centre(seq, layer, slots)
+            if self._centres and cache.centre(seq, layer, first, end, MIN_MEAN) < MIN_MEAN:
+                continue
             most = n_pages * max(PAGE_SLOTS, self.group if self.format == "kivi" else 0)
             some |= cache.demote_due(seq, layer, positions, self.format, most) > 0
         return some

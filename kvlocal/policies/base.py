@@ -46,7 +46,7 @@ class LayerView:
             so far, its own included; zero beyond ``n_slots[h]``. For a policy that needs ``"last"``: the position + 1
             of the last query that gave the slot at least 1 / (slots that the query saw), 0 if none did.
         read_kv: for a KV head, its keys (after RoPE) ``[n_slots[h], d_k]`` and values ``[n_slots[h], d_v]``, float32.
-        read_values: for a KV head, its values alone.
+        read_value_norms: per KV head, float32 ``[n_slots[h]]``: Euclidean norms of its values.
         slot_bytes: bytes of a slot's key and value by format, those that the cache can store, most precise first.
         read_formats: per KV head, int32 ``[n_slots[h]]``: how its slots are stored, as index into ``slot_bytes``.
         n_room: slots that one head has room for, 0: any number.
@@ -69,7 +69,7 @@ class LayerView:
     read_queries: Callable[[], np.ndarray] | None = None
     rotate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     kq_scale: float = 0.0
-    read_values: Callable[[int], np.ndarray] | None = None
+    read_value_norms: Callable[[], Sequence[np.ndarray]] | None = None
     slot_bytes: Mapping[str, float] = field(default_factory=dict)
     read_formats: Callable[[], Sequence[np.ndarray]] | None = None
     n_room: int = 0
@@ -103,11 +103,12 @@ class LayerView:
             raise ValueError("this view carries no keys and values")
         return self.read_kv(head)
 
-    def values(self, head: int) -> np.ndarray:
-        """Values ``[n_slots[head], d_v]`` of one KV head, float32."""
-        if self.read_values is None:
+    @property
+    def value_norms(self) -> Sequence[np.ndarray]:
+        """Euclidean norms of the values per KV head, float32 ``[n_slots[h]]``."""
+        if self.read_value_norms is None:
             raise ValueError("this view carries no values")
-        return self.read_values(head)
+        return self.read_value_norms()
 
     @property
     def formats(self) -> Sequence[np.ndarray]:

@@ -122,9 +122,8 @@ class Ladder(Policy):
     def weights(self, layer: LayerView, where: Region) -> Floats:
         """Importance of the competing slots, float64 ``[H, n]``, -inf elsewhere."""
         scores = prefix_scores(layer, where, kernel=self.kernel, kind=self.pool, agg=self.agg).astype(np.float64)
-        for h in range(layer.n_head_kv if self.norm == "yes" else 0):
-            start, stop = where.start[h], where.stop[h]
-            scores[h, start:stop] *= np.linalg.norm(layer.values(h)[start:stop], axis=1)
+        for h, norms in enumerate(layer.value_norms if self.norm == "yes" else ()):
+            scores[h, where.start[h] : where.stop[h]] *= norms[where.start[h] : where.stop[h]]
         competes = np.isfinite(scores)
         scores[competes] **= self.power
         return scores

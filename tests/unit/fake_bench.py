@@ -166,8 +166,8 @@ class FakeCache:
     def positions(self, seq: int, layer: int) -> list[np.ndarray]:
         return [np.array(self.context.slots[seq], np.int32) for _ in range(self.layers[layer].n_head_kv)]
 
-    def has_mu(self, _seq: int, _layer: int) -> bool:
-        return True  # there are no keys to take a mean of
+    def centre(self, _seq: int, _layer: int, _first: int, _end: int, n_least: int) -> int:
+        return n_least  # there are no keys to take a mean of
 
     def demote_due(self, seq: int, layer: int, positions: np.ndarray, storage: str, n_most: int) -> int:
         assert storage in self.context.config.formats and n_most == 0

@@ -39,9 +39,9 @@ class Cache:
         scores = np.zeros((len(positions), max(map(len, positions))))
         for row, all_scores, p in zip(scores, self.scores[i], positions, strict=True):
             row[: len(p)] = all_scores[p]
-        values = [np.abs(np.sin(p[:, None] + np.arange(4))).astype(np.float32) for p in positions]
+        norms = [1 + np.abs(np.sin(p)) for p in positions]
         view = layer_view(scores, None, positions, self.n_seen, i)
-        return replace(view, slot_bytes=self.slot_bytes, read_formats=lambda: formats, read_values=lambda h: values[h])
+        return replace(view, slot_bytes=self.slot_bytes, read_formats=lambda: formats, read_value_norms=lambda: norms)
 
     def apply(self, decisions: list[Decision]) -> None:
         for i, decision in enumerate(decisions):

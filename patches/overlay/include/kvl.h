@@ -151,6 +151,8 @@ LLAMA_API int32_t kvl_write_mass(struct llama_context * ctx, llama_seq_id seq, i
 // Keys or values as stored, converted to f32: k[len][d_k], v[len][d_v] (either may be NULL).
 LLAMA_API int32_t kvl_read_kv(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k,
                               float * v);
+// Euclidean norms of the values, head after head in the order of kvl_positions: out[sum of lengths].
+LLAMA_API int32_t kvl_value_norms(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out);
 // The last n_queries window queries, oldest first: q[n][n_head][d_k] with room for n_queries. Returns n, which is less
 // if fewer are remembered.
 LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
@@ -178,6 +180,10 @@ LLAMA_API int32_t kvl_demote_due(struct llama_context * ctx, llama_seq_id seq, i
 // f32 [n_head_kv][d_k], as keys are read: taken from them before they are stored in any format but f16, and given back
 // by attention. Only while no slot of the layer is in such a format.
 LLAMA_API int32_t kvl_set_mu(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu);
+// kvl_set_mu with the mean of the keys that are f16 at positions p0 <= p < p1, unless a mean is set already. Returns
+// the most slots that a head had there, n_least if a mean was set already; if they are fewer, none is set.
+LLAMA_API int32_t kvl_centre(struct llama_context * ctx, llama_seq_id seq, int32_t layer, llama_pos p0, llama_pos p1,
+                             int32_t n_least);
 // Let attention see only these slots of every KV head of a layer, and what is appended later, until the next call or
 // kvl_keep: n_select[n_head_kv] counts, slots as for kvl_keep. NULL: all slots. Nothing moves.
 LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,

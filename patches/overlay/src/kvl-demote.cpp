@@ -251,19 +251,3 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
     trim();
     return KVL_OK;
 }
-
-int32_t llama_kv_paged::set_mu(llama_seq_id seq_id, uint32_t layer_id, const float * mu) {
-    for (const kvl_head & head : seqs[seq_id].heads[layer_id]) {
-        if (!head.plain()) {
-            return fail(KVL_ERR_ARGUMENT, "slots of the layer are stored without the mean of the keys that is set now");
-        }
-    }
-    const kvl_layer & layer = layers[layer_id];
-    std::vector<float> & to = seqs[seq_id].mu[layer_id];
-    const uint32_t d_k = layer.pool->d_k;
-    to.assign(mu, mu + size_t(layer.n_head_kv) * d_k);
-    for (uint32_t h = 0; params.rotate && h < layer.n_head_kv; h++) {
-        rotate_row(to.data() + h * d_k, d_k);
-    }
-    return KVL_OK;
-}

@@ -168,6 +168,18 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
     });
 }
 
+int32_t kvl_value_norms(llama_context * ctx, llama_seq_id seq, int32_t layer, float * out) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv || !out) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        kv->value_norms(seq, uint32_t(layer), int(ctx->n_threads_batch()), out);
+        return int32_t(KVL_OK);
+    });
+}
+
 int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * q) {
     auto * kv = memory_of(ctx, seq, layer);
     if (!kv || !q || n_queries < 0) {
@@ -250,6 +262,17 @@ int32_t kvl_set_mu(llama_context * ctx, llama_seq_id seq, int32_t layer, const f
     }
     return guarded([&] {
         return kv->set_mu(seq, uint32_t(layer), mu);
+    });
+}
+
+int32_t kvl_centre(llama_context * ctx, llama_seq_id seq, int32_t layer, llama_pos p0, llama_pos p1, int32_t n_least) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        return kv->centre(seq, uint32_t(layer), p0, p1, n_least, int(ctx->n_threads_batch()));
     });
 }
 

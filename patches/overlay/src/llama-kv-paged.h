@@ -144,6 +144,8 @@ class llama_kv_paged : public llama_memory_i {
     int32_t demote_due(llama_seq_id seq, uint32_t layer, uint32_t format, int32_t n, const llama_pos * positions,
                        int32_t n_most, int n_threads);
     int32_t set_mu(llama_seq_id seq, uint32_t layer, const float * mu);
+    int32_t centre(llama_seq_id seq, uint32_t layer, llama_pos p0, llama_pos p1, int32_t n_least, int n_threads);
+    void value_norms(llama_seq_id seq, uint32_t layer, int n_threads, float * out) const;
     // keys and values of one slot as they were before they were stored, rotated or not
     void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
     // what kvl_attn_rotate does to a row, and undoes
