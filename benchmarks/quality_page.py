@@ -25,7 +25,7 @@ def write_page(results: Path, page: Path, model: str) -> None:
         if name == "storage_ruler":
             parts.append(sections(results))
     if "storage" in found:
-        draw(found["storage"], found["storage_kept"], page.parent / PICTURE)
+        draw(found["storage"], found["storage_kept"], found.get("kld", []), page.parent / PICTURE)
     page.write_text("\n\n".join(parts).rstrip() + "\n")
     print(f"wrote {page}")
 

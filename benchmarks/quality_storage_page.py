@@ -51,7 +51,8 @@ def storage_section(title: str, rows: Sequence[Row], more: Sequence[Row]) -> str
         f"KL divergence as below (3,072 tokens read, 256 given; {n} excerpts of two novels; noise floor {floor:.0e}), "
         "over the bytes of K and V that are held. At each share of a full f16 cache's bytes: the ladder; Ada-SnapKV, "
         "which drops the rest; and Ada-SnapKV with what is kept in q4, KIVI or LogQuant, so that more is kept. All "
-        "protect 4 sinks and 32 recent tokens (LogQuant 33 to 48).",
+        "protect 4 sinks and 32 recent tokens (LogQuant 33 to 48; the ladder 28). Thin lines: the policies of the table "
+        "further below, on half as many excerpts.",
         f"![KL divergence over bytes]({PICTURE})",
         table(
             ["share of f16 bytes", *methods, "best other / ladder"],
@@ -130,13 +131,25 @@ def ruler_section(title: str, rows: Sequence[Row]) -> str:
     )
 
 
-def draw(rows: Sequence[Row], more: Sequence[Row], path: Path) -> None:
-    """KL divergence over the share of bytes held, a line per method, a mark per storage that keeps everything."""
+def draw(rows: Sequence[Row], more: Sequence[Row], policies: Sequence[Row], path: Path) -> None:
+    """KL divergence over the share of bytes held, a line per method, a mark per storage that keeps everything.
+
+    ``policies``: the rows of all policies in f16, drawn thinly; random ones left out.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    label = "other policies, f16 (table below)"
+    for name in dict.fromkeys(row["policy"] for row in policies):
+        mine = sorted((r for r in overall(policies) if r["policy"] == name), key=lambda row: float(row["held"]))
+        mine = [row for row in mine if 0.03 < row["held"] < 0.6]
+        if name.startswith("random") or name in (LADDER, *AT_EQUAL_BYTES) or len(mine) < 2:
+            continue
+        x, y = [100 * row["held"] for row in mine], [row["kl"] for row in mine]
+        axes.plot(x, y, color="0.75", linewidth=0.8, zorder=0, label=label)
+        label = "_"
     for name in (LADDER, *AT_EQUAL_BYTES):
         mine = sorted(by_share(rows, name).values(), key=lambda row: float(row["held"]))
         x, y = [100 * row["held"] for row in mine], [row["kl"] for row in mine]
@@ -151,6 +164,7 @@ def draw(rows: Sequence[Row], more: Sequence[Row], path: Path) -> None:
         axes.plot(100 * row["held"], row["kl"], mark, color="black", markersize=5)
         axes.annotate(f" {name}", (100 * row["held"], row["kl"]), fontsize=8, va="bottom")
     axes.set(yscale="log", xlabel="share of a full f16 cache's bytes, %", ylabel="KL divergence, nats per token")
+    axes.set_xlim(3, 63)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     # the same figures give the same file

@@ -291,3 +291,47 @@ def test_what_cannot_be_done_is_refused(open_model: OpenModel, open_context: Ope
     model = open_model("llama", **(SHAPE | {"head_dim": 80}))
     with pytest.raises(KVError, match="Heads of 80 and 80 values cannot be stored in blocks of 32"):
         open_context(model, formats=("q8",))
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_the_mean_is_that_of_the_keys_at_the_positions(
+    rotate: bool, open_model: OpenModel, open_context: OpenContext
+) -> None:
+    """What is demoted after it is what it would be with the same mean set by hand."""
+    by_hand, taken = (open_all(open_model, open_context, rotate=rotate) for _ in range(2))
+    keep = np.r_[0:20, 25:150]
+    for context in (by_hand, taken):
+        context.decode(random_tokens(context.model, 150), 0, 0)
+        for layer in range(2):
+            paged(context).keep(0, layer, [keep, keep[::2]])
+    assert [paged(taken).centre(0, layer, 10, 100, 86) for layer in range(2)] == [85, 85]
+    for layer in range(2):
+        cache = paged(by_hand)
+        heads = zip(cache.positions(0, layer), range(2), strict=True)
+        means = [cache.keys_values(0, layer, h)[0][(p >= 10) & (p < 100)].mean(axis=0) for p, h in heads]
+        cache.set_mu(0, layer, np.array(means))
+        assert paged(taken).centre(0, layer, 10, 100, 85) == 85
+        # with a mean set nothing happens
+        assert paged(taken).centre(0, layer, 120, 121, 64) == 64
+    for context in (by_hand, taken):
+        demote(paged(context), np.arange(40), "q8")
+    for layer in range(2):
+        for h in range(2):
+            a, b = (paged(context).keys_values(0, layer, h)[0] for context in (by_hand, taken))
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    by_hand.truncate(0, 0)
+    taken.truncate(0, 0)
+    taken.decode(random_tokens(taken.model, 90), 0, 0)
+    assert paged(taken).centre(0, 0, 0, 90, 64) == 90, "a sequence that was emptied has no mean"
+
+
+def test_value_norms_are_those_of_the_values(open_model: OpenModel, open_context: OpenContext) -> None:
+    context = open_all(open_model, open_context, rotate=True)
+    cache = paged(context)
+    context.decode(random_tokens(context.model, 100), 0, 0)
+    demote(cache, np.r_[3:20, 50:60], "kv2")
+    for layer in range(2):
+        cache.keep(0, layer, [np.arange(5, 90), np.arange(0, 100, 3)])
+        for h, norms in enumerate(cache.value_norms(0, layer)):
+            wanted = np.linalg.norm(cache.keys_values(0, layer, h)[1], axis=1)
+            np.testing.assert_allclose(norms, wanted, rtol=1e-4)

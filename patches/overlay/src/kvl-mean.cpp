@@ -68,23 +68,42 @@ int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos
 
 void llama_kv_paged::value_norms(llama_seq_id seq_id, uint32_t layer_id, int n_threads, float * out) const {
     const std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
-    const uint32_t d_v = layers[layer_id].pool->d_v;
+    const kvl_pool & pool = *layers[layer_id].pool;
+    const uint32_t d_v = pool.d_v;
     std::vector<float *> to;
+    std::vector<std::vector<float>> norms;
     for (const kvl_head & head : heads) {
         to.push_back(out);
+        norms.emplace_back(head.n());
         out += head.held();
     }
-    std::vector<float> rows(heads.size() * d_v);
-    kvl_parallel_for(int(heads.size()), n_threads, [&](int h) {
-        float * value = rows.data() + size_t(h) * d_v;
-        float * norm = to[size_t(h)];
-        for (const uint32_t slot : heads[size_t(h)].order()) {
-            read_slot(seq_id, layer_id, uint32_t(h), slot, nullptr, value);
-            float sum = 0.0f;
-            for (uint32_t c = 0; c < d_v; c++) {
-                sum += value[c] * value[c];
+    // a page at a time: from an accelerator every read costs the same
+    const size_t page = size_t(KVL_PAGE_SLOTS) * d_v;
+    std::vector<float> rows(heads.size() * page);
+    kvl_parallel_for(int(heads.size()), pool.is_host() ? n_threads : 1, [&](int i) {
+        const uint32_t h = uint32_t(i);
+        const kvl_head & head = heads[h];
+        float * values = rows.data() + h * page;
+        for (uint32_t first = 0; first < head.n(); first += KVL_PAGE_SLOTS) {
+            const uint32_t n = std::min<uint32_t>(head.n() - first, KVL_PAGE_SLOTS);
+            if (head.format(first) == KVL_FORMAT_F16) {
+                pool.read_rows(head.row(first), n, nullptr, values);
             }
-            *norm++ = sqrtf(sum);
+            for (uint32_t j = 0; j < n; j++) {
+                float * value = values + j * d_v;
+                if (head.format(first) != KVL_FORMAT_F16) {
+                    read_slot(seq_id, layer_id, h, first + j, nullptr, value);
+                }
+                float sum = 0.0f;
+                for (uint32_t c = 0; c < d_v; c++) {
+                    sum += value[c] * value[c];
+                }
+                norms[h][first + j] = sqrtf(sum);
+            }
+        }
+        float * next = to[h];
+        for (const uint32_t slot : head.order()) {
+            *next++ = norms[h][slot];
         }
     });
 }
