@@ -51,8 +51,8 @@ def storage_section(title: str, rows: Sequence[Row], more: Sequence[Row]) -> str
         f"KL divergence as below (3,072 tokens read, 256 given; {n} excerpts of two novels; noise floor {floor:.0e}), "
         "over the bytes of K and V that are held. At each share of a full f16 cache's bytes: the ladder; Ada-SnapKV, "
         "which drops the rest; and Ada-SnapKV with what is kept in q4, KIVI or LogQuant, so that more is kept. All "
-        "protect 4 sinks and 32 recent tokens (LogQuant 33 to 48; the ladder 28). Thin lines: the policies of the table "
-        "further below, on half as many excerpts.",
+        "protect 4 sinks and 32 recent tokens (LogQuant 33 to 48; the ladder 28). Thin lines: the policies of the "
+        "table further below, on half as many excerpts.",
         f"![KL divergence over bytes]({PICTURE})",
         table(
             ["share of f16 bytes", *methods, "best other / ladder"],

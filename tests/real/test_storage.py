@@ -9,6 +9,7 @@ import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
 from kvlocal.cache import FORMATS
+from kvlocal.context import Context, ContextConfig
 from kvlocal.engine import Engine
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
@@ -153,6 +154,30 @@ def test_groups_are_evicted_whole_and_memory_stays_bounded(name: str, policy: st
         for groups in cache.kivi_groups(0, layer):
             assert all((groups == g).sum() == 32 for g in set(groups[groups >= 0].tolist()))
     assert len(pages) > 200 and max(pages[-100:]) <= 1.1 * max(pages[:100])
+
+
+MOST_BITS = {"q4": 4.9, "kv3": 3.2, "kv2": 2.7, "kivi": 3.3, "logquant": 3.3}
+"""Per value at 8,192 tokens: scales, sinks, tail and what is not full of the last pages, all in."""
+
+
+def test_bits_per_value_of_a_long_text_with_everything_counted(tiny_path: Path) -> None:
+    model = Model(tiny_path)
+    formats = tuple({Storage(name).format for name in MOST_BITS})
+    config = ContextConfig(8200, n_seq_max=2, formats=formats, rotate=True, n_window=0)
+    with Context(model, config) as context:
+        cache = context.cache
+        assert cache is not None
+        for begin in range(0, 8192, 512):
+            context.decode(np.arange(512) % 97 + 100, begin, 0)
+        for name, most in MOST_BITS.items():
+            context.branch(0, 1)
+            Storage(name).store(cache, 1, 0)
+            stats = cache.seq_stats(1)
+            bits = stats.page_bytes * 16 / stats.full_bytes
+            print(f"{name}: {bits:.3f} bits")
+            assert BITS.get(name, 3) < bits <= most
+            context.truncate(1, 0)
+    model.close()
 
 
 def test_a_budget_that_sinks_and_tail_take_is_refused(open_engine: OpenEngine) -> None:
