@@ -150,15 +150,16 @@ class Run:
         config = replace(self.config, n_ctx=3072 + 256 + 64)
         for part, per_text, wanted in (
             ("storage", 6, [*at_equal_bytes(3072), *all_kept()]),
-            ("storage_kept", 2, [*all_kept(), *all_kept(MORE), *expand(["full"], {}, [], ["q8", "q4"])]),
+            ("storage_kept", 2, [*all_kept(), *all_kept(MORE)]),
+            ("storage_stock", 1, expand(["full"], {}, [], ["q8", "q4"])),
         ):
             found = excerpts(self.model, self.texts(), 3072, 256, per_text)
             self._collect(part, lambda store, found=found, wanted=wanted: Kld(self.model, found, wanted, config, store))
 
     def storage_ruler(self) -> None:
-        cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))
+        cases = shortened(ruler_cases(self.data / "ruler-4096", rows=3))
         cases.sort(key=lambda case: int(case.id.split("/")[1]))
-        wanted = [*at_equal_bytes(3800), *all_kept()]
+        wanted = [*at_equal_bytes(3800), *all_kept(("f16",))]
         self.ask("storage_ruler", cases, contains, wanted, "inside")
 
     def guide(self) -> None:

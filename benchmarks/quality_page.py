@@ -25,7 +25,12 @@ def write_page(results: Path, page: Path, model: str) -> None:
         if name == "storage_ruler":
             parts.append(sections(results))
     if "storage" in found:
-        draw(found["storage"], found["storage_kept"], found.get("kld", []), page.parent / PICTURE)
+        draw(
+            found["storage"],
+            [*found["storage_kept"], *found["storage_stock"]],
+            found.get("kld", []),
+            page.parent / PICTURE,
+        )
     page.write_text("\n\n".join(parts).rstrip() + "\n")
     print(f"wrote {page}")
 
@@ -264,7 +269,9 @@ def _growth(found: dict[str, list[Row]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[dict[str, list[Row]]], str]] = {
-    "storage": lambda found: storage_section(TITLES["storage"], found["storage"], found["storage_kept"]),
+    "storage": lambda found: storage_section(
+        TITLES["storage"], found["storage"], [*found["storage_kept"], *found["storage_stock"]]
+    ),
     "storage_ruler": lambda found: ruler_section(TITLES["storage_ruler"], found["storage_ruler"]),
     "kld": _kld,
     "kld-buzz": _kld_buzz,

@@ -64,7 +64,7 @@ def storage_section(title: str, rows: Sequence[Row], more: Sequence[Row]) -> str
         "Empty: everything fits, see the next table.",
         "Nothing dropped, in the storages' own sinks and tails, beside llama.cpp's q8_0 and q4_0 (which it rotates as "
         "well; it attends to the quantized keys while it reads the prompt, with quantized queries; here the prompt is "
-        f"read exactly); {overall(more)[0]['n']} of the excerpts:",
+        f"read exactly); {overall(more)[0]['n']} of the excerpts, {overall(more)[-1]['n']} for llama.cpp's:",
         table(
             ["storage", "share of f16 bytes", "KL", "same likeliest token"],
             [
@@ -115,7 +115,7 @@ def ruler_section(title: str, rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             title,
-            f"{overall(rows)[0]['n']} prompts: seven tasks, five rows each; the eviction sees the question. Share of "
+            f"{overall(rows)[0]['n']} prompts: seven tasks, three rows each; the eviction sees the question. Share of "
             f"the expected strings found; with nothing evicted and f16 {full['f16']['score']:.2f}.",
             table(
                 ["share of f16 bytes", *methods],

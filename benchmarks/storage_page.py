@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import table
+from storage_speed_page import depth, ladder
 
 Row = dict[str, Any]
 
@@ -231,7 +232,9 @@ def _listed(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Row], str]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "depth": ("Decode speed of every storage at great depth", depth),
+    "ladder": ("What the ladder costs", ladder),
     "parallel": ("Parallel sequences in the same bytes", _parallel),
     "claims": ("What the mean of the keys, 3-bit keys and sinks are worth", _claims),
 }
