@@ -157,7 +157,7 @@ class Run:
             self._collect(part, lambda store, found=found, wanted=wanted: Kld(self.model, found, wanted, config, store))
 
     def storage_ruler(self) -> None:
-        cases = shortened(ruler_cases(self.data / "ruler-4096", rows=3))
+        cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))
         cases.sort(key=lambda case: int(case.id.split("/")[1]))
         wanted = [*at_equal_bytes(3800), *all_kept(("f16",))]
         self.ask("storage_ruler", cases, contains, wanted, "inside")

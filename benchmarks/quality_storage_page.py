@@ -115,7 +115,7 @@ def ruler_section(title: str, rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             title,
-            f"{overall(rows)[0]['n']} prompts: seven tasks, three rows each; the eviction sees the question. Share of "
+            f"{overall(rows)[0]['n']} prompts: seven tasks, five rows each; the eviction sees the question. Share of "
             f"the expected strings found; with nothing evicted and f16 {full['f16']['score']:.2f}.",
             table(
                 ["share of f16 bytes", *methods],
