@@ -148,13 +148,12 @@ class Run:
     def storage(self) -> None:
         """Dropped or stored in fewer bits, at equal bytes; and what each storage loses when nothing is dropped."""
         config = replace(self.config, n_ctx=3072 + 256 + 64)
-        for part, per_text, wanted in (
-            ("storage", 6, [*at_equal_bytes(3072), *all_kept()]),
-            ("storage_kept", 2, [*all_kept(), *all_kept(MORE)]),
-            ("storage_stock", 1, expand(["full"], {}, [], ["q8", "q4"])),
+        found = excerpts(self.model, self.texts(), 3072, 256, 6)
+        for part, some, wanted in (
+            ("storage", found, [*at_equal_bytes(3072), *all_kept()]),
+            ("storage_kept", found[:2], [*all_kept(), *all_kept(MORE), *expand(["full"], {}, [], ["q8", "q4"])]),
         ):
-            found = excerpts(self.model, self.texts(), 3072, 256, per_text)
-            self._collect(part, lambda store, found=found, wanted=wanted: Kld(self.model, found, wanted, config, store))
+            self._collect(part, lambda store, some=some, wanted=wanted: Kld(self.model, some, wanted, config, store))
 
     def storage_ruler(self) -> None:
         cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))

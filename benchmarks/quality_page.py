@@ -27,7 +27,7 @@ def write_page(results: Path, page: Path, model: str) -> None:
     if "storage" in found:
         draw(
             found["storage"],
-            [*found["storage_kept"], *found["storage_stock"]],
+            found["storage_kept"],
             found.get("kld", []),
             page.parent / PICTURE,
         )
@@ -269,9 +269,7 @@ def _growth(found: dict[str, list[Row]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[dict[str, list[Row]]], str]] = {
-    "storage": lambda found: storage_section(
-        TITLES["storage"], found["storage"], [*found["storage_kept"], *found["storage_stock"]]
-    ),
+    "storage": lambda found: storage_section(TITLES["storage"], found["storage"], found["storage_kept"]),
     "storage_ruler": lambda found: ruler_section(TITLES["storage_ruler"], found["storage_ruler"]),
     "kld": _kld,
     "kld-buzz": _kld_buzz,

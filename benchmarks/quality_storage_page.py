@@ -64,7 +64,7 @@ def storage_section(title: str, rows: Sequence[Row], more: Sequence[Row]) -> str
         "Empty: everything fits, see the next table.",
         "Nothing dropped, in the storages' own sinks and tails, beside llama.cpp's q8_0 and q4_0 (which it rotates as "
         "well; it attends to the quantized keys while it reads the prompt, with quantized queries; here the prompt is "
-        f"read exactly); {overall(more)[0]['n']} of the excerpts, {overall(more)[-1]['n']} for llama.cpp's:",
+        f"read exactly); {overall(more)[0]['n']} of the excerpts:",
         table(
             ["storage", "share of f16 bytes", "KL", "same likeliest token"],
             [

@@ -221,6 +221,7 @@ class PagedCache:
                 positions=self.positions(seq, i),
                 n_seen=n_seen,
                 read_scores=partial(self.window_scores, seq, i, n_window) if n_window > 0 else None,
+                read_recent=partial(self.window_scores, seq, i),
                 n_window=min(n_window, n_seen),
                 read_queries=partial(self.queries, seq, i, n_window),
                 rotate=partial(self.rotate, i),

@@ -57,6 +57,7 @@ def evict(
     if scores is not None:
         for layer, given in zip(view.layers, scores, strict=True):
             layer.read_scores = lambda given=given: given  # type: ignore[misc]
+            layer.read_recent = None
     # a policy's matrices are small, and threads of numpy's would wait for those of llama.cpp, which spin for a while
     with _pools().limit(limits=1, user_api="blas"):
         for layer, decision in zip(view.layers, policy.decide(view), strict=True):

@@ -47,7 +47,8 @@ class Ladder(Policy):
 
     Formula, per layer, KV head and slot ``j`` between sinks and window::
 
-        s    = max over the group's query heads of the mean over the last queries of softmax(Q K^T / sqrt(d))[row]
+        m(n) = mean over the last n queries of softmax(Q K^T / sqrt(d))[row]
+        s    = max over the group's query heads of max(m(queries), m(focus))
         w[j] = (max of s within kernel // 2 tokens of j * |v[j]|) ^ power
         rung = argmin over r of  w[j] * error[r] + price * bytes[r]
 
@@ -77,6 +78,7 @@ class Ladder(Policy):
     rungs: str = subset(",".join(ERRORS), list(ERRORS), help="how tokens may be stored (f16 always is one)")
     price: str = choice("model", ["model", "layer"], help="whether all layers pay one price, or each its own")
     alpha: float = real(0.2, low=0, high=1, help="share of its equal part of the bytes that every head is sure of")
+    focus: int = whole(32, low=0, help="the last of these also count on their own: a question stands out")
     power: float = real(0.7, low=0, high=2, help="exponent of the scores: below 1 they count less")
     norm: str = choice("yes", ["yes", "no"], help="whether a score is multiplied with the norm of the value")
     kernel: int = whole(7, low=1, odd=True, help="width of the pooling over neighbouring tokens")
@@ -121,6 +123,7 @@ class Ladder(Policy):
 
     def weights(self, layer: LayerView, where: Region) -> Floats:
         """Importance of the competing slots, float64 ``[H, n]``, -inf elsewhere."""
+        layer.focus(self.focus)
         scores = prefix_scores(layer, where, kernel=self.kernel, kind=self.pool, agg=self.agg).astype(np.float64)
         for h, norms in enumerate(layer.value_norms if self.norm == "yes" else ()):
             scores[h, where.start[h] : where.stop[h]] *= norms[where.start[h] : where.stop[h]]

@@ -180,3 +180,25 @@ def test_a_budget_below_the_pages_of_sinks_and_window_is_refused(budget):
 def test_an_unknown_rung_is_refused():
     with pytest.raises(UsageError, match="rungs=f16,q5 is not possible .* some of f16, q8, q4, kv3, kv2"):
         make_policy("ladder", {"rungs": "f16,q5"})
+
+
+def test_what_the_last_queries_look_at_stands_out() -> None:
+    cache = Cache(3, n_layer=1, n_head=1)
+    view = cache.view(64)
+    layer = view.layers[0]
+    layer.n_window, asked = 128, []
+
+    def recent(n: int) -> np.ndarray:
+        asked.append(n)
+        out = np.zeros((1, 400))
+        out[0, 100:108] = 1e3
+        return out
+
+    kept = {}
+    for focus in (32, 0):
+        layer.read_recent = recent
+        (decision,) = make_policy("ladder", {"rungs": "f16", "focus": focus}).decide(view)
+        kept[focus] = set(decision.keep[0].tolist())
+        layer.release()
+    assert asked == [32]
+    assert {*range(100, 108)} <= kept[32] and not {*range(100, 108)} <= kept[0]
