@@ -4,7 +4,7 @@ Texts continued after an eviction, RULER, key-value retrieval, summaries, chunke
 memory over ten thousand generated tokens; the default model with its weights as F32. What was measured is kept: a run
 goes on where it stopped, and measures only what is new.
 
-    python benchmarks/quality.py                     # everything, some two hours, then the page
+    python benchmarks/quality.py                     # everything, some three hours, then the page
     python benchmarks/quality.py --only kld,page     # one part, then the page from all that is there
 """
 

@@ -37,7 +37,7 @@ def write_page(results: Path, page: Path, model: str) -> None:
 
 HEAD = """# What every policy loses
 
-Every figure here was written by one command, which takes some two hours on two cores, goes on where it was stopped, and
+Every figure here was written by one command, which takes some three hours on two cores, goes on where it was stopped, and
 needs the evaluation data (`--data`):
 
 ```console
