@@ -37,8 +37,8 @@ def write_page(results: Path, page: Path, model: str) -> None:
 
 HEAD = """# What every policy loses
 
-Every figure here was written by one command, which takes some three hours on two cores, goes on where it was stopped, and
-needs the evaluation data (`--data`):
+Every figure here was written by a command. A section that names none is the work of this one, which takes some three
+hours on two cores, goes on where it was stopped, and needs the evaluation data (`--data`):
 
 ```console
 $ python benchmarks/quality.py
@@ -46,8 +46,8 @@ $ python benchmarks/quality.py
 
 The model is {model}, with its weights dequantized to F32
 (`kvlocal eval` does that for the default model), so that differences between kernels and batches stay below what is
-measured. A budget is the share of the text's tokens that
-every layer and KV head holds on average; *held* is the share of the bytes of a full f16 cache that was really held
+measured. A budget is the share of the text's tokens that every layer and KV head holds on average (for the ladder, of
+the bytes they take in f16); *held* is the share of the bytes of a full f16 cache that was really held
 after the eviction. Brackets are 95 % bootstrap intervals over the cases; there are few cases, so they are wide. The
 same is measured on your own texts and models by `kvlocal eval`."""
 

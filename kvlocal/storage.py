@@ -75,23 +75,22 @@ class Storage:
             UsageError: an unknown storage or key, or a value that is not allowed.
         """
         name, *settings = text.strip().split(":")
+        plain = cls(name)
+        known = ["sink", "tail"]
+        known += ["centre"] if plain.rotates else []
+        known += ["bits", "group"] if plain._published else []
+        known += ["quantizer"] if name == "logquant" else []
         values: dict[str, Any] = {}
         for setting in settings:
             key, _, value = setting.partition("=")
-            known = [
-                "sink",
-                "tail",
-                *(["centre"] if cls(name).rotates else []),
-                *(["bits", "group"] if name in ("kivi", "logquant") else []),
-            ]
-            known += ["quantizer"] if name == "logquant" else []
             if key not in known:
                 raise UsageError(f"Storage {name!r} has no setting {key!r}; it has {', '.join(known)}.")
             try:
                 values[key] = value if key == "quantizer" else int(value)
-                values |= {"centre": bool(int(value))} if key == "centre" else {}
             except ValueError:
                 raise UsageError(f"{setting} is not possible for the storage {name}: give a whole number.") from None
+        if "centre" in values:
+            values["centre"] = bool(values["centre"])
         return cls(name, **(defaults | values))
 
     @property

@@ -49,7 +49,7 @@ class Ladder(Policy):
 
         m(n) = mean over the last n queries of softmax(Q K^T / sqrt(d))[row]
         s    = max over the group's query heads of max(m(queries), m(focus))
-        w[j] = (max of s within kernel // 2 tokens of j * |v[j]|) ^ power
+        w[j] = ((max of s within kernel // 2 tokens of j) * |v[j]|) ^ power
         rung = argmin over r of  w[j] * error[r] + price * bytes[r]
 
     with the price at which the bytes meet the budget. Dropping a token of attention ``a`` moves a head's output by at
@@ -59,9 +59,10 @@ class Ladder(Policy):
     are stored as now. Pages of sinks and window are f16; where these do not fill theirs, the best slots do.
 
     Precision only falls: what was demoted stays on its rung or goes lower. The budget is in bytes of whole pages (a
-    budget of tokens means the bytes that so many f16 tokens take), so more tokens are held than it names.
+    budget of tokens means the bytes that so many f16 tokens take), so more tokens are held than it names. A
+    growing sequence is evicted again once it exceeds the budget by a sixteenth, or by ``evict_every`` if that is more.
 
-    ``rungs=f16 price=layer alpha=0 norm=no power=1`` is purely adaptive Ada-KV on pages of slots.
+    ``rungs=f16 price=layer alpha=0 norm=no power=1`` is purely adaptive Ada-KV on pages of slots, by these scores.
 
     Shapes: reads ``[n_head, n]`` scores per layer and the values. Cost: O(n log n) per head, and one sort of all pages.
     Limits: the ranking knows only the question that stands in the window. Rungs that the cache cannot store (heads of
