@@ -3,7 +3,7 @@
 
 #include "kvl-affine.h"
 
-#include "kvl-simd.h"
+#include "kvl-format-decode.h"
 
 #include <algorithm>
 #include <cmath>
@@ -19,19 +19,11 @@ constexpr int run_bytes(int bits) {
     return RUN * bits / 8;
 }
 
-// f16 values may lie at any address: a block of token2 has an odd number of bytes
-
-float load_half(const uint8_t * p) {
-    ggml_fp16_t x;
-    memcpy(&x, p, sizeof(x));
-    return GGML_CPU_FP16_TO_FP32(x);
-}
-
-// Returns what is stored.
+// f16 values may lie at any address: a block of token2 has an odd number of bytes. Returns what is stored.
 float store_half(uint8_t * p, float x) {
     const ggml_fp16_t half = GGML_CPU_FP32_TO_FP16(x);
     memcpy(p, &half, sizeof(half));
-    return GGML_CPU_FP16_TO_FP32(half);
+    return vf_half(&half);
 }
 
 //
@@ -133,39 +125,35 @@ void encode_token2(const float * x, int d, uint8_t * out) {
 // decoding
 //
 
-// A run in registers, or as the compiler likes it; out = code * scale + zero.
-#if defined(__AVX512F__)
+// out = code * scale + zero for a run.
+#if VF_N >= 8
 
 struct run {
-    __m512 low, high;
+    vf x[RUN / VF_N];
 };
 
 run spread(float x) {
-    return {_mm512_set1_ps(x), _mm512_set1_ps(x)};
+    run out;
+    for (vf & v : out.x) {
+        v = vf_set(x);
+    }
+    return out;
 }
 
 run load_run(const uint8_t * halves) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves)),
-            _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + 32)))};
+    run out;
+    for (int i = 0; i < RUN; i += VF_N) {
+        out.x[i / VF_N] = vf_load_f16(halves + 2 * i);
+    }
+    return out;
 }
 
-template <int BITS> void decode_run(const uint8_t * codes, const run & scale, const run & zero, float * out) {
-    __m512i low, high;
-    if (BITS == 2) {
-        const __m128i bytes = _mm_loadl_epi64((const __m128i *)codes);
-        low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(bytes, bytes));
-        // lanes 8 to 15 hold the next code of the same bytes
-        low = _mm512_mask_srli_epi32(low, 0xff00, low, 2);
-        high = _mm512_srli_epi32(low, 4);
-    } else {
-        low = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
-        high = _mm512_srli_epi32(low, 4);
+template <int BITS> void decode_run(const uint8_t * p, const run & scale, const run & zero, float * out) {
+    const auto codes = fast::run_codes<BITS>::of(p);
+#pragma GCC unroll 4
+    for (int i = 0; i < RUN; i += VF_N) {
+        vf_store(out + i, vf_fma(codes.get(i), scale.x[i / VF_N], zero.x[i / VF_N]));
     }
-    const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
-    const __m512 a = _mm512_cvtepi32_ps(_mm512_and_si512(low, mask));
-    const __m512 b = _mm512_cvtepi32_ps(_mm512_and_si512(high, mask));
-    _mm512_storeu_ps(out, _mm512_fmadd_ps(a, scale.low, zero.low));
-    _mm512_storeu_ps(out + 16, _mm512_fmadd_ps(b, scale.high, zero.high));
 }
 
 #else
@@ -183,7 +171,7 @@ run spread(float x) {
 run load_run(const uint8_t * halves) {
     run out;
     for (int i = 0; i < RUN; i++) {
-        out.x[i] = load_half(halves + 2 * i);
+        out.x[i] = vf_half(halves + 2 * i);
     }
     return out;
 }
@@ -202,8 +190,8 @@ template <int BITS> void decode_run(const uint8_t * codes, const run & scale, co
 
 template <int BITS> void decode_values(const uint8_t * in, int d, int group, float * out) {
     for (float * end = out + d; out < end;) {
-        const run scale = spread(load_half(in));
-        const run zero = spread(load_half(in + 2));
+        const run scale = spread(vf_half(in));
+        const run zero = spread(vf_half(in + 2));
         in += 4;
         for (int c = 0; c < group; c += RUN, in += run_bytes(BITS), out += RUN) {
             decode_run<BITS>(in, scale, zero, out);
@@ -225,7 +213,7 @@ template <int BITS> void decode_keys(const uint8_t * in, int first, int n, int d
 
 void decode_token2(const uint8_t * in, int d, float * out) {
     for (float * end = out + d; out < end; in += 19) {
-        const float s = load_half(in);
+        const float s = vf_half(in);
         const run scale = spread(s);
         const run zero = spread(-float(int8_t(in[2])) * s);
         for (int c = 0; c < 64; c += RUN, out += RUN) {

@@ -1,44 +1,14 @@
 // Few queries (decode): the work is reading K and V, so every slot is read once for up to four query rows.
 
-#include "kvl-attn-impl.h"
+#include "kvl-attn-rows.h"
 
 namespace kvl {
 
 namespace {
 
-// Lines of a later page are asked for while this one is worked on: pages lie apart, so the hardware cannot guess them.
-void prefetch_row(const ggml_fp16_t * row, int d) {
-    for (int c = 0; row && c < d; c += 32) {
-        __builtin_prefetch(row + c);
-    }
-}
-
-void prefetch_page(const page_rows & rows) {
-    const int64_t bytes = int64_t(kvl_row_bytes(rows.row, rows.d));
-    for (int64_t c = rows.first * bytes; c < (rows.first + PAGE) * bytes; c += 64) {
-        __builtin_prefetch(rows.data + c);
-    }
-}
-
-vf load(const ggml_fp16_t * p) {
-    return vf_load_f16(p);
-}
-
-vf load(const float * p) {
-    return vf_load(p);
-}
-
-float load_one(ggml_fp16_t x) {
-    return GGML_CPU_FP16_TO_FP32(x);
-}
-
-float load_one(float x) {
-    return x;
-}
-
 // s[i*PAGE + j] = q_i . k_j for N rows and the first n slots of a page
-template <int N, int B, typename T>
-void dots(const float * const * q, const T * k, const ggml_fp16_t * next, int d, int n, float * s) {
+template <int N, int B, typename Rows>
+void dots(const float * const * q, const Rows & k, const rows_ahead & next, int d, int n, float * s) {
     int j = 0;
     for (; j + B <= n; j += B) {
         vf acc[N][B];
@@ -49,23 +19,28 @@ void dots(const float * const * q, const T * k, const ggml_fp16_t * next, int d,
                 acc[i][b] = vf_zero();
             }
         }
-#pragma GCC unroll 4
-        for (int b = 0; b < B; b++) {
-            prefetch_row(next ? next + (j + b) * d : nullptr, d);
-        }
+        next.prefetch(j, B);
         int c = 0;
-        for (; c + VF_N <= d; c += VF_N) {
-            vf kv[B];
+        for (; c + Rows::STEP <= d; c += Rows::STEP) {
+            decltype(k.at(0, 0)) part[B];
 #pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
-                kv[b] = load(k + (j + b) * d + c);
+                part[b] = k.at(j + b, c);
             }
-#pragma GCC unroll 4
-            for (int i = 0; i < N; i++) {
-                const vf qv = vf_load(q[i] + c);
+#pragma GCC unroll 8
+            for (int w = 0; w < Rows::STEP; w += VF_N) {
+                vf kv[B];
 #pragma GCC unroll 4
                 for (int b = 0; b < B; b++) {
-                    acc[i][b] = vf_fma(kv[b], qv, acc[i][b]);
+                    kv[b] = part[b].get(w);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < N; i++) {
+                    const vf qv = vf_load(q[i] + c + w);
+#pragma GCC unroll 4
+                    for (int b = 0; b < B; b++) {
+                        acc[i][b] = vf_fma(kv[b], qv, acc[i][b]);
+                    }
                 }
             }
         }
@@ -80,24 +55,28 @@ void dots(const float * const * q, const T * k, const ggml_fp16_t * next, int d,
                     to[b] = vf_sum(acc[i][b]);
                 }
             }
-            for (int r = c; r < d; r++) {
+            if constexpr (Rows::STEP == VF_N) { // blocks divide d
+                for (int r = c; r < d; r++) {
 #pragma GCC unroll 4
-                for (int b = 0; b < B; b++) {
-                    to[b] += load_one(k[(j + b) * d + r]) * q[i][r];
+                    for (int b = 0; b < B; b++) {
+                        to[b] += k.one(j + b, r) * q[i][r];
+                    }
                 }
             }
         }
     }
     if (B > 1 && j < n) {
-        dots<N, 1>(q, k + j * d, next ? next + j * d : nullptr, d, n - j, s + j);
+        dots<N, 1>(q, k.from(j), next.from(j), d, n - j, s + j);
     }
 }
 
 // o_i += sum_j p[i*PAGE + j] * v_j for N rows and the first n slots of a page
-template <int N, int B, typename T>
-void accumulate(float * const * o, const T * v, const ggml_fp16_t * next, int d, int n, const float * p) {
+template <int N, int B, typename Rows>
+void accumulate(float * const * o, const Rows & v, const rows_ahead & next, int d, int n, const float * p) {
+    constexpr int CHUNK = B * VF_N;
+    constexpr int STEP = std::min(CHUNK, Rows::STEP); // opened at once
     int c = 0;
-    for (; c + B * VF_N <= d; c += B * VF_N) {
+    for (; c + CHUNK <= d; c += CHUNK) {
         vf acc[N][B];
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
@@ -107,10 +86,18 @@ void accumulate(float * const * o, const T * v, const ggml_fp16_t * next, int d,
             }
         }
         for (int j = 0; j < n; j++) {
-            prefetch_row(next ? next + j * d + c : nullptr, B * VF_N);
+            if (c == 0) {
+                next.prefetch(j, 1);
+            }
+            decltype(v.at(0, 0)) part[CHUNK / STEP];
+#pragma GCC unroll 4
+            for (int b = 0; b < CHUNK / STEP; b++) {
+                part[b] = v.at(j, c + b * STEP);
+            }
+            const int in = CHUNK % Rows::STEP == 0 ? 0 : c % Rows::STEP;
 #pragma GCC unroll 4
             for (int b = 0; b < B; b++) {
-                const vf vv = load(v + j * d + c + b * VF_N);
+                const vf vv = part[b * VF_N / STEP].get(in + b * VF_N % STEP);
 #pragma GCC unroll 4
                 for (int i = 0; i < N; i++) {
                     acc[i][b] = vf_fma(vv, vf_set(p[i * PAGE + j]), acc[i][b]);
@@ -131,17 +118,19 @@ void accumulate(float * const * o, const T * v, const ggml_fp16_t * next, int d,
             for (int i = 0; i < N; i++) {
                 vf acc = vf_load(o[i] + c);
                 for (int j = 0; j < n; j++) {
-                    acc = vf_fma(load(v + j * d + c), vf_set(p[i * PAGE + j]), acc);
+                    acc = vf_fma(v.at(j, c).get(c % Rows::STEP), vf_set(p[i * PAGE + j]), acc);
                 }
                 vf_store(o[i] + c, acc);
             }
         }
     }
-    for (; c < d; c++) {
+    if constexpr (Rows::STEP == VF_N) {
+        for (; c < d; c++) {
 #pragma GCC unroll 4
-        for (int i = 0; i < N; i++) {
-            for (int j = 0; j < n; j++) {
-                o[i][c] += load_one(v[j * d + c]) * p[i * PAGE + j];
+            for (int i = 0; i < N; i++) {
+                for (int j = 0; j < n; j++) {
+                    o[i][c] += v.one(j, c) * p[i * PAGE + j];
+                }
             }
         }
     }
@@ -175,20 +164,18 @@ void soften(float * s, float & m, float & l, float * o, int d) {
     l += vf_sum(sum);
 }
 
-// A page to attend to. T: ggml_fp16_t as stored, or float, decoded.
-template <typename T> struct page_job {
+// A page to attend to.
+struct page_job {
     int stream, slot0;
-    const T * k;
-    const T * v;
-    const ggml_fp16_t * next_k; // will be read soon, or NULL
-    const ggml_fp16_t * next_v;
-    bool biased; // its keys lack mu
+    rows_ahead next_k, next_v; // will be read soon
+    bool biased;               // its keys lack mu
     uint32_t live;
     float * logits; // of row 0 and this page's first slot, or NULL
 };
 
 // Rows r0 .. r0+N-1 of a stream over one page.
-template <int N, typename T> void attend_page(const attn & a, const page_job<T> & job, int r0, few_rows & w) {
+template <int N, typename Keys, typename Values>
+void attend_page(const attn & a, const page_job & job, const Keys & k, const Values & v, int r0, few_rows & w) {
     alignas(64) float s[N * PAGE];
     int n_max = 0;
     int n_seen[N];
@@ -198,7 +185,7 @@ template <int N, typename T> void attend_page(const attn & a, const page_job<T> 
     }
     constexpr int wide = sizeof(vf) == 64 || VF_N == 4; // 32 registers
     if (n_max > 0) {
-        dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, job.k, job.next_k, a.d_k, n_max, s);
+        dots<N, (N <= 3 || wide) ? 4 : 2>(w.q + r0, k, job.next_k, a.d_k, n_max, s);
     }
     for (int i = 0; i < N; i++) {
         float * z = s + i * PAGE;
@@ -219,27 +206,60 @@ template <int N, typename T> void attend_page(const attn & a, const page_job<T> 
         soften(z, w.m[r0 + i], w.l[r0 + i], w.o[r0 + i], a.d_v);
     }
     if (n_max > 0) {
-        accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, job.v, job.next_v, a.d_v, n_max, s);
+        accumulate<N, (N <= 2 || wide) ? 4 : 2>(w.o + r0, v, job.next_v, a.d_v, n_max, s);
     }
 }
 
 // All rows of a stream over one page.
-template <typename T> void attend_rows(const attn & a, const page_job<T> & job, few_rows & w) {
+template <typename Keys, typename Values>
+void attend_rows(const attn & a, const page_job & job, few_rows & w, const Keys & k, const Values & v) {
     for (int r0 = 0; r0 < a.n_rows; r0 += 4) {
         switch (a.n_rows - r0) {
             case 1:
-                attend_page<1>(a, job, r0, w);
+                attend_page<1>(a, job, k, v, r0, w);
                 break;
             case 2:
-                attend_page<2>(a, job, r0, w);
+                attend_page<2>(a, job, k, v, r0, w);
                 break;
             case 3:
-                attend_page<3>(a, job, r0, w);
+                attend_page<3>(a, job, k, v, r0, w);
                 break;
             default:
-                attend_page<4>(a, job, r0, w);
+                attend_page<4>(a, job, k, v, r0, w);
         }
     }
+}
+
+// As they are stored; a format without rows of its own is decoded first.
+void attend_stored(const attn & a, const page_job & job, few_rows & w, const page_rows & k, const page_rows & v) {
+    switch (k.row) {
+        case KVL_ROW_F16:
+            return attend_rows(a, job, w, f16_rows{k.f16(), k.d}, f16_rows{v.f16(), v.d});
+#if VF_N >= 8
+        case KVL_ROW_Q8:
+            return attend_rows(a, job, w, block_rows<block_q8_0>(k), block_rows<block_q8_0>(v));
+        case KVL_ROW_Q4:
+            return attend_rows(a, job, w, block_rows<block_q4_0>(k), block_rows<block_q4_0>(v));
+        case KVL_ROW_KV3:
+            return attend_rows(a, job, w, block_rows<kvl_block_kv3>(k), block_rows<kvl_block_kv2>(v));
+        case KVL_ROW_KV2:
+            return attend_rows(a, job, w, block_rows<kvl_block_kv2>(k), block_rows<kvl_block_kv2>(v));
+        case KVL_ROW_KIVI2_32_K:
+        case KVL_ROW_KIVI2_64_K:
+            return attend_rows(a, job, w, kivi_keys<2>(k), kivi_values<2>(v));
+        case KVL_ROW_KIVI4_32_K:
+        case KVL_ROW_KIVI4_64_K:
+            return attend_rows(a, job, w, kivi_keys<4>(k), kivi_values<4>(v));
+#endif
+        default:
+            break;
+    }
+    const int n = std::min(PAGE, a.n_slots(job.stream) - job.slot0);
+    float * keys = w.page.data();
+    float * values = keys + PAGE * a.d_k;
+    k.widen(n, keys, a.d_k);
+    v.widen(n, values, a.d_v);
+    attend_rows(a, job, w, f32_rows{keys, a.d_k}, f32_rows{values, a.d_v});
 }
 
 } // namespace
@@ -266,34 +286,17 @@ void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, 
         }
     }
     for (int p = page0; p < page1; p++) {
-        const page_rows k = a.k_page(pages[p]);
-        const page_rows v = a.v_page(pages[p]);
         const int32_t next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
-        const page_rows next_k = a.k_page(next);
-        const page_rows next_v = a.v_page(next);
-        float * to = logits ? logits + p * PAGE : nullptr;
-        const bool plain = k.row == KVL_ROW_F16;
-        if (plain && next_k.row == KVL_ROW_F16) {
-            attend_rows<ggml_fp16_t>(
-                a, {stream, p * PAGE, k.f16(), v.f16(), next_k.f16(), next_v.f16(), false, uint32_t(live[p]), to}, w);
-            continue;
-        }
-        prefetch_page(next_k);
-        prefetch_page(next_v);
-        if (plain) {
-            attend_rows<ggml_fp16_t>(
-                a, {stream, p * PAGE, k.f16(), v.f16(), nullptr, nullptr, false, uint32_t(live[p]), to}, w);
-            continue;
-        }
-        const int n = std::min(PAGE, a.n_slots(stream) - p * PAGE);
-        float * keys = w.page.data();
-        float * values = keys + PAGE * a.d_k;
-        k.widen(n, keys, a.d_k);
-        v.widen(n, values, a.d_v);
-        attend_rows<float>(a,
-                           {stream, p * PAGE, keys, values, nullptr, nullptr, a.mu(stream, pages[p]) != nullptr,
-                            uint32_t(live[p]), to},
-                           w);
+        const page_job job{
+            stream,
+            p * PAGE,
+            rows_ahead(a.k_page(next)),
+            rows_ahead(a.v_page(next)),
+            a.mu(stream, pages[p]) != nullptr,
+            uint32_t(live[p]),
+            logits ? logits + p * PAGE : nullptr,
+        };
+        attend_stored(a, job, w, a.k_page(pages[p]), a.v_page(pages[p]));
     }
     for (int r = 0; r < a.n_rows; r++) {
         w.o[r][a.d_v] = w.m[r];

@@ -71,7 +71,7 @@ void page_rows::widen(int n, float * to, int ld) const {
             vf_store(to + c, vf_load_f16(from + c));
         }
         for (; c < d; c++) {
-            to[c] = GGML_CPU_FP16_TO_FP32(from[c]);
+            to[c] = vf_half(from + c);
         }
     }
 }

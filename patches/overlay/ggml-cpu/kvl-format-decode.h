@@ -17,14 +17,14 @@ constexpr int8_t KV3[16] = {-60, -38, -21, -7, 7, 21, 38, 60, -60, -38, -21, -7,
 namespace plain {
 
 inline void decode(const block_q8_0 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     for (int i = 0; i < 32; i++) {
         out[i] = float(b.qs[i]) * d;
     }
 }
 
 inline void decode(const block_q4_0 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     for (int i = 0; i < 16; i++) {
         out[i] = float((b.qs[i] & 15) - 8) * d;
         out[i + 16] = float((b.qs[i] >> 4) - 8) * d;
@@ -32,7 +32,7 @@ inline void decode(const block_q4_0 & b, float * out) {
 }
 
 inline void decode(const kvl_block_kv3 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     for (int i = 0; i < 64; i++) {
         const int low = b.qs[i % 16] >> i / 16 * 2 & 3;
         const int high = b.qh[i % 8] >> i / 8 & 1;
@@ -41,7 +41,7 @@ inline void decode(const kvl_block_kv3 & b, float * out) {
 }
 
 inline void decode(const kvl_block_kv2 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     for (int i = 0; i < 64; i++) {
         out[i] = float(KV2[b.qs[i % 16] >> i / 16 * 2 & 3]) * d;
     }

@@ -16,13 +16,13 @@ inline void put(float * out, int8x16_t q, float d) {
 }
 
 inline void decode(const block_q8_0 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     put(out, vld1q_s8(b.qs), d);
     put(out + 16, vld1q_s8(b.qs + 16), d);
 }
 
 inline void decode(const block_q4_0 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     const uint8x16_t q = vld1q_u8(b.qs);
     const int8x16_t middle = vdupq_n_s8(8);
     put(out, vsubq_s8(vreinterpretq_s8_u8(vandq_u8(q, vdupq_n_u8(15))), middle), d);
@@ -30,7 +30,7 @@ inline void decode(const block_q4_0 & b, float * out) {
 }
 
 inline void decode(const kvl_block_kv3 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     const int8x16_t levels = vld1q_s8(KV3);
     uint8x16_t low = vld1q_u8(b.qs);
     const uint8x8_t qh = vld1_u8(b.qh);
@@ -46,7 +46,7 @@ inline void decode(const kvl_block_kv3 & b, float * out) {
 }
 
 inline void decode(const kvl_block_kv2 & b, float * out) {
-    const float d = GGML_CPU_FP16_TO_FP32(b.d);
+    const float d = vf_half(&b.d);
     const int8x16_t levels = vld1q_s8(KV2);
     uint8x16_t q = vld1q_u8(b.qs);
 #pragma GCC unroll 4

@@ -96,70 +96,113 @@ inline vf pick(vf levels, vi code) {
 
 #endif
 
-inline vf scale(ggml_fp16_t d) {
-    return vf_set(GGML_CPU_FP16_TO_FP32(d));
+inline vf scale(const ggml_fp16_t & d) {
+    return vf_set(vf_half(&d));
 }
 
-inline void decode(const block_q8_0 & b, float * out) {
-    const vf d = scale(b.d);
-    for (int i = 0; i < 32; i += VF_N) {
-        vf_store(out + i, vf_mul(number(load_i8(b.qs + i)), d));
-    }
-}
+// A block in registers: get(c) gives the vector of its values from c on.
+template <typename Block> struct reader;
+
+template <> struct reader<block_q8_0> {
+    static constexpr int SIZE = 32;
+    const int8_t * q;
+    vf d;
+
+    static reader of(const block_q8_0 & b) { return {b.qs, scale(b.d)}; }
+    vf get(int c) const { return vf_mul(number(load_i8(q + c)), d); }
+};
 
 #if VF_N == 16
 
 // sixteen levels fit into one vector, and the table looks at the four low bits alone
-inline void decode(const block_q4_0 & b, float * out) {
-    const vi codes = _mm512_setr_epi32(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const vf levels = vf_mul(number(codes), scale(b.d));
-    const vi q = load_u8(b.qs);
-    vf_store(out, pick(levels, q));
-    vf_store(out + 16, pick(levels, shift_right(q, 4)));
-}
+template <> struct reader<block_q4_0> {
+    static constexpr int SIZE = 32;
+    vi q;
+    vf levels;
+
+    static reader of(const block_q4_0 & b) {
+        const vi codes = _mm512_setr_epi32(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        return {load_u8(b.qs), vf_mul(number(codes), scale(b.d))};
+    }
+    vf get(int c) const { return pick(levels, shift_right(q, c / 16 * 4)); }
+};
 
 #else
 
-inline void decode(const block_q4_0 & b, float * out) {
-    const vf d = scale(b.d);
-    for (int i = 0; i < 16; i += VF_N) {
-        const vi q = load_u8(b.qs + i);
-        vf_store(out + i, vf_mul(number(add(and_bits(q, 15), -8)), d));
-        vf_store(out + i + 16, vf_mul(number(add(shift_right(q, 4), -8)), d));
+template <> struct reader<block_q4_0> {
+    static constexpr int SIZE = 32;
+    const uint8_t * q;
+    vf d;
+
+    static reader of(const block_q4_0 & b) { return {b.qs, scale(b.d)}; }
+    vf get(int c) const {
+        const vi code = and_bits(shift_right(load_u8(q + c % 16), c / 16 * 4), 15);
+        return vf_mul(number(add(code, -8)), d);
     }
-}
+};
 
 #endif
 
-inline void decode(const kvl_block_kv3 & b, float * out) {
-    const vf levels = vf_mul(number(load_i8(KV3)), scale(b.d));
-    vi high = load_high(b.qh);
-    vi low[16 / VF_N];
-    for (int j = 0; j < 16; j += VF_N) {
-        low[j / VF_N] = load_u8(b.qs + j);
+template <> struct reader<kvl_block_kv3> {
+    static constexpr int SIZE = 64;
+    const uint8_t * q;
+    vi high;
+    vf levels;
+
+    static reader of(const kvl_block_kv3 & b) {
+        return {b.qs, load_high(b.qh), vf_mul(number(load_i8(KV3)), scale(b.d))};
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 64; i += 16) {
-#pragma GCC unroll 2
-        for (int j = 0; j < 16; j += VF_N) {
-            vi & q = low[j / VF_N];
-            vf_store(out + i + j, pick(levels, select(3, q, high)));
-            q = shift_right(q, 2);
-            high = shift_right(high, HIGH_STEP);
-        }
+    vf get(int c) const {
+        const vi low = shift_right(load_u8(q + c % 16), c / 16 * 2);
+        return pick(levels, select(3, low, shift_right(high, c / VF_N * HIGH_STEP)));
+    }
+};
+
+template <> struct reader<kvl_block_kv2> {
+    static constexpr int SIZE = 64;
+    const uint8_t * q;
+    vf levels;
+
+    static reader of(const kvl_block_kv2 & b) { return {b.qs, vf_mul(number(load_i8(KV2)), scale(b.d))}; }
+    vf get(int c) const { return pick(levels, shift_right(load_u8(q + c % 16), c / 16 * 2)); }
+};
+
+template <typename Block> void decode(const Block & b, float * out) {
+    const auto from = reader<Block>::of(b);
+#pragma GCC unroll 8
+    for (int c = 0; c < reader<Block>::SIZE; c += VF_N) {
+        vf_store(out + c, from.get(c));
     }
 }
 
-inline void decode(const kvl_block_kv2 & b, float * out) {
-    const vf levels = vf_mul(number(load_i8(KV2)), scale(b.d));
-    for (int j = 0; j < 16; j += VF_N) {
-        vi q = load_u8(b.qs + j);
-#pragma GCC unroll 4
-        for (int i = 0; i < 64; i += 16) {
-            vf_store(out + i + j, pick(levels, q));
-            q = shift_right(q, 2);
+// Codes of 32 values as kivi and token2 pack them (kvl-format.h), as numbers: get(c) gives those from c on.
+template <int BITS> struct run_codes {
+#if VF_N == 16
+    vi q;
+
+    static run_codes of(const uint8_t * p) {
+        if (BITS == 4) {
+            return {load_u8(p)};
         }
+        const __m128i bytes = _mm_loadl_epi64((const __m128i *)p);
+        const vi twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(bytes, bytes));
+        // lanes 8 to 15 hold the next code of the same bytes
+        return {_mm512_mask_srli_epi32(twice, 0xff00, twice, 2)};
     }
-}
+    vf get(int c) const {
+        return number(and_bits(shift_right(q, c / 16 * 4), (1 << BITS) - 1));
+    }
+#else
+    const uint8_t * p;
+
+    static run_codes of(const uint8_t * p) {
+        return {p};
+    }
+    vf get(int c) const {
+        constexpr int n = 4 * BITS; // bytes
+        return number(and_bits(shift_right(load_u8(p + c % n), c / n * BITS), (1 << BITS) - 1));
+    }
+#endif
+};
 
 } // namespace kvl::fast

@@ -167,7 +167,7 @@ extern "C" void kvl_row_decode_ref(kvl_row row, const void * in, int d, float * 
     switch (row) {
         case KVL_ROW_F16:
             for (int i = 0; i < d; i++) {
-                out[i] = GGML_CPU_FP16_TO_FP32(static_cast<const ggml_fp16_t *>(in)[i]);
+                out[i] = vf_half(static_cast<const ggml_fp16_t *>(in) + i);
             }
             break;
         case KVL_ROW_Q8:

@@ -8,6 +8,18 @@
 #include "vec.h"
 
 #include <cmath>
+#include <cstring>
+
+// An f16 at any address. By instruction where there is one: ggml's table of all of them would fill the cache.
+static inline float vf_half(const void * p) {
+    ggml_fp16_t x;
+    memcpy(&x, p, sizeof(x));
+#if defined(__F16C__)
+    return GGML_CPU_COMPUTE_FP16_TO_FP32(x);
+#else
+    return GGML_CPU_FP16_TO_FP32(x);
+#endif
+}
 
 // VF_PIN keeps a value in a register: the compiler would load it again for every use.
 #if defined(__AVX512F__)
@@ -23,7 +35,7 @@ static inline vf vf_set(float x) {
 static inline vf vf_load(const float * p) {
     return _mm512_loadu_ps(p);
 }
-static inline vf vf_load_f16(const ggml_fp16_t * p) {
+static inline vf vf_load_f16(const void * p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 static inline void vf_store(float * p, vf x) {
@@ -75,7 +87,7 @@ static inline vf vf_set(float x) {
 static inline vf vf_load(const float * p) {
     return _mm256_loadu_ps(p);
 }
-static inline vf vf_load_f16(const ggml_fp16_t * p) {
+static inline vf vf_load_f16(const void * p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 static inline void vf_store(float * p, vf x) {
@@ -126,7 +138,7 @@ static inline vf vf_set(float x) {
 static inline vf vf_load(const float * p) {
     return vld1q_f32(p);
 }
-static inline vf vf_load_f16(const ggml_fp16_t * p) {
+static inline vf vf_load_f16(const void * p) {
     return vcvt_f32_f16(vld1_f16((const __fp16 *)p));
 }
 static inline void vf_store(float * p, vf x) {
@@ -181,8 +193,8 @@ static inline vf vf_set(float x) {
 static inline vf vf_load(const float * p) {
     return *p;
 }
-static inline vf vf_load_f16(const ggml_fp16_t * p) {
-    return GGML_CPU_FP16_TO_FP32(*p);
+static inline vf vf_load_f16(const void * p) {
+    return vf_half(p);
 }
 static inline void vf_store(float * p, vf x) {
     *p = x;
