@@ -216,6 +216,34 @@ class Context:
             self._llama.llama_memory_seq_rm(self._memory, dst, -1, -1)
             self._llama.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
 
+    def join(self, src: int, dst: int) -> None:
+        """Move what the stock cache holds of ``src`` behind ``dst``; positions stay as they are."""
+        self._llama.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
+        self._llama.llama_memory_seq_rm(self._memory, src, -1, -1)
+
+    def save(self, seq: int) -> bytes:
+        """The cache of a sequence as it is: page tables, positions, pages, remembered queries.
+
+        Raises:
+            KVError: it cannot be written.
+        """
+        size = self._llama.llama_state_seq_get_size(self.handle, seq)
+        buffer = (ctypes.c_uint8 * size)()
+        if not size or self._llama.llama_state_seq_get_data(self.handle, buffer, size, seq) != size:
+            raise KVError(f"The cache of sequence {seq} cannot be saved: {self._why()}.")
+        return bytes(buffer)
+
+    def restore(self, seq: int, saved: bytes) -> None:
+        """Put what :meth:`save` gave in the place of a sequence; it must come from a context with these settings.
+
+        Raises:
+            KVError: it does not, or is damaged; the sequence is as before, or empty if it had to make room.
+        """
+        self._native.log.clear()
+        buffer = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        if self._llama.llama_state_seq_set_data(self.handle, buffer, len(saved), seq) != len(saved):
+            raise KVError(f"The saved cache cannot be restored: {self._why()}.")
+
     def stats(self) -> KvlStats:
         """Bytes of the cache, paged or stock."""
         out = KvlStats()
