@@ -148,14 +148,17 @@ class Ladder(Policy):
             n_always = int((~competes & (rungs == 0)).sum())
             n_free = -n_always % PAGE_SLOTS
             pages: list[Ints] = []
+            sums: list[Floats] = []
             for rung in range(len(names)):
                 slots = np.flatnonzero(competes & (rungs == rung))
                 slots = slots[np.argsort(-w[slots], kind="stable")]
                 if rung == 0:
                     n_always += len(slots[:n_free])
                     slots = slots[n_free:]
-                pages += [slots[i : i + PAGE_SLOTS] for i in range(0, len(slots), PAGE_SLOTS)]
-            page_weights = np.array([w[slots].sum() for slots in pages])
+                starts = np.arange(0, len(slots), PAGE_SLOTS)
+                pages += [slots[i : i + PAGE_SLOTS] for i in starts]
+                sums.append(np.add.reduceat(w[slots], starts) if len(slots) else np.empty(0))
+            page_weights = np.concatenate(sums)
             order = np.argsort(-page_weights, kind="stable")
             always_bytes = -(-n_always // PAGE_SLOTS) * PAGE_SLOTS * slot_bytes[0]
             out.append(Head(rungs, [pages[i] for i in order], page_weights[order], always_bytes, slot_bytes))

@@ -327,23 +327,3 @@ llama_pos llama_kv_paged::seq_pos_min(llama_seq_id seq_id) const {
 llama_pos llama_kv_paged::seq_pos_max(llama_seq_id seq_id) const {
     return valid_seq(seq_id) ? seqs[seq_id].n_seen - 1 : -1;
 }
-
-// llama_context turns these into an error return of llama_state_*.
-[[noreturn]] static void refuse_state(const char * what) {
-    kvl_set_error(std::string("a paged cache cannot be ") + what + " through llama_state_*");
-    throw std::runtime_error(kvl_last_error());
-}
-
-void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    refuse_state("saved");
-}
-
-void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    refuse_state("restored");
-}
