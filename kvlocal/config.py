@@ -33,6 +33,7 @@ class EngineConfig:
         evict_every: tokens per head that a sequence grows over its budget while decoding until it is evicted again; 1
             is the papers' exact form.
         n_seq_max: sequences the cache can hold.
+        n_pool: tokens of all sequences together that llama.cpp's own cache has room for (0 = ``n_ctx``).
         n_outputs: most positions of a batch whose logits are read (evaluation).
     """
 
@@ -50,10 +51,11 @@ class EngineConfig:
     storage: Storage = field(default_factory=Storage)
     evict_every: int = 32
     n_seq_max: int = 1
+    n_pool: int = 0
     n_outputs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_ctx", "n_threads", "n_gpu_layers", "guide"):
+        for name in ("n_ctx", "n_threads", "n_gpu_layers", "guide", "n_pool"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         for name in ("n_batch", "n_ubatch", "chunk", "evict_every", "n_seq_max"):

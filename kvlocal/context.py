@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +64,17 @@ class ContextConfig:
     type_kv: Literal["f16", "f32", "q8", "q4"] = "f16"
     flash_attn: bool = True
     portable: bool = False
+
+    def serves(self, other: ContextConfig) -> bool:
+        """Whether a context of these settings can do what one of the others does."""
+        less = replace(self, n_window=other.n_window, mass=other.mass, formats=other.formats, rotate=other.rotate)
+        return (
+            less == other
+            and other.n_window <= self.n_window
+            and other.mass in ("none", self.mass)
+            and set(other.formats) <= set(self.formats)
+            and (other.rotate == self.rotate or not other.formats)
+        )
 
 
 class Context:

@@ -274,7 +274,7 @@ def test_a_failing_eviction_is_an_error_and_not_a_crash(
     def fail(seq: int, **_how: object) -> bool:
         raise KVError("no scores today.")
 
-    monkeypatch.setattr(engine, "evict", fail)
+    monkeypatch.setattr(engine.keeper, "evict", fail)
     with pytest.raises(KVError, match="no scores today"):
         engine.prefill(engine.tokenize(FILLER * 8))
     assert engine.tokens[0] == [] and engine.context.n_seen(0) == 0
@@ -292,7 +292,7 @@ def test_an_eviction_that_fails_in_an_answer_keeps_the_books(
     def fail(seq: int, **_how: object) -> bool:
         raise KVError("no scores today.")
 
-    monkeypatch.setattr(engine, "evict", fail)
+    monkeypatch.setattr(engine.keeper, "evict", fail)
     with pytest.raises(KVError, match="no scores today"):
         answer(engine, 40)
     assert len(engine.tokens[0]) == engine.context.n_seen(0)
