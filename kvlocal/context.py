@@ -208,6 +208,11 @@ class Context:
     # sequences
     #
 
+    @property
+    def n_cells(self) -> int:
+        """Tokens that the stock cache has room for; llama.cpp rounds up what it was asked for."""
+        return int(self._llama.llama_n_ctx(self.handle))
+
     def n_seen(self, seq: int) -> int:
         """Tokens of a sequence: its next position."""
         return int(self._llama.llama_memory_seq_pos_max(self._memory, seq)) + 1

@@ -23,6 +23,8 @@ from kvlocal.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
 from kvlocal.sampling import Sampler, Sampling
 
 Progress = Callable[[int, int], None]
+Mode = Literal["exact", "chunked", "whole"]
+"""How a prompt is read: evicted at its end, after every chunk, or not at all."""
 
 
 class Engine:
@@ -69,7 +71,8 @@ class Engine:
 
     def _open(self, config: EngineConfig) -> None:
         self.n_ctx = config.n_ctx or self.model.n_ctx_train
-        self._check_chunk(config)
+        if config.prefill == "chunked" and config.policy.evicts and not config.budget.keeps_all:
+            self._check_chunk(config)
         self.context = Context(self.model, self._context_config(config))
         self.cache = self.context.cache
         try:
@@ -89,8 +92,7 @@ class Engine:
             config.storage.check(config.budget, self.cache, config.policy, self.n_ctx, memory)
 
     def _check_chunk(self, config: EngineConfig) -> None:
-        if config.prefill != "chunked" or not config.policy.evicts or config.budget.keeps_all:
-            return
+        """Between two evictions of a chunked prompt the budget and a chunk must have room."""
         budget = int(config.budget.value) if config.budget.unit == "tokens" else config.policy.min_budget
         if budget + config.chunk + config.guide > self.n_ctx:
             guide = f" and a guide of {config.guide}" if config.guide else ""
@@ -200,7 +202,7 @@ class Engine:
         *,
         seq: int = 0,
         on_progress: Progress | None = None,
-        mode: Literal["exact", "chunked"] | None = None,
+        mode: Mode | None = None,
     ) -> None:
         """Append a prompt to a sequence and evict at its end (``exact``) or after every chunk (``chunked``).
 
@@ -211,6 +213,8 @@ class Engine:
             KVError: the cache is full; the sequence is as before.
         """
         chunked = self._chunks(mode)
+        if chunked:
+            self._check_chunk(self.config)
         self._make_room(len(tokens), seq, chunked)
         self._check_prompt(len(tokens), seq, len(self.tokens[seq]), chunked)
         # one pass through the graph at a time: progress is seen, and an interruption is heard, in between
@@ -222,7 +226,7 @@ class Engine:
                 part = tokens[i : i + step]
                 last = i + len(part) == len(tokens)
                 event = native.EVENT_PROMPT if last else native.EVENT_CHUNK
-                if not chunked and not last:
+                if mode == "whole" or not (chunked or last):
                     event = native.EVENT_NONE
                     self.keeper.set_limit(seq, 0)  # an exact prompt is seen whole, whatever the budget
                 guide = tokens[-self.config.guide :] if chunked and self.config.guide and not last else ()
@@ -247,6 +251,10 @@ class Engine:
         fits = len(self.tokens[seq]) + n < self.n_max and room >= self.policy.min_budget
         if self._bounded and not chunked and fits and self.keeper.held(seq, len(self.tokens[seq])) > room:
             self.keeper.evict(seq, room=room)
+
+    def fits(self, n: int, seq: int = 0) -> bool:
+        """Whether a prompt of ``n`` tokens can be read whole after what a sequence holds (or nothing else is left)."""
+        return not self._bounded or self.keeper.held(seq, len(self.tokens[seq])) + n < self.n_ctx
 
     def _check_prompt(self, n: int, seq: int, n_seen: int, chunked: bool) -> None:
         """Positions must stay below ``n_max``; a prompt that is read whole must also fit into the cache.
@@ -399,6 +407,17 @@ class Engine:
     def held(self, seq: int = 0) -> list[np.ndarray]:
         """Tokens held per attention layer and KV head, int32 ``[n_head_kv]`` each; empty over the stock cache."""
         return self.cache.held(seq) if self.cache is not None else []
+
+    def kv(self, seq: int) -> dict[str, float]:
+        """What one sequence holds: ``held_mean`` tokens per layer and KV head, ``used_bytes``, and ``full_bytes`` of a
+        full f16 cache."""
+        n = len(self.tokens[seq])
+        if self.cache is None:
+            full = int(self.context.stats().allocated_bytes) * n // self.context.n_cells
+            return {"held_mean": n, "used_bytes": full, "full_bytes": full}
+        stats = self.cache.seq_stats(seq)
+        full = self.cache.bytes_per_token * n
+        return {"held_mean": stats.n_slots / stats.n_heads, "used_bytes": int(stats.used_bytes), "full_bytes": full}
 
     def report(self, seq: int = 0) -> Report:
         """What was measured since the start or the last :meth:`reset`; bytes come from the pools themselves."""

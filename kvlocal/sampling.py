@@ -78,9 +78,9 @@ class Sampler:
         init = getattr(self._llama, f"llama_sampler_init_{name}")
         self._llama.llama_sampler_chain_add(self._chain, init(*arguments))
 
-    def sample(self, ctx: Any) -> int:
-        """The next token after the last output of ``ctx``; also told to the penalties."""
-        return int(self._llama.llama_sampler_sample(self._chain, ctx, -1))
+    def sample(self, ctx: Any, output: int = -1) -> int:
+        """The next token after the token ``output`` of the last batch of ``ctx`` (-1: after its last output)."""
+        return int(self._llama.llama_sampler_sample(self._chain, ctx, output))
 
     def close(self) -> None:
         if self._chain is not None:

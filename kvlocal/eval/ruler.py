@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvlocal.errors import UsageError
 from kvlocal.eval.cases import Case, Question
-from kvlocal.eval.jsonl import TEXT, TEXTS, WHOLE, Row, read_rows
+from kvlocal.jsonl import TEXT, TEXTS, WHOLE, Row, read_rows
 
 N_ANSWER = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 """Most tokens of an answer, by how the task's name begins; those that RULER generates."""

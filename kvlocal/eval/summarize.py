@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvlocal.errors import UsageError
 from kvlocal.eval.cases import Case, Question
-from kvlocal.eval.jsonl import TEXT, TEXTS, Kind, Row, read_rows
+from kvlocal.jsonl import TEXT, TEXTS, Kind, Row, read_rows
 
 
 @dataclass(frozen=True)
