@@ -292,9 +292,9 @@ class PagedCache:
         """
         return self._check(self._lib.kvl_centre(self._ctx, seq, layer, first, end, n_least))
 
-    def note_eviction(self, seq: int) -> None:
-        """Remember that a sequence was evicted now; see :meth:`evicted_at`."""
-        self._evicted_at[seq] = int(self.seq_stats(seq).n_seen)
+    def note_eviction(self, seq: int, n_seen: int | None = None) -> None:
+        """Remember that a sequence was evicted when it had seen so many tokens, or now; see :meth:`evicted_at`."""
+        self._evicted_at[seq] = int(self.seq_stats(seq).n_seen) if n_seen is None else n_seen
 
     def select(self, seq: int, layer: int, slots: Sequence[np.ndarray] | None) -> None:
         """Let attention see only these slot indices of every KV head (ascending) and what comes later; ``None``: all.

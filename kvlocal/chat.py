@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from kvlocal import session
 from kvlocal.engine import Engine, Progress
+from kvlocal.errors import KVError, UsageError
 from kvlocal.sampling import Sampling
+
+
+@dataclass
+class _Turn:
+    """Where a question and its answer begin: messages, tokens of the cache, template text that the cache has seen.
+
+    ``logits``: after the question; ``None`` if they are not known.
+    """
+
+    n_messages: int
+    n_tokens: int
+    in_cache: str
+    n_question: int = 0
+    in_cache_question: str = ""
+    logits: np.ndarray | None = None
 
 
 class Chat:
@@ -13,8 +34,8 @@ class Chat:
 
     Attributes:
         messages: ``{"role", "content"}`` in order, system message first if there is one.
-        reread: whether the last question made the whole conversation be read again (a template that rewrites earlier
-            turns, after an eviction).
+        reread: whether the last question made the whole conversation be read again: after an edit of what was evicted,
+            or by a template that rewrites earlier turns.
     """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
@@ -22,6 +43,12 @@ class Chat:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.reread = False
         self._in_cache = ""  # template text that the cache has seen
+        self._turns: list[_Turn] = []
+
+    @property
+    def system(self) -> str | None:
+        first = self.messages[0] if self.messages else None
+        return first["content"] if first and first["role"] == "system" else None
 
     def ask(
         self, text: str, n_predict: int, sampling: Sampling, *, on_progress: Progress | None = None
@@ -31,9 +58,99 @@ class Chat:
         Raises:
             KVError: the conversation does not fit; it is as before the question.
         """
+        turn = _Turn(len(self.messages), len(self.engine.tokens[0]), self._in_cache)
         question = {"role": "user", "content": text}
-        rendered = self.engine.model.chat_text([*self.messages, question])
-        self.reread = False
+        self._read([*self.messages, question], on_progress)
+        self.messages.append(question)
+        self._turns.append(self._mark(turn))
+        yield from self._answer(n_predict, sampling)
+
+    def again(self, n_predict: int, sampling: Sampling, *, on_progress: Progress | None = None) -> Iterator[str]:
+        """Another answer to the last question, in place of the one there is.
+
+        Raises:
+            UsageError: nothing was asked yet.
+            KVError: the conversation had to be read again and does not fit.
+        """
+        i = self._last_question()
+        del self.messages[i + 1 :]
+        turn = self._turns[-1] if self._turns else None
+        if turn is not None and turn.logits is not None and self.engine.cut(turn.n_question):
+            self.reread = False
+            self.engine.keep_logits(turn.logits)
+            self._in_cache = turn.in_cache_question
+        else:
+            self.forget_cache()
+            self._read(self.messages, on_progress)
+            self._turns = [self._mark(_Turn(i, 0, ""))]
+        yield from self._answer(n_predict, sampling)
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; returns the question.
+
+        Raises:
+            UsageError: nothing was asked yet.
+        """
+        i = self._last_question()
+        question = self.messages[i]["content"]
+        del self.messages[i:]
+        turn = self._turns.pop() if self._turns else None
+        if turn is not None and self.engine.cut(turn.n_tokens):
+            self._in_cache = turn.in_cache
+        else:
+            self.forget_cache()
+        return question
+
+    def set_system(self, text: str) -> None:
+        """Another system message, or none; the conversation will be read again."""
+        rest = self.messages[1:] if self.system is not None else self.messages
+        self.messages = [{"role": "system", "content": text}, *rest] if text else rest
+        self.forget_cache()
+
+    def forget_cache(self) -> None:
+        """The cache is not what was said any more: the next question reads all of it again."""
+        self.engine.release(0)
+        self._in_cache = ""
+        self._turns = []
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self._in_cache = ""
+        self._turns = []
+        self.engine.reset()
+
+    def save(self, path: Path) -> int:
+        """Write the conversation and its cache; see :func:`kvlocal.session.save`."""
+        return session.save(path, self.engine, session.Session(self.messages, self._in_cache))
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation; see :func:`kvlocal.session.load`."""
+        try:
+            found = session.load(path, self.engine)
+        except KVError:
+            if not self.engine.tokens[0]:
+                self.forget_cache()
+            raise
+        self.messages, self._in_cache, self._turns = found.messages, found.in_cache, []
+
+    def _last_question(self) -> int:
+        """Its index among the messages."""
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise UsageError("Nothing was asked yet, so there is nothing to take back.")
+        return asked[-1]
+
+    def _mark(self, turn: _Turn) -> _Turn:
+        """A turn whose question was just read."""
+        turn.n_question, turn.in_cache_question = len(self.engine.tokens[0]), self._in_cache
+        turn.logits = self.engine.last_logits()
+        return turn
+
+    def _read(self, messages: list[dict[str, str]], on_progress: Progress | None) -> None:
+        """Make the cache end where the answer to the last message begins."""
+        rendered = self.engine.model.chat_text(messages)
+        self.reread = not self._in_cache and any(message["role"] == "assistant" for message in messages)
         try:
             if self._in_cache and rendered.startswith(self._in_cache):
                 # tokens of the answer stay as they were generated; only what follows is new
@@ -41,13 +158,16 @@ class Chat:
                 self.engine.prefill(new, on_progress=on_progress)
             else:
                 tokens = self.engine.model.template_tokens(rendered)
-                self.reread = self.engine.extend(tokens, on_progress=on_progress) and bool(self._in_cache)
+                self.reread |= self.engine.extend(tokens, on_progress=on_progress)
         except BaseException:  # Ctrl-C included
             if not self.engine.tokens[0]:
                 self._in_cache = ""  # rolled back to nothing: the next question reads it all again
             raise
-        self.messages.append(question)
+        if self.reread:
+            self._turns = []  # what they say of the cache is not so any more
         self._in_cache = rendered
+
+    def _answer(self, n_predict: int, sampling: Sampling) -> Iterator[str]:
         answer = ""
         try:
             for piece in self.engine.generate(n_predict, sampling):
@@ -56,9 +176,3 @@ class Chat:
         finally:
             self.messages.append({"role": "assistant", "content": answer})
             self._in_cache += answer
-
-    def clear(self) -> None:
-        """Forget everything but the system message."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._in_cache = ""
-        self.engine.reset()

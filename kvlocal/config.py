@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from kvlocal.budget import Budget
+from kvlocal.context import ContextConfig
 from kvlocal.errors import UsageError
+from kvlocal.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.storage import Storage
 
@@ -75,3 +77,43 @@ class EngineConfig:
                 f"Policy {self.policy.name} says itself how tokens are stored; leave out the storage "
                 f"{self.storage.name}, or give the policy its rungs."
             )
+
+
+def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextConfig:
+    """The context that an engine needs.
+
+    Raises:
+        UsageError: the paged cache cannot serve the model's architecture.
+    """
+    policy, storage = config.policy, config.storage
+    paged = policy.evicts or storage.demotes
+    formats = storage.formats
+    if paged:
+        model.check_paged()
+        formats = tuple(filter(model.stores, policy.formats)) or formats
+    return ContextConfig(
+        n_ctx=n_ctx if paged else max(n_ctx, config.n_pool),
+        n_batch=max(config.n_batch, config.n_seq_max),
+        n_ubatch=config.n_ubatch,
+        n_threads=config.n_threads,
+        n_seq_max=config.n_seq_max,
+        n_outputs=config.n_outputs,
+        paged=paged,
+        formats=formats,
+        rotate=bool(formats) and (bool(policy.formats) or storage.rotates),
+        kivi_bits=storage.bits,
+        kivi_group=storage.group,
+        n_window=policy.n_window,
+        mass=policy.mass,
+    )
+
+
+def check_chunk(config: EngineConfig, n_ctx: int) -> None:
+    """Refuses chunked prefill where the budget and a chunk have no room together."""
+    budget = int(config.budget.value) if config.budget.unit == "tokens" else config.policy.min_budget
+    if budget + config.chunk + config.guide > n_ctx:
+        guide = f" and a guide of {config.guide}" if config.guide else ""
+        raise UsageError(
+            f"A budget of {budget} tokens and a chunk of {config.chunk}{guide} do not fit into a context of "
+            f"{n_ctx}; use a larger context (-c), a smaller --chunk or a smaller budget."
+        )

@@ -13,8 +13,8 @@ import psutil
 
 from kvlocal import native
 from kvlocal.budget import Budget
-from kvlocal.config import EngineConfig
-from kvlocal.context import Context, ContextConfig
+from kvlocal.config import EngineConfig, check_chunk, context_config
+from kvlocal.context import Context
 from kvlocal.errors import KVError, UsageError
 from kvlocal.keeper import Keeper
 from kvlocal.model import Model
@@ -43,37 +43,14 @@ class Engine:
         except BaseException:
             self.model.close()
             raise
-        self._load_s = time.perf_counter() - start
+        self.timing = Timing(load_s=time.perf_counter() - start)
         self.reset()
-
-    def _context_config(self, config: EngineConfig) -> ContextConfig:
-        policy, storage = config.policy, config.storage
-        paged = policy.evicts or storage.demotes
-        formats = storage.formats
-        if paged:
-            self.model.check_paged()
-            formats = tuple(filter(self.model.stores, policy.formats)) or formats
-        return ContextConfig(
-            n_ctx=self.n_ctx if paged else max(self.n_ctx, config.n_pool),
-            n_batch=max(config.n_batch, config.n_seq_max),
-            n_ubatch=config.n_ubatch,
-            n_threads=config.n_threads,
-            n_seq_max=config.n_seq_max,
-            n_outputs=config.n_outputs,
-            paged=paged,
-            formats=formats,
-            rotate=bool(formats) and (bool(policy.formats) or storage.rotates),
-            kivi_bits=storage.bits,
-            kivi_group=storage.group,
-            n_window=policy.n_window,
-            mass=policy.mass,
-        )
 
     def _open(self, config: EngineConfig) -> None:
         self.n_ctx = config.n_ctx or self.model.n_ctx_train
         if config.prefill == "chunked" and config.policy.evicts and not config.budget.keeps_all:
-            self._check_chunk(config)
-        self.context = Context(self.model, self._context_config(config))
+            check_chunk(config, self.n_ctx)
+        self.context = Context(self.model, context_config(self.model, config, self.n_ctx))
         self.cache = self.context.cache
         try:
             self._check(config)
@@ -90,16 +67,6 @@ class Engine:
         if self.cache is not None:
             memory = psutil.virtual_memory().total
             config.storage.check(config.budget, self.cache, config.policy, self.n_ctx, memory)
-
-    def _check_chunk(self, config: EngineConfig) -> None:
-        """Between two evictions of a chunked prompt the budget and a chunk must have room."""
-        budget = int(config.budget.value) if config.budget.unit == "tokens" else config.policy.min_budget
-        if budget + config.chunk + config.guide > self.n_ctx:
-            guide = f" and a guide of {config.guide}" if config.guide else ""
-            raise UsageError(
-                f"A budget of {budget} tokens and a chunk of {config.chunk}{guide} do not fit into a context of "
-                f"{self.n_ctx}; use a larger context (-c), a smaller --chunk or a smaller budget."
-            )
 
     def close(self) -> None:
         self.context.close()
@@ -120,9 +87,11 @@ class Engine:
         self.tokens: list[list[int]] = [[] for _ in range(self.config.n_seq_max)]  # all that was read, per sequence
         self.keeper.reset()
         self.finish_reason: str | None = None
+        self._kept_logits: np.ndarray | None = None  # instead of those of the last step
+        self._has_logits = False  # of the last token of sequence 0
         self._text = ""
         self._n_prompt = self._n_generated = 0
-        self._prefill_s = self._decode_s = self._ttft_s = 0.0
+        self.timing = Timing(load_s=self.timing.load_s)
         self._n_prefilled = 0
 
     @property
@@ -176,7 +145,7 @@ class Engine:
         """
         old = self.config
         config = replace(old, policy=policy or old.policy, budget=budget or old.budget)
-        if self.context.config.serves(self._context_config(config)):
+        if self.context.config.serves(context_config(self.model, config, self.n_ctx)):
             self._check(config)
             self.config = self.keeper.config = config
             for seq in range(config.n_seq_max):
@@ -214,7 +183,7 @@ class Engine:
         """
         chunked = self._chunks(mode)
         if chunked:
-            self._check_chunk(self.config)
+            check_chunk(self.config, self.n_ctx)
         self._make_room(len(tokens), seq, chunked)
         self._check_prompt(len(tokens), seq, len(self.tokens[seq]), chunked)
         # one pass through the graph at a time: progress is seen, and an interruption is heard, in between
@@ -239,11 +208,11 @@ class Engine:
                 if on_progress:
                     on_progress(i + len(part), len(tokens))
         except BaseException:
-            self._roll_back(seq, begin)
+            self.cut(begin, seq=seq)
             raise
         self._n_prompt += len(tokens)
         self._n_prefilled += len(tokens)
-        self._prefill_s += time.perf_counter() - start - (self.keeper.evict_s - evict_s)
+        self.timing.prefill_s += time.perf_counter() - start - (self.keeper.evict_s - evict_s)
 
     def _make_room(self, n: int, seq: int, chunked: bool) -> None:
         """A prompt that is read whole, after what is already there, may need an eviction before it."""
@@ -280,6 +249,7 @@ class Engine:
 
     def _decode(self, tokens: Sequence[int], seq: int, *, outputs: Literal["last", "none"], event: int) -> None:
         self._hook_errors.clear()
+        self._kept_logits, self._has_logits = None, seq == 0 and outputs == "last"
         try:
             self.context.decode(tokens, self.context.n_seen(seq), seq, outputs=outputs, event=event)
         except KVError:
@@ -290,12 +260,19 @@ class Engine:
             raise
         self.tokens[seq].extend(tokens)
 
-    def _roll_back(self, seq: int, n: int) -> None:
-        """Cut a sequence back to n tokens; one that was evicted since then starts anew on its next use."""
-        if self.keeper.evicted_at(seq) > n:
+    def cut(self, n: int, *, seq: int = 0) -> bool:
+        """Cut a sequence back to its first ``n`` tokens; one that was evicted since then becomes empty.
+
+        Returns:
+            ``False`` if it did.
+        """
+        self._kept_logits, self._has_logits = None, False
+        possible = self.keeper.evicted_at(seq) <= n
+        if not possible:
             n = self.keeper.rolled[seq] = 0
         self.context.truncate(seq, n - self.keeper.rolled[seq])
         del self.tokens[seq][n:]
+        return possible
 
     def extend(self, tokens: Sequence[int], *, seq: int = 0, on_progress: Progress | None = None) -> bool:
         """Make a sequence end in exactly ``tokens``, reading only what is new.
@@ -314,7 +291,7 @@ class Engine:
         common = 0 if reread else common
         if common < len(have):
             self._check_prompt(len(tokens) - common, seq, common, self._chunks())
-            self._roll_back(seq, common)
+            self.cut(common, seq=seq)
         self.prefill(tokens[len(self.tokens[seq]) :], seq=seq, on_progress=on_progress)
         return reread
 
@@ -334,6 +311,41 @@ class Engine:
         self.tokens[seq] = []
         self.keeper.rolled[seq] = 0
 
+    def last_logits(self) -> np.ndarray | None:
+        """After the last token of sequence 0, float32 ``[n_vocab]``, if they are known."""
+        if self._kept_logits is not None:
+            return self._kept_logits
+        return self.context.logits()[0] if self._has_logits else None
+
+    def keep_logits(self, logits: np.ndarray | None) -> None:
+        """What :meth:`generate` begins with: :meth:`last_logits` of the time when the sequence was as it is now."""
+        self._kept_logits = logits
+
+    def restore(
+        self, saved: bytes, tokens: Sequence[int], *, rolled: int, evicted_at: int, logits: np.ndarray | None
+    ) -> None:
+        """Put a saved cache in the place of sequence 0; see :mod:`kvlocal.session`.
+
+        Raises:
+            KVError: it does not fit or is damaged; the sequence is as before, or empty.
+        """
+        try:
+            self.context.restore(0, saved)
+        except KVError:
+            if self.context.n_seen(0) == 0:
+                self.release(0)
+            raise
+        if self.context.n_seen(0) + rolled != len(tokens):
+            self.release(0)
+            raise KVError(f"The saved cache has seen {self.context.n_seen(0)} tokens, its text has {len(tokens)}.")
+        self.tokens[0] = list(tokens)
+        self.keeper.rolled[0] = rolled
+        if self.cache is not None:
+            self.cache.note_eviction(0, evicted_at)
+        self.keeper.watch(0)
+        self._has_logits = False
+        self.keep_logits(logits)
+
     def step(self, tokens: Mapping[int, int]) -> None:
         """Decode one more token of several sequences together, ``{seq: token}``; evicts those past their limit.
 
@@ -343,6 +355,7 @@ class Engine:
             KVError: the cache is full; or an eviction failed, after the tokens had entered the cache.
         """
         self._hook_errors.clear()
+        self._kept_logits, self._has_logits = None, False
         seqs = np.fromiter(tokens, np.int32)
         pos = np.array([self.context.n_seen(int(seq)) for seq in seqs], np.int32)
         try:
@@ -375,7 +388,8 @@ class Engine:
                 if len(self.tokens[seq]) >= self.n_max:
                     self.finish_reason = "length"
                     break
-                token = sampler.sample(self.context.handle)
+                kept = self._kept_logits
+                token = sampler.sample(self.context.handle) if kept is None else sampler.sample_from(kept)
                 if n == 0:
                     first_token = time.perf_counter()
                 if self.model.is_end(token):
@@ -397,8 +411,8 @@ class Engine:
         finally:
             sampler.close()
             self._n_generated += n
-            self._decode_s += time.perf_counter() - start - (self.keeper.evict_s - evict_s)
-            self._ttft_s = self._prefill_s + self.keeper.evict_s + (first_token - start)
+            self.timing.decode_s += time.perf_counter() - start - (self.keeper.evict_s - evict_s)
+            self.timing.ttft_s = self.timing.prefill_s + self.keeper.evict_s + (first_token - start)
 
     #
     # measure
@@ -421,22 +435,21 @@ class Engine:
 
     def report(self, seq: int = 0) -> Report:
         """What was measured since the start or the last :meth:`reset`; bytes come from the pools themselves."""
-        stats = self.context.stats()
-        n_seen = len(self.tokens[seq])
-        if self.cache is not None:
-            stats.full_bytes += self.cache.bytes_per_token * sum(self.keeper.rolled)
-        budget = self.budget_tokens(seq)
-        tokens = Tokens(prompt=self._n_prompt, generated=self._n_generated)
-        if self.cache is not None:
-            held = self.cache.seq_stats(seq)
+        stats, cache = self.context.stats(), self.cache
+        n_seen, budget = len(self.tokens[seq]), self.budget_tokens(seq)
+        tokens = Tokens(self._n_prompt, self._n_generated, n_seen, n_seen, n_seen)
+        per_token = stats.full_bytes // n_seen if n_seen else 0
+        if cache is not None:
+            stats.full_bytes += cache.bytes_per_token * sum(self.keeper.rolled)
+            held = cache.seq_stats(seq)
             tokens.held_mean = held.n_slots / held.n_heads
             tokens.held_min, tokens.held_max = int(held.held_min), int(held.held_max)
-        else:
-            tokens.held_mean = tokens.held_min = tokens.held_max = n_seen
+            per_token = self.config.storage.bytes_per_token(cache)
         self.keeper.rss.peak_bytes = peak_rss_bytes()
-        per_token = stats.full_bytes // n_seen if n_seen else 0
-        if self.cache is not None:
-            per_token = self.config.storage.bytes_per_token(self.cache)
+        timing = self.timing
+        timing.evict_s = self.keeper.evict_s
+        timing.prefill_tps = self._n_prefilled / timing.prefill_s if timing.prefill_s else 0.0
+        timing.decode_tps = self._n_generated / timing.decode_s if timing.decode_s else 0.0
         return Report(
             text=self._text,
             model=self.model_name,
@@ -446,14 +459,6 @@ class Engine:
             tokens=tokens,
             kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes),
             rss=self.keeper.rss,
-            timing=Timing(
-                load_s=self._load_s,
-                prefill_s=self._prefill_s,
-                prefill_tps=self._n_prefilled / self._prefill_s if self._prefill_s else 0.0,
-                ttft_s=self._ttft_s,
-                evict_s=self.keeper.evict_s,
-                decode_s=self._decode_s,
-                decode_tps=self._n_generated / self._decode_s if self._decode_s else 0.0,
-            ),
+            timing=replace(timing),
             finish_reason=self.finish_reason,
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from kvlocal import native
 from kvlocal.errors import UsageError
@@ -81,6 +84,17 @@ class Sampler:
     def sample(self, ctx: Any, output: int = -1) -> int:
         """The next token after the token ``output`` of the last batch of ``ctx`` (-1: after its last output)."""
         return int(self._llama.llama_sampler_sample(self._chain, ctx, output))
+
+    def sample_from(self, logits: np.ndarray) -> int:
+        """The next token after logits float32 ``[n_vocab]`` that were kept."""
+        candidates = np.zeros(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
+        pointer = ctypes.cast(candidates.ctypes.data, ctypes.POINTER(self._llama.llama_token_data))
+        array = self._llama.llama_token_data_array(data=pointer, size=len(logits), selected=-1, sorted=False)
+        self._llama.llama_sampler_apply(self._chain, ctypes.byref(array))
+        token = int(array.data[array.selected].id)
+        self._llama.llama_sampler_accept(self._chain, token)
+        return token
 
     def close(self) -> None:
         if self._chain is not None:

@@ -1,0 +1,192 @@
+"""A conversation on disk: its cache as it is, evicted and quantized, with what it is made of.
+
+The file: eight bytes of magic, the length of the header, the header in JSON, the parts that it lists one after the
+other, and the SHA-256 of all that. Nothing of it is used before the sum is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlocal import __version__, native
+from kvlocal.engine import Engine
+from kvlocal.errors import KVError, UsageError
+
+MAGIC = b"KVLSESS1"
+_SAMPLES = 16
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass
+class Session:
+    """What a file holds beside the cache.
+
+    Attributes:
+        messages: the conversation, as :class:`kvlocal.chat.Chat` has it; empty for a prompt.
+        in_cache: template text that the cache has seen.
+    """
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    in_cache: str = ""
+
+
+def fingerprint(path: Path) -> str:
+    """A model file's name for itself: its size, its first megabyte (metadata and tensors' shapes) and samples of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        for i in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def settings(engine: Engine) -> dict[str, Any]:
+    """What must be the same where a session goes on; the budget and the size of the context may differ."""
+    config = engine.config
+    policy = config.policy
+    return {
+        "model": fingerprint(config.model),
+        "policy": policy.name,
+        "policy_args": asdict(policy) if is_dataclass(policy) else {},
+        "kv": asdict(config.storage),
+        "library": native.build_info()["llama_cpp_commit"],
+    }
+
+
+def save(path: Path, engine: Engine, session: Session) -> int:
+    """Write sequence 0 of an engine; a file that is there is replaced at once or not at all. Returns bytes written.
+
+    Raises:
+        UsageError: there is nothing to save.
+        KVError: the cache or the file cannot be written.
+    """
+    if not engine.tokens[0]:
+        raise UsageError("There is nothing to save yet: the cache is empty.")
+    logits = engine.last_logits()
+    parts = {
+        "tokens": np.array(engine.tokens[0], np.int32).tobytes(),
+        "logits": b"" if logits is None else logits.astype(np.float32).tobytes(),
+        "cache": engine.context.save(0),
+    }
+    header = {
+        "version": __version__,
+        "model_name": engine.model_name,
+        "settings": settings(engine),
+        "budget": str(engine.config.budget),
+        "rolled": engine.keeper.rolled[0],
+        "evicted_at": engine.cache.evicted_at(0) if engine.cache is not None else 0,
+        "session": asdict(session),
+        "parts": {name: len(part) for name, part in parts.items()},
+    }
+    text = json.dumps(header, ensure_ascii=False).encode()
+    body = b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *parts.values()])
+    try:
+        _replace(path, body + hashlib.sha256(body).digest())
+    except OSError as error:
+        raise KVError(f"The session cannot be written to {path}: {error.strerror or error}.") from error
+    return len(body) + 32
+
+
+def _replace(path: Path, data: bytes) -> None:
+    # in the same directory: a replacement is atomic only within a file system. Readable by the owner only
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path, engine: Engine) -> Session:
+    """Put a saved session in the place of sequence 0.
+
+    Raises:
+        UsageError: no such file, not a session, or of other settings; the engine is as before.
+        KVError: the file is damaged or cannot be read, or the cache has no room; in the last case it may be empty.
+    """
+    header, parts = _read(path)
+    _compare(path, header["settings"], settings(engine))
+    tokens = np.frombuffer(parts["tokens"], np.int32).tolist()
+    if len(tokens) >= engine.n_max:
+        raise UsageError(
+            f"{path} holds {len(tokens)} tokens, this context has room for {engine.n_max - 1}; use a larger one (-c)."
+        )
+    engine.restore(
+        parts["cache"],
+        tokens,
+        rolled=header["rolled"],
+        evicted_at=header["evicted_at"],
+        logits=np.frombuffer(parts["logits"], np.float32) if parts["logits"] else None,
+    )
+    return Session(**header["session"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"There is no session {path}; /save or --session writes one.") from None
+    except OSError as error:
+        raise KVError(f"The session {path} cannot be read: {error.strerror or error}.") from error
+    if not data.startswith(MAGIC):
+        raise UsageError(f"{path} is not a session of kvlocal (it begins with {data[:8]!r}).")
+    body, digest = data[:-32], data[-32:]
+    if len(data) < len(MAGIC) + 8 + 32 or hashlib.sha256(body).digest() != digest:
+        raise KVError(
+            f"The session {path} is damaged: its checksum does not fit its {len(data)} bytes. It cannot be used; "
+            "save it again."
+        )
+    start = len(MAGIC) + 8
+    end = start + int.from_bytes(body[len(MAGIC) : start], "little")
+    try:
+        header = json.loads(body[start:end])
+        parts = {}
+        for name in ("tokens", "logits", "cache"):
+            size = header["parts"][name]
+            parts[name] = body[end : end + size]
+            end += size
+        _ = [header["settings"][name] for name in _WHAT]
+        Session(**header["session"])
+        header["rolled"] + header["evicted_at"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise KVError(f"The session {path} is damaged: its header makes no sense ({error}).") from error
+    return header, parts
+
+
+_WHAT = {
+    "model": "another model",
+    "policy": "another policy",
+    "policy_args": "other parameters of the policy",
+    "kv": "another storage (--kv)",
+    "library": "another version of llama.cpp",
+}
+
+
+def _compare(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse what does not go together, and say what it is."""
+    for name, what in _WHAT.items():
+        if saved[name] == now[name]:
+            continue
+        if name == "model":
+            detail = "load it with the model file that it was saved with"
+        elif isinstance(now[name], dict):
+            differs = [key for key in {**saved[name], **now[name]} if saved[name].get(key) != now[name].get(key)]
+            detail = ", ".join(f"{key} {saved[name].get(key)}, now {now[name].get(key)}" for key in differs)
+        else:
+            detail = f"{saved[name]}, now {now[name]}"
+        raise UsageError(f"The session {path} was saved with {what}: {detail}.")
