@@ -141,12 +141,13 @@ class Engine:
             Whether the cache had to be made anew: sequences are empty then, their text must be read again.
 
         Raises:
-            UsageError: they do not fit each other, the model or the context; nothing has changed then.
+            UsageError: they do not fit each other, the model or the context; the settings are as before then.
         """
         old = self.config
         config = replace(old, policy=policy or old.policy, budget=budget or old.budget)
-        if self.context.config.serves(context_config(self.model, config, self.n_ctx)):
-            self._check(config)
+        wanted = context_config(self.model, config, self.n_ctx)
+        self._check(config)
+        if self.context.config.serves(wanted):
             self.config = self.keeper.config = config
             for seq in range(config.n_seq_max):
                 self.keeper.watch(seq)

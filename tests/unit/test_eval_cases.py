@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from kvlocal.errors import UsageError
 from kvlocal.eval.cases import Case
-from kvlocal.jsonl import TEXT, read_rows
 from kvlocal.eval.kv_retrieval import kv_cases
 from kvlocal.eval.needle import FILLER, NAMES, THINGS, needle_cases
 from kvlocal.eval.ruler import ruler_cases
 from kvlocal.eval.summarize import summary_cases
+from kvlocal.jsonl import TEXT, read_rows
 
 COUNTERS: dict[str, Callable[[str], int]] = {
     "words": lambda text: len(text.split()),
@@ -244,8 +244,8 @@ def test_a_ruler_row_is_parted_before_its_last_line(tmp_path: Path) -> None:
 
 @given(st.text(alphabet="ab .\n\u2028\r"))
 def test_document_and_question_of_a_ruler_row_are_its_input(text: str) -> None:
-    from kvlocal.jsonl import Row
     from kvlocal.eval.ruler import _case
+    from kvlocal.jsonl import Row
 
     row = Row("here", 1, ruler_row(input=text))
     if not text.strip():

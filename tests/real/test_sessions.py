@@ -1,0 +1,200 @@
+"""A conversation saved, loaded, taken back and answered again on the default model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from needles import OpenEngine
+
+from kvlocal.budget import Budget
+from kvlocal.chat import Chat
+from kvlocal.engine import Engine
+from kvlocal.errors import KVError, UsageError
+from kvlocal.policies import make_policy
+from kvlocal.sampling import Sampling
+from kvlocal.session import MAGIC, Session, load, save
+from kvlocal.storage import Storage
+
+GREEDY = Sampling(temp=0)
+STORY = "The lighthouse keeper Ada counted ships at dusk and wrote their names into a blue book. " * 30
+SETTINGS = [
+    ("full", "100%", "f16"),
+    ("ada-snapkv", "128", "f16"),
+    ("ladder", "128", "f16"),
+    ("streaming", "160", "kivi"),
+]
+
+
+def say(chat: Chat, text: str, n: int = 12) -> str:
+    return "".join(chat.ask(text, n, GREEDY))
+
+
+def open_with(open_engine: OpenEngine, policy: str, budget: str, kv: str) -> Engine:
+    tail = 32 if kv != "f16" else 128
+    return open_engine(policy=policy, budget=budget, n_ctx=2048, storage=Storage.parse(kv, tail=tail))
+
+
+@pytest.mark.parametrize(("policy", "budget", "kv"), SETTINGS)
+def test_a_loaded_conversation_goes_on_as_if_it_had_not_been_saved(
+    policy: str, budget: str, kv: str, open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    engine = open_with(open_engine, policy, budget, kv)
+    chat = Chat(engine, "Be brief.")
+    say(chat, STORY + "Who counted ships?")
+    chat.save(tmp_path / "s")
+    held = [h.tolist() for h in engine.held()]
+    went_on = say(chat, "And what colour is the book?", 24)
+    again = Chat(engine)
+    engine.reset()
+    again.load(tmp_path / "s")
+    assert [h.tolist() for h in engine.held()] == held
+    assert again.messages[0] == {"role": "system", "content": "Be brief."}
+    assert say(again, "And what colour is the book?", 24) == went_on
+    assert not again.reread
+
+
+def test_the_next_token_of_a_restored_prompt_is_the_same(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_with(open_engine, "ada-snapkv", "128", "f16")
+    for sampling in (GREEDY, Sampling(temp=1.0, seed=7)):
+        engine.reset()
+        engine.prefill(engine.tokenize(STORY))
+        save(tmp_path / "s", engine, Session())
+        text = "".join(engine.generate(20, sampling))
+        engine.reset()
+        assert load(tmp_path / "s", engine) == Session()
+        assert "".join(engine.generate(20, sampling)) == text
+
+
+@pytest.mark.parametrize(("policy", "budget", "kv"), SETTINGS[:3])
+def test_another_answer_to_the_same_question_begins_where_the_first_did(
+    policy: str, budget: str, kv: str, open_engine: OpenEngine
+) -> None:
+    engine = open_with(open_engine, policy, budget, kv)
+    chat = Chat(engine)
+    first = say(chat, STORY + "Who counted ships?", 24)
+    assert "".join(chat.again(24, GREEDY)) == first
+    assert not chat.reread, "the eviction came before the answer, so nothing of the question is missing"
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+def test_a_turn_taken_back_leaves_no_trace(open_engine: OpenEngine) -> None:
+    engine = open_with(open_engine, "full", "100%", "f16")
+    chat = Chat(engine)
+    say(chat, "Name a river.")
+    tokens, messages = list(engine.tokens[0]), [dict(m) for m in chat.messages]
+    want = say(chat, "Name a mountain.")
+    assert chat.undo() == "Name a mountain."
+    assert engine.tokens[0] == tokens and chat.messages == messages
+    assert say(chat, "Name a mountain.") == want and not chat.reread
+
+
+def test_what_was_evicted_is_read_again_after_an_edit(open_engine: OpenEngine) -> None:
+    engine = open_with(open_engine, "ada-snapkv", "128", "f16")
+    chat = Chat(engine)
+    say(chat, "Hello.")
+    say(chat, STORY + "Who counted ships?")
+    chat.undo()
+    say(chat, "Name a river.")
+    assert chat.reread
+    chat.set_system("Answer in French.")
+    say(chat, "Name a mountain.")
+    assert chat.reread and chat.system == "Answer in French."
+    while any(m["role"] == "user" for m in chat.messages):
+        chat.undo()
+    with pytest.raises(UsageError, match="Nothing was asked yet"):
+        chat.undo()
+
+
+def test_policy_and_budget_change_in_the_middle(open_engine: OpenEngine) -> None:
+    engine = open_with(open_engine, "ladder", "512", "f16")
+    chat = Chat(engine)
+    say(chat, STORY + "Who counted ships?")
+    before = engine.kv(0)["used_bytes"]
+    assert not engine.change(budget=Budget.parse("128")), "the cache stays"
+    say(chat, "And when?")
+    assert engine.kv(0)["used_bytes"] < before / 2 and not chat.reread
+    assert not engine.change(policy=make_policy("snapkv")), "its window is shorter, its formats are fewer"
+    assert engine.change(policy=make_policy("h2o")), "it needs the attention mass, which was not counted"
+    chat.forget_cache()
+    say(chat, "And why?")
+    assert chat.reread and engine.policy.name == "h2o"
+    with pytest.raises(UsageError, match="too small"):
+        engine.change(policy=make_policy("ladder"), budget=Budget.parse("8"))
+    assert str(engine.config.budget) == "128" and engine.policy.name == "h2o" and engine.tokens[0]
+
+
+def test_a_session_of_other_settings_is_refused_with_the_reason(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_with(open_engine, "ada-snapkv", "128", "f16")
+    path = tmp_path / "s"
+    with pytest.raises(UsageError, match="nothing to save"):
+        save(path, engine, Session())
+    say(Chat(engine), STORY)
+    save(path, engine, Session())
+    tokens = list(engine.tokens[0])
+    for change, reason in (
+        ({"policy": make_policy("snapkv")}, "another policy: ada-snapkv, now snapkv"),
+        ({"policy": make_policy("ada-snapkv", {"kernel": "5"})}, "other parameters of the policy: kernel 7, now 5"),
+        ({"storage": Storage("q4")}, r"another storage \(--kv\): name f16, now q4"),
+    ):
+        config, engine.config = engine.config, replace(engine.config, **change)
+        with pytest.raises(UsageError, match=reason):
+            load(path, engine)
+        engine.config = config
+    assert engine.tokens[0] == tokens
+    with pytest.raises(UsageError, match="There is no session"):
+        load(tmp_path / "none", engine)
+    with pytest.raises(UsageError, match="is not a session"):
+        load(Path(__file__), engine)
+
+
+def test_two_hundred_damaged_sessions_are_refused(open_engine: OpenEngine, tmp_path: Path) -> None:
+    """With a wrong sum, and with a right one over what makes no sense."""
+    engine = open_with(open_engine, "ladder", "128", "f16")
+    say(Chat(engine), STORY)
+    path = tmp_path / "s"
+    save(path, engine, Session([{"role": "user", "content": "?"}], "?"))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    tables = len(whole) - engine.kv(0)["used_bytes"]
+    n_refused = 0
+    for i in range(200):
+        data = bytearray(whole)
+        if i % 4 == 0:
+            del data[rng.integers(len(data)) :]
+        else:
+            for at in rng.integers(0, len(data) if i % 4 == 1 else 2000, 3):
+                data[at] ^= 1 << rng.integers(8)
+        if i % 4 == 3:
+            body = bytes(data[:-32])
+            data = bytearray(body + hashlib.sha256(body).digest())
+        path.write_bytes(data)
+        try:
+            load(path, engine)
+        except KVError as error:
+            n_refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 600
+        engine.prefill(engine.tokenize("It goes on."))
+        assert engine.report().kv.used_bytes > 0
+    assert n_refused >= 150 and tables > 0
+
+
+def test_a_header_that_lies_with_the_right_sum_is_refused(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_with(open_engine, "ada-snapkv", "128", "f16")
+    say(Chat(engine), STORY)
+    path = tmp_path / "s"
+    save(path, engine, Session())
+    data = path.read_bytes()[:-32]
+    start = len(MAGIC) + 8
+    end = start + int.from_bytes(data[len(MAGIC) : start], "little")
+    header = json.loads(data[start:end])
+    for lie in ({"evicted_at": None}, {"rolled": 5}, {"parts": {"tokens": 8}}, {"settings": {}}, {"session": {"x": 1}}):
+        text = json.dumps(header | lie).encode()
+        body = MAGIC + len(text).to_bytes(8, "little") + text + data[end:]
+        path.write_bytes(body + hashlib.sha256(body).digest())
+        with pytest.raises(KVError):
+            load(path, engine)
+        engine.prefill(engine.tokenize("It goes on."))
