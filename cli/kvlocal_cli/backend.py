@@ -77,6 +77,22 @@ def new_chat(engine: Engine, system: str | None) -> Chat:
     return Chat(engine, system)
 
 
+def change_policy(engine: Engine, name: str, pairs: Sequence[str]) -> bool:
+    """Another policy from now on, with `name=value` pairs; True if the cache was made anew."""
+    from kvlocal.policies import make_policy
+
+    from .options import parse_policy_args
+
+    return engine.change(policy=make_policy(name, parse_policy_args(tuple(pairs), sink=None, window=None)))
+
+
+def change_budget(engine: Engine, text: str) -> bool:
+    """Another budget from now on; True if the cache was made anew."""
+    from kvlocal.budget import Budget
+
+    return engine.change(budget=Budget.parse(text))
+
+
 def new_sampling(sampling: SamplingSettings) -> Sampling:
     """The settings of the command line as the engine takes them."""
     from kvlocal.sampling import Sampling

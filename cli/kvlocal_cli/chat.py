@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,13 @@ import click
 
 from kvlocal.errors import KVError
 
-from . import backend, prompt
+from . import backend, chat_commands, prompt
 from .options import (
     GroupedCommand,
     SamplingSettings,
     Settings,
     engine_options,
+    option,
     predict_option,
     sampling_options,
     system_option,
@@ -32,13 +34,7 @@ if TYPE_CHECKING:
 
     from .render import Screen
 
-COMMANDS = {
-    "/kv": "draw how many tokens every layer and head holds",
-    "/stats": "show all measured figures",
-    "/clear": "forget the conversation",
-    "/help": "show this list",
-    "/exit": "leave (or Ctrl-D)",
-}
+QUOTES = '"""'
 
 
 @click.command(cls=GroupedCommand)
@@ -46,7 +42,18 @@ COMMANDS = {
 @engine_options
 @predict_option(1024)
 @sampling_options
-def chat(settings: Settings, sampling: SamplingSettings, system: str | None, n_predict: int) -> None:
+@option(
+    "Session", "--session", metavar="FILE", help="Go on with this saved conversation, and save it there at the end."
+)
+@option("Session", "--transcript", metavar="FILE", help="Append what is said to a Markdown file.")
+def chat(
+    settings: Settings,
+    sampling: SamplingSettings,
+    system: str | None,
+    n_predict: int,
+    session: str | None,
+    transcript: str | None,
+) -> None:
     """Talk with a model; all turns share one bounded cache.
 
     MODEL is a GGUF file or hf:USER/REPO[:FILE]; without it, a small default model is used. Ctrl-C stops an answer and
@@ -55,9 +62,11 @@ def chat(settings: Settings, sampling: SamplingSettings, system: str | None, n_p
     \b
     kvlocal chat --budget 1024
     kvlocal chat -sys "Answer in one sentence." model.gguf
+    kvlocal chat --session trip.kvl
     printf 'My name is Ada.\\nWhat is my name?\\n' | kvlocal chat --temp 0
 
-    While chatting: /kv draws the cache, /stats shows all figures; /clear, /help, /exit.
+    While chatting: /kv draws the cache, /stats shows all figures, /help lists all commands; \"\"\" begins and ends a
+    question of several lines.
     """
     from .render import Screen
 
@@ -73,15 +82,63 @@ def chat(settings: Settings, sampling: SamplingSettings, system: str | None, n_p
                 " · /help lists the commands",
                 "dim",
             )
-        talk = Conversation(backend.new_chat(engine, system), engine, screen, n_predict, drawing, interactive)
-        talk.run(terminal_lines() if interactive else prompt.stdin_lines())
+        talk = Conversation(
+            backend.new_chat(engine, system), engine, screen, n_predict, drawing, interactive, Transcript(transcript)
+        )
+        with keep_session(talk, session):
+            talk.run(terminal_lines() if interactive else prompt.stdin_lines())
+
+
+@contextmanager
+def keep_session(talk: Conversation, name: str | None) -> Iterator[None]:
+    """Load the session that is there, and save it at the end, however that comes, if anything was said."""
+    if name is None:
+        yield
+        return
+    path = Path(name).expanduser()
+    if path.exists():
+        talk.chat.load(path)
+        talk.screen.line(chat_commands.loaded(talk, name), "dim")
+    try:
+        yield
+    finally:
+        if talk.engine.tokens[0]:
+            talk.chat.save(path)
+
+
+class Transcript:
+    """A Markdown file that what is said is appended to, turn by turn; nothing without a name."""
+
+    def __init__(self, name: str | None) -> None:
+        self._path = None if name is None else Path(name).expanduser()
+        self._append("")  # says at once if it cannot be written
+
+    def turn(self, question: str | None, answer: str) -> None:
+        """``question``: ``None`` if it is the last one, answered again."""
+        asked = "(again)" if question is None else question
+        self._append(f"**You:** {asked}\n\n{answer.strip()}\n\n")
+
+    def note(self, text: str) -> None:
+        self._append(f"*{text}*\n\n")
+
+    def _append(self, text: str) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
 
 class Conversation:
-    """Turns and commands, one per line."""
+    """Turns and commands, one per line, but for questions between lines of three quotes."""
 
     def __init__(
-        self, chat: Chat, engine: Engine, screen: Screen, n_predict: int, sampling: Sampling, interactive: bool
+        self,
+        chat: Chat,
+        engine: Engine,
+        screen: Screen,
+        n_predict: int,
+        sampling: Sampling,
+        interactive: bool,
+        transcript: Transcript,
     ) -> None:
         self.chat = chat
         self.engine = engine
@@ -89,44 +146,55 @@ class Conversation:
         self.n_predict = n_predict
         self.sampling = sampling
         self.interactive = interactive
+        self.transcript = transcript
         self.answered = False
+        self.pending: list[str] = []  # texts of /read
 
     def run(self, lines: Iterator[str]) -> None:
         """Obey the lines until they end or one of them is /exit."""
         for line in lines:
             text = line.strip()
-            if not text:
-                continue
-            if text.startswith("/"):
+            if text.startswith(QUOTES):
+                text = between_quotes(text, lines)
+            elif text.startswith("/"):
                 if text.split()[0] == "/exit":
                     return
-                self.command(text.split()[0])
-            else:
-                self.turn(text)
+                self.guarded(lambda text=text: chat_commands.run(self, text))  # type: ignore[misc]
+                continue
+            if text:
+                self.guarded(lambda text=text: self.turn(text))  # type: ignore[misc]
 
-    def turn(self, text: str) -> None:
-        """Ask, write the answer, show its figures."""
-        from .render import figures
-
-        answer = Answer()
+    def guarded(self, do: Callable[[], None]) -> None:
+        """Somebody who types can do something about a failure; a script has to learn of it from the exit code."""
         try:
-            interrupted = self._ask(text, answer)
+            do()
         except KVError as error:
-            # Somebody who types can do something about it; a script has to learn of it from the exit code.
             if not self.interactive:
                 raise
             self.screen.line(f"Error: {error}", "red")
-            return
+
+    def turn(self, text: str | None) -> None:
+        """Ask, or with ``None`` answer the last question again; write the answer, show its figures."""
+        from .render import figures
+
+        answer = Answer()
+        if text is not None and self.pending:
+            text = "\n\n".join([*self.pending, text])
+        interrupted = self._ask(text, answer)
+        self.pending.clear()
         if answer.started or not interrupted:
             self.answered = True
+            if self.chat.reread:
+                self.screen.line("What had changed was evicted, so the whole conversation was read again.", "dim")
+            self.transcript.turn(text, self.chat.messages[-1]["content"])
             self.screen.line(figures(self.engine.report().as_dict()), "dim")
         else:
             self.screen.line("Interrupted before the answer began.", "dim")
         if interrupted and not self.interactive:
             raise KeyboardInterrupt
 
-    def _ask(self, text: str, answer: Answer) -> bool:
-        """Write the answer to `text`; True if Ctrl-C ended it early."""
+    def _ask(self, text: str | None, answer: Answer) -> bool:
+        """Write the answer to `text`, or another one to the last question; True if Ctrl-C ended it early."""
         with Interrupt() as interrupt, self.screen.prefill() as bar:
 
             def on_progress(done: int, total: int) -> None:
@@ -137,7 +205,10 @@ class Conversation:
                 bar.stop()
                 answer.write(piece)
 
-            pieces = self.chat.ask(text, self.n_predict, self.sampling, on_progress=on_progress)
+            if text is None:
+                pieces = self.chat.again(self.n_predict, self.sampling, on_progress=on_progress)
+            else:
+                pieces = self.chat.ask(text, self.n_predict, self.sampling, on_progress=on_progress)
             try:
                 stream(pieces, write, interrupt)
             except KVError:
@@ -148,30 +219,16 @@ class Conversation:
             answer.end()
         return interrupt.requested
 
-    def command(self, name: str) -> None:
-        """A line that starts with a slash, save for /exit."""
-        from .render import held_map, stats_table
 
-        if name == "/kv":
-            held = self.engine.held()
-            if held:
-                self.screen.show(held_map(held))
-            else:  # without eviction the engine runs on llama.cpp's own cache, which has no heads to tell apart
-                self.screen.line("Nothing is evicted with this policy: every head holds every token.")
-        elif name == "/stats":
-            if self.answered:
-                self.screen.show(stats_table(self.engine.report().as_dict()))
-            else:
-                self.screen.line("There is no answer yet, so nothing was measured.")
-        elif name == "/clear":
-            self.chat.clear()
-            self.answered = False
-            self.screen.line("The conversation is cleared.")
-        elif name == "/help":
-            for command, summary in COMMANDS.items():
-                self.screen.line(f"{command:<8}{summary}")
-        else:
-            self.screen.line(f"There is no command {name}; the commands are {', '.join(COMMANDS)}.")
+def between_quotes(first: str, lines: Iterator[str]) -> str:
+    """The text from three quotes to the next three, over as many lines as it takes."""
+    text = first.removeprefix(QUOTES)
+    while not text.rstrip().endswith(QUOTES):
+        line = next(lines, None)
+        if line is None:
+            break
+        text += f"\n{line.rstrip()}"
+    return text.rstrip().removesuffix(QUOTES).strip()
 
 
 def terminal_lines() -> Iterator[str]:
