@@ -200,8 +200,8 @@ class Engine:
         if room is not None:
             budget = min(budget, max(room, self.policy.min_budget))
         rss = rss_bytes()
-        n_window = self.policy.n_window
-        read_scores = partial(guided_scores, self.context, seq, guide, n_window) if guide else None
+        n_window, rms = self.policy.n_window, self.policy.rms
+        read_scores = partial(guided_scores, self.context, seq, guide, n_window, rms) if guide else None
         n_seen = self.context.n_seen(seq)
         if not evict(cache, seq, self.policy, budget, read_scores, self.n_ctx):
             return False

@@ -139,7 +139,7 @@ def _declare(lib: Any) -> None:
         "kvl_lengths": (i32, [ptr, i32, i32, ints]),
         "kvl_positions": (i32, [ptr, i32, i32, ints]),
         "kvl_slot_pages": (i32, [ptr, i32, i32, ints, ints]),
-        "kvl_window_scores": (i32, [ptr, i32, i32, i32, floats, i64]),
+        "kvl_window_scores": (i32, [ptr, i32, i32, i32, i32, floats, i64]),
         "kvl_set_mass": (i32, [ptr, i32]),
         "kvl_read_mass": (i32, [ptr, i32, i32, floats, i64]),
         "kvl_write_mass": (i32, [ptr, i32, i32, floats, i64]),
