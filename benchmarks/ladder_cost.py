@@ -44,7 +44,7 @@ def main() -> None:
         for i in range(args.rounds + 1):
             context.branch(0, 1)
             start = time.perf_counter()
-            list(policy.decide(cache.view(1, budget, policy.n_window)))
+            list(policy.decide(cache.view(1, budget, policy.n_window, rms=policy.rms)))
             decided = time.perf_counter()
             evict(cache, 1, policy, budget)
             if i > 0:  # the first warms up

@@ -146,10 +146,13 @@ class PagedCache:
         ends = np.cumsum(lengths)[:-1]
         return np.split(out[0], ends), np.split(out[1], ends)
 
-    def window_scores(self, seq: int, layer: int, n_queries: int = 0) -> np.ndarray:
-        """Mean attention of the last ``n_queries`` remembered queries (0: all), float32 ``[n_head, longest head]``."""
+    def window_scores(self, seq: int, layer: int, n_queries: int = 0, rms: bool = False) -> np.ndarray:
+        """Mean attention of the last ``n_queries`` remembered queries (0: all), float32 ``[n_head, longest head]``.
+
+        ``rms``: the root of the mean of the squares.
+        """
         out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
-        self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, n_queries, _floats(out), out.shape[1]))
+        self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, n_queries, rms, _floats(out), out.shape[1]))
         return out
 
     def mass(self, seq: int, layer: int) -> np.ndarray:
@@ -207,10 +210,10 @@ class PagedCache:
         known = np.array([self.formats.index(name) if name in self.formats else 0 for name in FORMATS])
         return [known[f] for f in self.slot_formats(seq, layer)]
 
-    def view(self, seq: int, budget: int, n_window: int, n_room: int = 0) -> CacheView:
+    def view(self, seq: int, budget: int, n_window: int, n_room: int = 0, rms: bool = False) -> CacheView:
         """What a policy sees of a sequence; scores are computed when the policy asks.
 
-        ``n_room``: slots that one head has room for, 0: any number.
+        ``n_room``: slots that one head has room for, 0: any number. ``rms``: as in :meth:`window_scores`.
         """
         n_seen = int(self.seq_stats(seq).n_seen)
         views = [
@@ -220,8 +223,7 @@ class PagedCache:
                 n_head_kv=layer.n_head_kv,
                 positions=self.positions(seq, i),
                 n_seen=n_seen,
-                read_scores=partial(self.window_scores, seq, i, n_window) if n_window > 0 else None,
-                read_recent=partial(self.window_scores, seq, i),
+                read_scores=partial(self.window_scores, seq, i, n_window, rms) if n_window > 0 else None,
                 n_window=min(n_window, n_seen),
                 read_queries=partial(self.queries, seq, i, n_window),
                 rotate=partial(self.rotate, i),

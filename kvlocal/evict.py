@@ -53,11 +53,10 @@ def evict(
     if not policy.due(size(cache, seq, policy), budget):
         return False
     scores = read_scores() if read_scores else None
-    view = cache.view(seq, budget, policy.n_window, n_room)
+    view = cache.view(seq, budget, policy.n_window, n_room, policy.rms)
     if scores is not None:
         for layer, given in zip(view.layers, scores, strict=True):
             layer.read_scores = lambda given=given: given  # type: ignore[misc]
-            layer.read_recent = None
     # a policy's matrices are small, and threads of numpy's would wait for those of llama.cpp, which spin for a while
     with _pools().limit(limits=1, user_api="blas"):
         for layer, decision in zip(view.layers, policy.decide(view), strict=True):
@@ -103,10 +102,12 @@ def whole_groups(keep: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.flatnonzero(stay)
 
 
-def guided_scores(context: Context, seq: int, guide: Sequence[int], n_window: int) -> list[np.ndarray]:
+def guided_scores(
+    context: Context, seq: int, guide: Sequence[int], n_window: int, rms: bool = False
+) -> list[np.ndarray]:
     """Window scores as they would be if ``guide`` came next: it is decoded, its attention read, and taken back.
 
-    ``n_window``: how many of its last queries look.
+    ``n_window``: how many of its last queries look; ``rms``: as the policy's.
 
     Returns:
         Per layer float32 ``[n_head, longest head]``; the attention that goes to the guide itself is cut off.
@@ -117,6 +118,6 @@ def guided_scores(context: Context, seq: int, guide: Sequence[int], n_window: in
     lengths = [int(heads.max()) for heads in cache.held(seq)]
     try:
         context.decode(guide, n, seq, outputs="none")
-        return [cache.window_scores(seq, layer, n_window)[:, :longest] for layer, longest in enumerate(lengths)]
+        return [cache.window_scores(seq, layer, n_window, rms)[:, :longest] for layer, longest in enumerate(lengths)]
     finally:
         context.truncate(seq, n)

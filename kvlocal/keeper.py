@@ -122,7 +122,8 @@ class Keeper:
         if room is not None:
             budget = min(budget, max(room, policy.min_budget))
         rss = rss_bytes()
-        read_scores = partial(guided_scores, self.context, seq, guide, policy.n_window) if guide else None
+        how = policy.n_window, policy.rms
+        read_scores = partial(guided_scores, self.context, seq, guide, *how) if guide else None
         n_seen = self.context.n_seen(seq)
         if not evict(cache, seq, policy, budget, read_scores, self.n_ctx):
             return False

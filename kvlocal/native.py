@@ -20,7 +20,7 @@ from typing import Any
 
 from kvlocal.errors import KVError, UsageError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
 EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
 
@@ -139,7 +139,7 @@ def _declare(lib: Any) -> None:
         "kvl_lengths": (i32, [ptr, i32, i32, ints]),
         "kvl_positions": (i32, [ptr, i32, i32, ints]),
         "kvl_slot_pages": (i32, [ptr, i32, i32, ints, ints]),
-        "kvl_window_scores": (i32, [ptr, i32, i32, i32, floats, i64]),
+        "kvl_window_scores": (i32, [ptr, i32, i32, i32, i32, floats, i64]),
         "kvl_set_mass": (i32, [ptr, i32]),
         "kvl_read_mass": (i32, [ptr, i32, i32, floats, i64]),
         "kvl_write_mass": (i32, [ptr, i32, i32, floats, i64]),

@@ -178,7 +178,8 @@ class Stage:
         if cache is None or not policy.evicts:
             return
         start = time.perf_counter()
-        read_scores = partial(guided_scores, self.context, branch.seq, guide, policy.n_window) if guide else None
+        how = policy.n_window, policy.rms
+        read_scores = partial(guided_scores, self.context, branch.seq, guide, *how) if guide else None
         n_seen = self.context.n_seen(branch.seq)
         evict(cache, branch.seq, policy, self._budget(branch), read_scores, self.config.n_ctx)
         branch.n_rolled += n_seen - self.context.n_seen(branch.seq)

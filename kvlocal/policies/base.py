@@ -40,8 +40,8 @@ class LayerView:
         n_seen: number of tokens the sequence has seen; the next token gets this position.
         evicted_at: what ``n_seen`` was at the sequence's last eviction, 0 before the first.
         read_scores: returns float32 ``[n_head, max(n_slots)]``: attention of the last ``n_window`` queries, fp32
-            softmax over all slots of the head, mean over the window rows; zero beyond ``n_slots[h]``.
-        read_recent: the same of the last so many queries only, if there are such scores.
+            softmax over all slots of the head, mean over the window rows (root mean square, if the policy's
+            :attr:`Policy.rms` says so); zero beyond ``n_slots[h]``.
         n_window: number of queries behind ``read_scores`` (at most the ``window`` that the policy asked for).
         read_mass: returns float32 ``[n_head, max(n_slots)]``: attention that every slot has received from all queries
             so far, its own included; zero beyond ``n_slots[h]``. For a policy that needs ``"last"``: the position + 1
@@ -65,7 +65,6 @@ class LayerView:
     n_seen: int
     read_scores: Callable[[], np.ndarray] | None = None
     n_window: int = 0
-    read_recent: Callable[[int], np.ndarray] | None = None
     read_mass: Callable[[], np.ndarray] | None = None
     read_kv: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
     read_queries: Callable[[], np.ndarray] | None = None
@@ -91,11 +90,6 @@ class LayerView:
                 raise ValueError("this view carries no window scores; set `needs = {'scores'}` on the policy")
             self._scores = self.read_scores()
         return self._scores
-
-    def focus(self, n: int) -> None:
-        """Raise the scores to what the last ``n`` queries alone give, where that is more; until :meth:`release`."""
-        if self.read_recent is not None and 0 < n < self.n_window:
-            self._scores = np.maximum(self.scores, self.read_recent(n))
 
     @property
     def mass(self) -> np.ndarray:
@@ -176,6 +170,11 @@ class Policy:
     def n_window(self) -> int:
         """Window queries that the cache must remember for this policy (0: none)."""
         return 0
+
+    @property
+    def rms(self) -> bool:
+        """Whether the window scores are root mean squares over the queries instead of means."""
+        return False
 
     @property
     def formats(self) -> tuple[str, ...]:

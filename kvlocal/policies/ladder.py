@@ -47,14 +47,15 @@ class Ladder(Policy):
 
     Formula, per layer, KV head and slot ``j`` between sinks and window::
 
-        m(n) = mean over the last n queries of softmax(Q K^T / sqrt(d))[row]
-        s    = max over the group's query heads of max(m(queries), m(focus))
+        m    = root mean square over the last queries of softmax(Q K^T / sqrt(d))[row]
+        s    = max over the group's query heads of m
         w[j] = ((max of s within kernel // 2 tokens of j) * |v[j]|) ^ power
         rung = argmin over r of  w[j] * error[r] + price * bytes[r]
 
     with the price at which the bytes meet the budget. Dropping a token of attention ``a`` moves a head's output by at
     most ``2 C a``, storing it with relative error ``e`` by at most ``C a e``, so one multiplier minimises the sum of
-    these bounds. The last queries only estimate the attention to come: their pooling and the power are for that.
+    these bounds. The last queries only estimate the attention to come: their pooling and the power are for that, and
+    the squares let a token stand out that a few of them, such as a question's, look at hard.
     Pages hold one rung each, so slots compete by pages of 32: a head's slots in the order of ``w``, within what they
     are stored as now. Pages of sinks and window are f16; where these do not fill theirs, the best slots do.
 
@@ -74,15 +75,15 @@ class Ladder(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     window: int = whole(28, low=1, help="most recent tokens: always f16; with the sinks, one page")
-    queries: int = whole(128, low=1, help="most recent queries that rank the tokens")
+    queries: int = whole(64, low=1, help="most recent queries that rank the tokens")
     sink: int = whole(4, low=0, help="tokens at the start of the sequence that are always f16")
     rungs: str = subset(",".join(ERRORS), list(ERRORS), help="how tokens may be stored (f16 always is one)")
     price: str = choice("model", ["model", "layer"], help="whether all layers pay one price, or each its own")
     alpha: float = real(0.2, low=0, high=1, help="share of its equal part of the bytes that every head is sure of")
-    focus: int = whole(32, low=0, help="the last of these also count on their own: a question stands out")
+    mean: str = choice("square", ["square", "plain"], help="of a token's attention over the queries")
     power: float = real(0.7, low=0, high=2, help="exponent of the scores: below 1 they count less")
     norm: str = choice("yes", ["yes", "no"], help="whether a score is multiplied with the norm of the value")
-    kernel: int = whole(7, low=1, odd=True, help="width of the pooling over neighbouring tokens")
+    kernel: int = whole(21, low=1, odd=True, help="width of the pooling over neighbouring tokens")
     pool: str = choice("max", ["max", "avg"], help="how neighbouring scores are pooled")
     agg: str = choice("max", ["max", "mean"], help="how the query heads of one KV head are combined")
 
@@ -92,6 +93,10 @@ class Ladder(Policy):
     @property
     def n_window(self) -> int:
         return max(self.queries, self.window)
+
+    @property
+    def rms(self) -> bool:
+        return self.mean == "square"
 
     @property
     def min_budget(self) -> int:
@@ -124,7 +129,6 @@ class Ladder(Policy):
 
     def weights(self, layer: LayerView, where: Region) -> Floats:
         """Importance of the competing slots, float64 ``[H, n]``, -inf elsewhere."""
-        layer.focus(self.focus)
         scores = prefix_scores(layer, where, kernel=self.kernel, kind=self.pool, agg=self.agg).astype(np.float64)
         for h, norms in enumerate(layer.value_norms if self.norm == "yes" else ()):
             scores[h, where.start[h] : where.stop[h]] *= norms[where.start[h] : where.stop[h]]

@@ -60,7 +60,7 @@ def test_indices_out_of_range(open_model: OpenModel, open_context: OpenContext) 
     with pytest.raises(KVError, match="Layer 9 is not below 2"):
         cache._check(cache._lib.kvl_lengths(cache._ctx, 0, 9, (ctypes.c_int32 * 2)()))
     with pytest.raises(KVError, match="No window queries"):
-        cache._check(cache._lib.kvl_window_scores(cache._ctx, 0, 0, 0, (ctypes.c_float * 4)(), 1))
+        cache._check(cache._lib.kvl_window_scores(cache._ctx, 0, 0, 0, 0, (ctypes.c_float * 4)(), 1))
 
 
 def test_a_full_pool_is_an_error_and_loses_nothing(open_model: OpenModel, open_context: OpenContext) -> None:

@@ -97,10 +97,11 @@ def test_many_tokens_after_a_ragged_eviction_equal_one_by_one(open_model: OpenMo
     assert np.abs(results[0] - results[1]).max() <= 1e-3 * np.ptp(results[1])
 
 
-@pytest.mark.parametrize("score_bytes", [1, 1 << 26])
-def test_window_scores_equal_numpy(score_bytes: int, open_model: OpenModel, open_context: OpenContext) -> None:
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("portable", [False, True])
+def test_window_scores_equal_numpy(portable: bool, rms: bool, open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama", n_layer=2, n_head=6, n_head_kv=2, head_dim=64)
-    context = open_context(model, n_window=16)
+    context = open_context(model, n_window=16, portable=portable)
     cache = context.cache
     assert cache is not None
     context.decode(random_tokens(model, 140), 0, 0)
@@ -109,7 +110,7 @@ def test_window_scores_equal_numpy(score_bytes: int, open_model: OpenModel, open
             for layer in range(2):  # ragged, and the window stays
                 cache.keep(0, layer, [np.r_[3:40, 124:140], np.r_[0:90, 124:140]])
         for layer in range(2):
-            got = cache.window_scores(0, layer)
+            got = cache.window_scores(0, layer, rms=rms)
             q = cache.queries(0, layer, 16).astype(np.float64)
             assert q.shape == (16, 6, 64)
             for head in range(6):
@@ -118,7 +119,8 @@ def test_window_scores_equal_numpy(score_bytes: int, open_model: OpenModel, open
                 z = q[:, head] @ k.T / 8.0
                 z[pos[None] > np.arange(124, 140)[:, None]] = -np.inf
                 a = np.exp(z - z.max(1, keepdims=True))
-                want = (a / a.sum(1, keepdims=True)).mean(0)
+                p = a / a.sum(1, keepdims=True)
+                want = np.sqrt((p**2).mean(0)) if rms else p.mean(0)
                 np.testing.assert_allclose(got[head, : len(pos)], want, rtol=1e-3, atol=1e-6)
                 assert not got[head, len(pos) :].any()
 

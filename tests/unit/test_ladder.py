@@ -182,23 +182,7 @@ def test_an_unknown_rung_is_refused():
         make_policy("ladder", {"rungs": "f16,q5"})
 
 
-def test_what_the_last_queries_look_at_stands_out() -> None:
-    cache = Cache(3, n_layer=1, n_head=1)
-    view = cache.view(64)
-    layer = view.layers[0]
-    layer.n_window, asked = 128, []
-
-    def recent(n: int) -> np.ndarray:
-        asked.append(n)
-        out = np.zeros((1, 400))
-        out[0, 100:108] = 1e3
-        return out
-
-    kept = {}
-    for focus in (32, 0):
-        layer.read_recent = recent
-        (decision,) = make_policy("ladder", {"rungs": "f16", "focus": focus}).decide(view)
-        kept[focus] = set(decision.keep[0].tolist())
-        layer.release()
-    assert asked == [32]
-    assert {*range(100, 108)} <= kept[32] and not {*range(100, 108)} <= kept[0]
+def test_it_asks_for_squares_unless_told_otherwise() -> None:
+    assert make_policy("ladder").rms
+    assert not make_policy("ladder", {"mean": "plain"}).rms
+    assert not make_policy("ada-snapkv").rms

@@ -1,4 +1,4 @@
-// What every slot received: attention mass of a step, and the mean attention of window queries. Both look at the keys a
+// What every slot received: attention mass of a step, and the attention of window queries. Both look at the keys a
 // second time instead of keeping the logits, so memory stays bounded however long the prompt is.
 
 #include "kvl-attn-impl.h"
@@ -12,7 +12,8 @@ tile_rows head_rows(const attn & a, int g, int t0, int n) {
     return {t0 * a.group + g, a.group, n};
 }
 
-// to[j] += sum over the rows of exp(logit - t.m) * t.l for slots [slot0, slot1)
+// to[j] += sum over the rows of exp(logit - t.m) * t.l, or of its square, for slots [slot0, slot1)
+template <bool square>
 void add_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int slot1, float * to) {
     slot1 = std::min(slot1, t.visible[rows.n - 1]);
     for (; slot0 < slot1; slot0 += BLOCK) {
@@ -22,7 +23,8 @@ void add_mass(const attn & a, tile_buffers & t, int stream, tile_rows rows, int 
             vf sum = vf_zero();
             for (int r = 0; r < rows.n; r += VF_N) {
                 const vf e = vf_exp(vf_sub(vf_load(t.s + j * TILE + r), vf_load(t.m + r)));
-                sum = vf_fma(e, vf_load(t.l + r), sum);
+                const vf p = vf_mul(e, vf_load(t.l + r));
+                sum = square ? vf_fma(p, p, sum) : vf_fma(e, vf_load(t.l + r), sum);
             }
             to[slot0 + j] += vf_sum(sum);
         }
@@ -101,7 +103,7 @@ extern "C" void kvl_attn_mass(ggml_tensor * dst, int ith, int nth, void * userda
                 if (a.p.last) {
                     note_mass(a, t, stream, rows, slot0, slot1, a.p.last[stream / a.p.n_head_kv] + t0, to);
                 } else {
-                    add_mass(a, t, stream, rows, slot0, slot1, to);
+                    add_mass<false>(a, t, stream, rows, slot0, slot1, to);
                 }
             }
         });
@@ -110,6 +112,7 @@ extern "C" void kvl_attn_mass(ggml_tensor * dst, int ith, int nth, void * userda
 extern "C" void kvl_attn_scores(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const attn a(dst, userdata);
     const int n_tokens = a.p.n_seq_tokens;
+    const float share = a.p.rms ? sqrtf(float(n_tokens)) : float(n_tokens);
     tile_buffers t(a.d_k, a.d_v);
     share_out(
         a.p.n_head, ith, nth,
@@ -133,9 +136,16 @@ extern "C" void kvl_attn_scores(ggml_tensor * dst, int ith, int nth, void * user
                     tile_soften(t, rows.n, n);
                 }
                 for (int r = 0; r < TILE; r++) {
-                    t.l[r] = r < rows.n ? 1.0f / (t.l[r] * float(n_tokens)) : 0.0f;
+                    t.l[r] = r < rows.n ? 1.0f / (t.l[r] * share) : 0.0f;
                 }
-                add_mass(a, t, stream, rows, 0, n_end, out);
+                if (a.p.rms) {
+                    add_mass<true>(a, t, stream, rows, 0, n_end, out);
+                } else {
+                    add_mass<false>(a, t, stream, rows, 0, n_end, out);
+                }
+            }
+            for (int64_t j = 0; a.p.rms && j < dst->ne[0]; j++) {
+                out[j] = sqrtf(out[j]);
             }
         });
 }

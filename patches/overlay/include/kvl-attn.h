@@ -15,7 +15,7 @@ extern "C" {
 #define KVL_ATTN_PROC "kvl_attn_compute"       // attention, partial or final
 #define KVL_ATTN_MERGE_PROC "kvl_attn_merge"   // joins the parts of a split
 #define KVL_ATTN_MASS_PROC "kvl_attn_mass"     // adds up what each slot received
-#define KVL_ATTN_SCORES_PROC "kvl_attn_scores" // mean attention of window queries
+#define KVL_ATTN_SCORES_PROC "kvl_attn_scores" // attention of window queries
 #define KVL_ATTN_ROTATE_PROC "kvl_attn_rotate" // Walsh-Hadamard transform of rows
 
 // Pages of one format, where they lie; page p is rows 32p .. 32p+31.
@@ -49,6 +49,7 @@ struct kvl_attn_params {
     // f32 [d_k] per stream, what was taken from the keys of all pages but f16 ones before they were stored; entries may
     // be NULL. NULL: nothing was
     const float * const * mu;
+    int32_t rms; // kvl_attn_scores: root mean square over the tokens instead of the mean
 };
 
 // Streams are (sequence s, KV head h) pairs, stream s*n_head_kv + h; group = n_head / n_head_kv; a row is a (token,
@@ -75,7 +76,7 @@ struct kvl_attn_params {
 // kvl_attn_scores
 //     one sequence: src[4] i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the token before; src[5] i32
 //     [n_kv, n_head_kv], how many of the first tokens do not see a slot though it is among these; dst f32 [n_kv,
-//     n_head], softmax over the slots seen, mean over the tokens, 0 beyond
+//     n_head], softmax over the slots seen, mean (or root mean square) over the tokens, 0 beyond
 
 // Rows up to which a stream's pages are split among threads.
 #define KVL_ATTN_FEW_ROWS 24

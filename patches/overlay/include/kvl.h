@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 5
+#define KVL_ABI_VERSION 6
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -136,10 +136,10 @@ LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id s
 LLAMA_API int32_t kvl_slot_pages(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * format,
                                  int32_t * page);
 // Attention of the last n_queries remembered window queries (0: of all): f32 out[n_head][stride], softmax in f32 over
-// all slots of the head, mean over the queries, zero beyond the head's length; stride >= the longest head. Returns the
-// number of queries used.
+// all slots of the head, mean over the queries (rms: root mean square), zero beyond the head's length; stride >= the
+// longest head. Returns the number of queries used.
 LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
-                                    float * out, int64_t stride);
+                                    int32_t rms, float * out, int64_t stride);
 // Accumulate from now on what every slot receives, starting at 0, or stop and forget (a kvl_mass). Needs the page
 // kernels. Truncation does not undo what the tokens removed had given to others.
 LLAMA_API int32_t kvl_set_mass(struct llama_context * ctx, int32_t kind);

@@ -262,7 +262,7 @@ static ggml_tensor * build_fused(const llm_graph_context & g, const llama_kv_pag
     in.kernel = std::make_unique<kvl_attn_params>(kvl_attn_params{
         int32_t(Hq), int32_t(H), int32_t(S), int32_t(T), int32_t(n_split), int32_t(n_kv), kq_scale, layer.soft_cap,
         in.shape.mass ? in.mass.data() : nullptr, in.shape.mass == KVL_MASS_LAST ? inp.number.data() : nullptr,
-        layer.formats.data(), in.mu.data()});
+        layer.formats.data(), in.mu.data(), /*rms =*/0});
     const auto op = [&](ggml_custom_op_t f, int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), int(args.size()), f, GGML_N_TASKS_MAX,
                               in.kernel.get());

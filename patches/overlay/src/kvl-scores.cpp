@@ -64,7 +64,8 @@ std::vector<chunk> split_heads(const std::vector<kvl_head> & heads, int64_t byte
 } // namespace
 
 static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, const chunk & c,
-                             const std::vector<int32_t> & query_rows, int n_threads, float * out, int64_t stride) {
+                             const std::vector<int32_t> & query_rows, bool rms, int n_threads, float * out,
+                             int64_t stride) {
     const kvl_layer & layer = kv.layers[layer_id];
     const auto & heads = kv.seqs[seq].heads[layer_id];
     const int64_t n = c.n_slots;
@@ -105,6 +106,9 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         scale = 1.0f;
     }
     ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    if (rms) {
+        p = ggml_sqr_inplace(ctx, p);
+    }
     ggml_tensor * mass = ggml_out_prod(ctx, p, mean); // [n, 1, G, H]: sum over the window
     ggml_set_output(mass);
     ggml_build_forward_expand(gf, mass);
@@ -139,6 +143,9 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     }
     std::vector<float> result(n * G * H);
     ggml_backend_tensor_get(mass, result.data(), 0, result.size() * sizeof(float));
+    for (float & value : result) {
+        value = rms ? std::sqrt(value) : value;
+    }
     for (int64_t h = 0; h < G * H; h++) {
         float * row = out + (c.h0 * G + h) * stride;
         const int64_t len = heads[c.h0 + h / G].n();
@@ -150,7 +157,8 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
 
 // The page kernel: one operator, on a backend that is made once.
 static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id,
-                             const std::vector<int32_t> & query_rows, int n_threads, float * out, int64_t stride) {
+                             const std::vector<int32_t> & query_rows, bool rms, int n_threads, float * out,
+                             int64_t stride) {
     const kvl_layer & layer = kv.layers[layer_id];
     const auto & heads = kv.seqs[seq].heads[layer_id];
     const int64_t w = int64_t(query_rows.size());
@@ -191,6 +199,7 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     params.soft_cap = layer.soft_cap;
     params.formats = layer.formats.data();
     params.mu = mu.data();
+    params.rms = rms;
     ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible, blind};
     ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 6, kv.attn.scores,
                                           GGML_N_TASKS_MAX, &params);
@@ -244,7 +253,7 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     return int32_t(w);
 }
 
-int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int32_t n_queries,
+int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int32_t n_queries, bool rms,
                                   int n_threads, float * out, int64_t stride) {
     const kvl_layer & layer = kv.layers[layer_id];
     const auto & heads = kv.seqs[seq].heads[layer_id];
@@ -272,13 +281,13 @@ int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_
         }
     }
     if (kv.fused()) {
-        return compute_fused(kv, seq, layer_id, rows, n_threads, out, stride);
+        return compute_fused(kv, seq, layer_id, rows, rms, n_threads, out, stride);
     }
     const int64_t G = layer.n_head / layer.n_head_kv;
     // gathered keys, logits and softmax of a group, and the mask
     const int64_t bytes_per_slot = 4 * (layer.pool->d_k + int64_t(rows.size()) * (2 * G + 1));
     for (const chunk & c : split_heads(heads, bytes_per_slot, std::max<int64_t>(kv.params.score_bytes, 1))) {
-        const int32_t rc = compute_chunk(kv, seq, layer_id, c, rows, n_threads, out, stride);
+        const int32_t rc = compute_chunk(kv, seq, layer_id, c, rows, rms, n_threads, out, stride);
         if (rc != KVL_OK) {
             return rc;
         }

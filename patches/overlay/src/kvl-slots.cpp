@@ -56,8 +56,8 @@ int32_t kvl_slot_pages(const llama_context * ctx, llama_seq_id seq, int32_t laye
     return KVL_OK;
 }
 
-int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * out,
-                          int64_t stride) {
+int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, int32_t rms,
+                          float * out, int64_t stride) {
     auto * kv = memory_of(ctx, seq, layer);
     if (!kv || !out) {
         return KVL_ERR_ARGUMENT;
@@ -69,7 +69,8 @@ int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, 
         const int64_t t0 = ggml_time_us();
         ctx->synchronize();
         const int n_threads = int(ctx->n_threads_batch());
-        const int32_t rc = kvl_compute_window_scores(*kv, seq, uint32_t(layer), n_queries, n_threads, out, stride);
+        const int32_t rc =
+            kvl_compute_window_scores(*kv, seq, uint32_t(layer), n_queries, rms != 0, n_threads, out, stride);
         kv->score_us += uint64_t(ggml_time_us() - t0);
         return rc;
     });
