@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from common import model_path, parser, table, write_json
+from common import command, model_path, parser, table, write_json
 from performance import decode_ms, fill
 
 from kvlocal.bench import random_tokens
@@ -232,7 +232,8 @@ def main() -> None:
             rows += results(lanes, depth)
             for lane in lanes:
                 lane.leave()
-            write_json(args, rows)  # the next depth may take long
+            # the next depth may take long
+            write_json(args, {"command": command(p, args, "depth_storage"), "rows": rows})
     print(f"\n{model.name}, {args.threads} threads; median (least–most) of {args.rounds} rounds of {args.n} tokens\n")
     print(show(rows))
     model.close()

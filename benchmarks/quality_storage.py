@@ -20,8 +20,10 @@ AT_EQUAL_BYTES = {
     "ada-snapkv + q4": "q4:sink=4:tail=32",
     "ada-snapkv + kivi": "kivi:sink=4:tail=32",
     "ada-snapkv + logquant": "logquant:sink=4:tail=48",
+    "ada-snapkv, kernel 21, + q4": "q4:sink=4:tail=32",
 }
-"""With the same protection as the ladder's: 4 sinks, 32 recent tokens; logquant's are 33 to 48, spread out."""
+"""With the same protection as the ladder's: 4 sinks, 32 recent tokens; logquant's are 33 to 48, spread out. The last one
+pools over as many tokens as the ladder does: what of the ladder's needles is due to that."""
 
 ALL_KEPT = ("f16", "q4", "kv3", "kv2", "kivi", "logquant")
 """With their own sinks and tails."""
@@ -33,8 +35,9 @@ MORE = (
 """Further ones, and what the mean of the keys and the sinks are worth; on fewer texts."""
 
 
-def at(share: str, storage: str, n_tokens: int) -> Variant | None:
-    """Ada-SnapKV with as many tokens as fit into a share of the bytes; ``None`` if there is room for all of them."""
+def at(share: str, name: str, n_tokens: int) -> Variant | None:
+    """Ada-SnapKV, in a storage by its name above, with as many tokens as fit into a share of the bytes; ``None`` if there is room for all of them."""
+    storage = AT_EQUAL_BYTES[name]
     store = Storage.parse(storage)
     bits = (store.bits + 32 / store.group) if store.format == "kivi" else sum(BITS[store.format]) / 2
     n_f16 = store.sink + max(store.tail, 32) if store.demotes else 0
@@ -42,8 +45,8 @@ def at(share: str, storage: str, n_tokens: int) -> Variant | None:
     tokens = int(n_f16 + room * 16 / bits)
     if tokens > n_tokens:
         return None
-    name = next(name for name, given in AT_EQUAL_BYTES.items() if given == storage)
-    return Variant(name, make_policy("ada-snapkv"), Budget("tokens", tokens), storage)
+    policy = make_policy("ada-snapkv", {"kernel": 21} if "kernel 21" in name else {})
+    return Variant(name, policy, Budget("tokens", tokens), storage)
 
 
 def at_equal_bytes(n_tokens: int) -> list[Variant]:
@@ -51,7 +54,7 @@ def at_equal_bytes(n_tokens: int) -> list[Variant]:
     out = []
     for share in SHARES:
         out.append(Variant(LADDER, make_policy("ladder"), Budget.parse(share)))
-        out += [found for storage in AT_EQUAL_BYTES.values() if (found := at(share, storage, n_tokens))]
+        out += [found for name in AT_EQUAL_BYTES if (found := at(share, name, n_tokens))]
     return out
 
 

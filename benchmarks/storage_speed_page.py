@@ -9,9 +9,8 @@ from depth_storage import show
 Row = dict[str, Any]
 
 
-def depth(rows: list[Row]) -> str:
-    depths = ",".join(dict.fromkeys(str(row["depth"]) for row in rows))
-    stocks = ",".join(dict.fromkeys(row["storage"] for row in rows if row["cache"] == "stock"))
+def depth(found: Row) -> str:
+    rows: list[Row] = found["rows"]
     slower = [
         f"{row['storage']} at {row['depth']:,} ({row['vs']['ours f16'][0]:.2f})"
         for row in rows
@@ -21,7 +20,7 @@ def depth(rows: list[Row]) -> str:
     pages = [row["demote_page_per_layer_step"][0] for row in rows if "demote_page_per_layer_step" in row]
     return "\n\n".join(
         [
-            f"```console\n$ python benchmarks/depth_storage.py --depths {depths} --stock {stocks}\n```",
+            f"```console\n$ {found['command']}\n```",
             "Tokens are decoded one by one after a long text, from our cache in every storage and from llama.cpp's own "
             "(stock) in turns; a ratio is that of two turns of one round, median (least to most). SmolLM2, Q4_1.",
             show(rows),

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from kvlocal.budget import Budget
+from kvlocal.config import EngineConfig
+from kvlocal.documents import Document
 from kvlocal.engine import Engine, Mode
 from kvlocal.errors import KVError, UsageError
+from kvlocal.model import Model
 from kvlocal.sampling import Sampler, Sampling
+from kvlocal.session import prefill_cached
 
 PREFIX = 0
 """The sequence that holds what all documents begin with."""
 
 _MARK = "\x1fdocument\x1f"
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text to work on.
-
-    Attributes:
-        id: its name among all of a run; source: the file it comes from, with the line in a .jsonl file.
-        question: what to do with this one, after its text; empty: nothing but the instruction of all.
-    """
-
-    id: str
-    source: str
-    text: str
-    question: str = ""
+_ROUND = 256  # tokens that contexts are a multiple of
 
 
 @dataclass(frozen=True)
@@ -45,28 +37,28 @@ class Prompt:
     instruction: str = ""
     raw: bool = False
 
-    def frame(self, engine: Engine) -> tuple[list[int], str]:
+    def frame(self, model: Model) -> tuple[list[int], str]:
         """Tokens before every document, and the text that follows every document's own."""
         before = f"{self.instruction}\n\n" if self.instruction else ""
         if self.raw:
-            return engine.tokenize(before) if before else [], ""
+            return model.tokenize(before) if before else [], ""
         messages = [{"role": "user", "content": f"{before}{_MARK}"}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        text = engine.model.chat_text(messages)
+        text = model.chat_text(messages)
         head, mark, tail = text.partition(_MARK)
         if not mark:
-            raise UsageError(f"The chat template of {engine.model_name} leaves out the text; use --no-chat-template.")
-        return engine.model.template_tokens(head), tail
+            raise UsageError(f"The chat template of {model.name} leaves out the text; use --no-chat-template.")
+        return model.template_tokens(head), tail
 
-    def tokens(self, engine: Engine, document: Document, tail: str, *, first: bool) -> list[int]:
+    def tokens(self, model: Model, document: Document, tail: str, *, first: bool) -> list[int]:
         """What follows the common tokens; nothing in a document is read as a control token.
 
         ``first``: there are no common tokens, so that the model's first token is due.
         """
         text = f"{document.text}\n\n{document.question}" if document.question else document.text
-        out = engine.tokenize(text, add_special=first, parse_special=False)
-        return out + (engine.tokenize(tail, add_special=False) if tail else [])
+        out = model.tokenize(text, add_special=first, parse_special=False)
+        return out + (model.tokenize(tail, add_special=False) if tail else [])
 
 
 @dataclass
@@ -129,6 +121,26 @@ class _Work:
         return self.result.error is not None or self.result.finish_reason is not None
 
 
+def batch_config(
+    config: EngineConfig, model: Model, prompt: Prompt, documents: Sequence[Document], n_predict: int, parallel: int
+) -> EngineConfig:
+    """The settings of an engine for ``parallel`` documents at a time.
+
+    A budget in bytes is for all of them together. Without a given size the context is what the longest document needs,
+    or the most that the model was trained for.
+    """
+    prefix, tail = prompt.frame(model)
+    n_ctx = config.n_ctx
+    if not n_ctx:
+        longest = max(len(prompt.tokens(model, document, tail, first=not prefix)) for document in documents)
+        needed = len(prefix) + longest + (n_predict if n_predict >= 0 else 1024) + 1
+        n_ctx = min(-(-needed // _ROUND) * _ROUND, model.n_ctx_train)
+    budget = config.budget
+    if budget.unit == "bytes":
+        budget = Budget("bytes", int(budget.value) // parallel)
+    return replace(config, n_ctx=n_ctx, budget=budget, n_seq_max=parallel + 1, n_pool=parallel * n_ctx + len(prefix))
+
+
 class Batch:
     """Works through documents with an engine whose sequences from 1 on are free for them.
 
@@ -136,20 +148,27 @@ class Batch:
     token each: the weights are read once for all of them.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt, n_predict: int, sampling: Sampling) -> None:
-        """``n_predict`` < 0: until the model ends or the context is full."""
+    def __init__(
+        self, engine: Engine, prompt: Prompt, n_predict: int, sampling: Sampling, prompt_cache: Path | None = None
+    ) -> None:
+        """``n_predict`` < 0: until the model ends or the context is full. ``prompt_cache``: a file for what documents
+        have in common; see :func:`kvlocal.session.prefill_cached`."""
         if engine.config.n_seq_max < 2:
             raise UsageError(f"A batch needs at least 2 sequences, the engine has {engine.config.n_seq_max}.")
         self.engine = engine
         self.prompt = prompt
         self.n_predict = n_predict
         self.sampling = sampling
-        self._prefix, self._tail = prompt.frame(engine)
+        self._prefix, self._tail = prompt.frame(engine.model)
         self._done = self._failed = self._read = self._generated = 0
         self._on_step: Callable[[Step], None] | None = None
         if self._prefix:
-            engine.prefill(self._prefix, seq=PREFIX, mode="whole")
-            self._read = len(self._prefix)
+            found = 0
+            if prompt_cache is None:
+                engine.prefill(self._prefix, seq=PREFIX, mode="whole")
+            else:
+                found = prefill_cached(prompt_cache, engine, self._prefix, mode="whole")
+            self._read = len(self._prefix) - found
 
     def run(self, documents: Iterable[Document], on_step: Callable[[Step], None] | None = None) -> Iterator[Result]:
         """The results, each as soon as it is there; a document that fails becomes one with an ``error``."""
@@ -178,8 +197,11 @@ class Batch:
         """Reads a document up to the first token of its answer."""
         engine, seq, result = self.engine, work.seq, work.result
         evict_s = engine.keeper.evict_s
+        if work.document.fault is not None:
+            result.error = work.document.fault
+            return
         try:
-            tokens = self.prompt.tokens(engine, work.document, self._tail, first=not self._prefix)
+            tokens = self.prompt.tokens(engine.model, work.document, self._tail, first=not self._prefix)
             engine.branch(PREFIX, seq)
             mode: Mode = "exact" if engine.config.prefill == "exact" and engine.fits(len(tokens), seq) else "chunked"
             engine.prefill(tokens, seq=seq, mode=mode, on_progress=lambda _done, _total: self._step(n_running))

@@ -35,9 +35,10 @@ class Engine:
         KVError: the model cannot be loaded.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, model: Model | None = None) -> None:
+        """``model``: loaded already; it belongs to the engine then."""
         start = time.perf_counter()
-        self.model = Model(config.model, n_gpu_layers=config.n_gpu_layers)
+        self.model = model or Model(config.model, n_gpu_layers=config.n_gpu_layers)
         try:
             self._open(config)
         except BaseException:
@@ -275,13 +276,22 @@ class Engine:
         del self.tokens[seq][n:]
         return possible
 
-    def extend(self, tokens: Sequence[int], *, seq: int = 0, on_progress: Progress | None = None) -> bool:
-        """Make a sequence end in exactly ``tokens``, reading only what is new.
+    def extend(
+        self,
+        tokens: Sequence[int],
+        *,
+        seq: int = 0,
+        on_progress: Progress | None = None,
+        mode: Mode | None = None,
+    ) -> bool:
+        """Make a sequence end in exactly ``tokens``, reading only what is new; ``mode`` as for :meth:`prefill`.
 
         Returns:
             Whether it had to be read again from the beginning, because the change lies in what was evicted.
         """
         have = self.tokens[seq]
+        if seq == 0 and have == tokens and self.last_logits() is not None:
+            return False
         common = 0
         for ours, theirs in zip(have, tokens, strict=False):
             if ours != theirs:
@@ -291,9 +301,9 @@ class Engine:
         reread = common < len(have) and common < self.keeper.evicted_at(seq)
         common = 0 if reread else common
         if common < len(have):
-            self._check_prompt(len(tokens) - common, seq, common, self._chunks())
+            self._check_prompt(len(tokens) - common, seq, common, self._chunks(mode))
             self.cut(common, seq=seq)
-        self.prefill(tokens[len(self.tokens[seq]) :], seq=seq, on_progress=on_progress)
+        self.prefill(tokens[len(self.tokens[seq]) :], seq=seq, on_progress=on_progress, mode=mode)
         return reread
 
     #

@@ -72,7 +72,7 @@ def read_rows(path: Path, fields: Mapping[str, Kind], *, rows: int = 0) -> list[
             for line, data in enumerate(file, start=1):
                 if not data.strip():
                     continue
-                found.append(_row(f"{path}, line {line}", line, data))
+                found.append(parse_row(f"{path}, line {line}", line, data))
                 found[-1].require(fields)
                 if len(found) == rows:
                     break
@@ -85,7 +85,12 @@ def read_rows(path: Path, fields: Mapping[str, Kind], *, rows: int = 0) -> list[
     return found
 
 
-def _row(place: str, line: int, data: bytes) -> Row:
+def parse_row(place: str, line: int, data: bytes) -> Row:
+    """One line; ``place`` begins the message of what is wrong with it.
+
+    Raises:
+        UsageError: it is not a JSON object in UTF-8.
+    """
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:

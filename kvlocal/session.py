@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kvlocal import __version__, native
-from kvlocal.engine import Engine
+from kvlocal.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
 
 MAGIC = b"KVLSESS1"
@@ -134,6 +134,33 @@ def load(path: Path, engine: Engine) -> Session:
         logits=np.frombuffer(parts["logits"], np.float32) if parts["logits"] else None,
     )
     return Session(**header["session"])
+
+
+def prefill_cached(
+    path: Path,
+    engine: Engine,
+    tokens: Sequence[int],
+    *,
+    on_progress: Progress | None = None,
+    mode: Mode | None = None,
+) -> int:
+    """Make sequence 0 end in ``tokens``; what a prompt cache on disk begins with is not read again, what is new goes
+    there.
+
+    Returns:
+        How many tokens were found there.
+
+    Raises:
+        UsageError: the file is not a session, or of other settings. KVError: it is damaged.
+    """
+    if path.exists():
+        load(path, engine)
+    had = list(engine.tokens[0])
+    reread = engine.extend(tokens, on_progress=on_progress, mode=mode)
+    if had != list(tokens):
+        save(path, engine, Session())
+    n_same = next((i for i, pair in enumerate(zip(had, tokens, strict=False)) if pair[0] != pair[1]), len(had))
+    return 0 if reread else min(n_same, len(tokens))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

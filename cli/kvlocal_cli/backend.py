@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from kvlocal.batch import Batch
     from kvlocal.bench import BenchConfig, Step
     from kvlocal.chat import Chat
+    from kvlocal.config import EngineConfig
+    from kvlocal.documents import Document, Results
     from kvlocal.engine import Engine
     from kvlocal.eval.ask import Ask
     from kvlocal.eval.cases import Case
@@ -37,10 +40,10 @@ def versions() -> tuple[str, dict[str, Any]]:
     return __version__, build_info()
 
 
-def open_engine(settings: Settings, screen: Screen) -> Engine:
-    """Load the model and make its cache, showing a download and the loading on `screen`."""
+def engine_config(settings: Settings, screen: Screen) -> EngineConfig:
+    """What an engine is made of; a download is shown on `screen`."""
     from kvlocal.budget import Budget
-    from kvlocal.engine import Engine, EngineConfig
+    from kvlocal.config import EngineConfig
     from kvlocal.models import resolve_model
     from kvlocal.policies import make_policy
     from kvlocal.storage import Storage
@@ -50,24 +53,99 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
     budget = Budget.parse(settings.budget)
     with screen.download() as on_progress:
         model = resolve_model(settings.model, progress=on_progress)
-    with screen.status(f"Loading {model.name}"):
-        return Engine(
-            EngineConfig(
-                model=model,
-                policy=policy,
-                budget=budget,
-                n_ctx=settings.n_ctx,
-                n_batch=settings.n_batch,
-                n_ubatch=settings.n_ubatch,
-                n_threads=settings.n_threads,
-                n_gpu_layers=settings.n_gpu_layers,
-                prefill=settings.prefill,
-                chunk=settings.chunk,
-                guide=settings.guide,
-                storage=Storage.parse(settings.storage, tail=settings.storage_tail),
-                evict_every=settings.evict_every,
-            )
-        )
+    return EngineConfig(
+        model=model,
+        policy=policy,
+        budget=budget,
+        n_ctx=settings.n_ctx,
+        n_batch=settings.n_batch,
+        n_ubatch=settings.n_ubatch,
+        n_threads=settings.n_threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        prefill=settings.prefill,
+        chunk=settings.chunk,
+        guide=settings.guide,
+        storage=Storage.parse(settings.storage, tail=settings.storage_tail),
+        evict_every=settings.evict_every,
+    )
+
+
+def open_engine(settings: Settings, screen: Screen) -> Engine:
+    """Load the model and make its cache, showing a download and the loading on `screen`."""
+    from kvlocal.engine import Engine
+
+    config = engine_config(settings, screen)
+    with screen.status(f"Loading {config.model.name}"):
+        return Engine(config)
+
+
+def prefill_cached(
+    name: str, engine: Engine, tokens: Sequence[int], on_progress: Callable[[int, int], None] | None
+) -> int:
+    """Read a prompt, but for what a prompt cache on disk has of it; how many tokens that is."""
+    from pathlib import Path
+
+    from kvlocal.session import prefill_cached
+
+    return prefill_cached(Path(name).expanduser(), engine, tokens, on_progress=on_progress)
+
+
+def read_documents(inputs: Sequence[str], *, text: str, id: str, question: str) -> list[Document]:
+    """The documents of a batch; `text`, `id` and `question` name fields of .jsonl files."""
+    from kvlocal.documents import Fields, read_documents
+
+    return read_documents(inputs, Fields(text, id, question))
+
+
+def with_question(documents: Sequence[Document], question: str, *, needed: bool) -> list[Document]:
+    """`question` for all that have none; where one is needed and missing, that is the document's fault."""
+    out = [replace(document, question=document.question or question) for document in documents]
+    if not needed:
+        return out
+    fault = "There is no question: give the line a field 'question', or --question TEXT."
+    return [d if d.question or d.fault else replace(d, fault=f"{d.source}: {fault}") for d in out]
+
+
+def open_results(path: Path, resume: bool) -> Results:
+    """The file that the results of a batch go to."""
+    from kvlocal.documents import Results
+
+    return Results(path, resume=resume)
+
+
+@contextmanager
+def open_batch(
+    settings: Settings,
+    documents: Sequence[Document],
+    system: str | None,
+    instruction: str,
+    raw: bool,
+    n_predict: int,
+    sampling: Sampling,
+    parallel: int,
+    prompt_cache: str | None,
+    screen: Screen,
+) -> Iterator[Batch]:
+    """An engine for as many documents at a time, and what works through them."""
+    from pathlib import Path
+
+    from kvlocal.batch import Batch, Prompt, batch_config
+    from kvlocal.engine import Engine
+    from kvlocal.model import Model
+
+    config = engine_config(settings, screen)
+    prompt = Prompt(system, instruction, raw)
+    with screen.status(f"Loading {config.model.name}"):
+        model = Model(config.model, n_gpu_layers=config.n_gpu_layers)
+        try:
+            config = batch_config(config, model, prompt, documents, n_predict, parallel)
+        except BaseException:
+            model.close()
+            raise
+        engine = Engine(config, model)
+    with engine:
+        cache = None if prompt_cache is None else Path(prompt_cache).expanduser()
+        yield Batch(engine, prompt, n_predict, sampling, cache)
 
 
 def new_chat(engine: Engine, system: str | None) -> Chat:

@@ -11,6 +11,7 @@ import click
 from kvlocal.errors import KVError
 
 from . import backend
+from .batch import batch
 from .bench import bench
 from .chat import chat
 from .demo import demo
@@ -94,5 +95,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (run, chat, bench, evaluate, policies, demo):
+for command in (run, chat, batch, bench, evaluate, policies, demo):
     main.add_command(command)

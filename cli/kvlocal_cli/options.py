@@ -105,10 +105,8 @@ def stack(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-_MODEL = stack(
-    click.argument("model", required=False, metavar="[MODEL]"),
-    option("Model", "-hf", "--hf", "hf", metavar="USER/REPO[:FILE]", help="Model on Hugging Face; as MODEL hf:…"),
-)
+_HF = option("Model", "-hf", "--hf", "hf", metavar="USER/REPO[:FILE]", help="Model on Hugging Face; as MODEL hf:…")
+_MODEL = stack(click.argument("model", required=False, metavar="[MODEL]"), _HF)
 _THREADS = stack(
     count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: all cores."),
     count("Model", "-ngl", "--n-gpu-layers", "n_gpu_layers", default=0, minimum=0, help="Layers on the GPU."),
@@ -225,6 +223,21 @@ def model_options(command: Callback) -> Callback:
 def engine_options(command: Callback) -> Callback:
     """Everything an engine is opened with, gathered into `settings`."""
     return stack(_MODEL, _CONTEXT, _BATCH, _THREADS, _CACHE)(_gather(command))
+
+
+def inputs_options(command: Callback) -> Callback:
+    """As :func:`engine_options`; MODEL is the first of INPUTS if it looks like one, the others are `inputs`."""
+    gathered = _gather(command)
+
+    @functools.wraps(command)
+    def split(**options: Any) -> Any:
+        inputs = options.pop("inputs")
+        named = bool(inputs) and (inputs[0].startswith("hf:") or inputs[0].lower().endswith(".gguf"))
+        model = inputs[0] if named else None
+        return gathered(model=model, inputs=inputs[1:] if named else inputs, **options)
+
+    arguments = click.argument("inputs", nargs=-1, metavar="[MODEL] INPUTS...")
+    return stack(arguments, _HF, _CONTEXT, _BATCH, _THREADS, _CACHE)(split)
 
 
 def sweep_options(command: Callback) -> Callback:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @option("Prompt", "-f", "--file", metavar="FILE", help="A UTF-8 file with the prompt; - reads standard input.")
 @system_option
 @option("Prompt", "--no-chat-template", "raw", is_flag=True, help="Continue the text as it is: no roles, no template.")
+@option("Prompt", "--prompt-cache", metavar="FILE", help="Keep the prompt's cache here; what it begins with is not read again.")
 @engine_options
 @predict_option(512)
 @sampling_options
@@ -46,6 +47,7 @@ def run(
     file: str | None,
     system: str | None,
     raw: bool,
+    prompt_cache: str | None,
     n_predict: int,
     live: bool,
     as_json: bool,
@@ -74,7 +76,7 @@ def run(
     with backend.open_engine(settings, screen) as engine:
         tokens = engine.tokenize(question) if raw else engine.chat_tokens(messages(question, system))
         answer = None if as_json else Answer(live=live)
-        interrupted = complete(engine, tokens, n_predict, drawing, screen, answer)
+        interrupted = complete(engine, tokens, n_predict, drawing, screen, answer, prompt_cache)
         report = engine.report().as_dict()
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
@@ -91,7 +93,13 @@ def messages(question: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def complete(
-    engine: Engine, tokens: list[int], n_predict: int, sampling: Sampling, screen: Screen, answer: Answer | None
+    engine: Engine,
+    tokens: list[int],
+    n_predict: int,
+    sampling: Sampling,
+    screen: Screen,
+    answer: Answer | None,
+    prompt_cache: str | None = None,
 ) -> bool:
     """Process `tokens`, then write what follows them to `answer`; True if Ctrl-C ended it early."""
     with Interrupt() as interrupt:
@@ -101,7 +109,11 @@ def complete(
                 bar.update(done, total)
                 interrupt.check()
 
-            engine.prefill(tokens, on_progress=on_progress)
+            if prompt_cache is None:
+                engine.prefill(tokens, on_progress=on_progress)
+            else:
+                n = backend.prefill_cached(prompt_cache, engine, tokens, on_progress)
+                screen.line(f"{n:,} of {len(tokens):,} tokens of the prompt were in {prompt_cache}.", "dim")
         try:
             stream(engine.generate(n_predict, sampling), answer.write if answer else _ignore, interrupt)
         finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,13 +53,29 @@ class FakeEngine:
     n_ctx: int = 4096
     finish_reason: str | None = None
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=lambda: [[]])
+    changes: list[str] = field(default_factory=list)
     raw: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     sampling: Any = None
     n_predict: int | None = None
     closed: bool = False
     generated: int = 0
+
+    @property
+    def policy(self) -> Any:
+        return SimpleNamespace(name=self.settings.policy)
+
+    @property
+    def config(self) -> Any:
+        return SimpleNamespace(budget=self.settings.budget)
+
+    def change(self, what: str) -> bool:
+        """`h2o` needs another cache."""
+        if what == "nonsense":
+            raise UsageError("There is no policy 'nonsense'")
+        self.changes.append(what)
+        return what.startswith("h2o")
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -77,7 +95,7 @@ class FakeEngine:
         return list(range(sum(len(message["content"].split()) for message in messages)))
 
     def prefill(self, tokens: Sequence[int], *, on_progress: Progress = None) -> None:
-        self.tokens += tokens
+        self.tokens[0] += tokens
         if self.prefill_fault is not None:
             self.prefill_fault()
         if on_progress is not None:
@@ -96,7 +114,7 @@ class FakeEngine:
         self.finish_reason = "stop" if len(words) == len(self.words) else "length"
 
     def report(self) -> FakeReport:
-        prompt, evicts = len(self.tokens), self.settings.policy != "full"
+        prompt, evicts = len(self.tokens[0]), self.settings.policy != "full"
         return FakeReport(
             {
                 "text": self.text,
@@ -138,12 +156,12 @@ class FakeEngine:
     def held(self) -> list[np.ndarray]:
         if self.settings.policy == "full":
             return []
-        if not self.tokens:
+        if not self.tokens[0]:
             return [np.zeros(2, dtype=np.int64)] * 2
         return [np.array([40, 256]), np.array([512, 1024])]
 
     def reset(self) -> None:
-        self.tokens = []
+        self.tokens = [[]]
 
 
 @dataclass
@@ -153,6 +171,8 @@ class FakeChat:
     engine: FakeEngine
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    reread: bool = False
+    forgotten: bool = False
 
     def ask(self, text: str, n_predict: int, sampling: Any, *, on_progress: Progress = None) -> Iterator[str]:
         self.messages.append({"role": "user", "content": text})
@@ -164,6 +184,33 @@ class FakeChat:
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": said})
+
+    def again(self, n_predict: int, sampling: Any, *, on_progress: Progress = None) -> Iterator[str]:
+        question = self.undo()
+        yield from self.ask(question, n_predict, sampling, on_progress=on_progress)
+
+    def undo(self) -> str:
+        if not self.messages:
+            raise UsageError("Nothing was asked yet, so there is nothing to take back.")
+        question = self.messages[-2]["content"]
+        del self.messages[-2:]
+        return question
+
+    def set_system(self, text: str) -> None:
+        self.system = text or None
+        self.forget_cache()
+
+    def forget_cache(self) -> None:
+        self.forgotten, self.reread = True, True
+
+    def save(self, path: Path) -> int:
+        return path.write_text(json.dumps(self.messages), "utf-8")
+
+    def load(self, path: Path) -> None:
+        if not path.exists():
+            raise UsageError(f"There is no session {path}; /save or --session writes one.")
+        self.messages = json.loads(path.read_text("utf-8"))
+        self.engine.tokens[0] = list(range(3 * len(self.messages)))
 
     def clear(self) -> None:
         self.messages = []
@@ -216,6 +263,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(backend, "open_engine", fake.open_engine)
     monkeypatch.setattr(backend, "new_chat", fake.new_chat)
     monkeypatch.setattr(backend, "new_sampling", lambda sampling: sampling)
+    monkeypatch.setattr(backend, "change_policy", lambda engine, name, pairs: engine.change(" ".join([name, *pairs])))
+    monkeypatch.setattr(backend, "change_budget", lambda engine, text: engine.change(text))
     monkeypatch.setattr(backend, "describe_policies", policy_rows)
     monkeypatch.setattr(backend, "versions", lambda: ("1.2.3", {"llama_cpp_commit": "0c1e57098", "abi_version": 7}))
     return fake

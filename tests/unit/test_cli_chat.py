@@ -18,7 +18,9 @@ from prompt_toolkit.output import DummyOutput
 from kvlocal.errors import KVError
 
 BANNER = "fake · context 4,096 · policy ladder, budget 2048 · /help lists the commands"
-COMMANDS = "/kv, /stats, /clear, /help, /exit"
+COMMANDS = (
+    "/kv, /stats, /regen, /undo, /read, /system, /set, /policy, /budget, /save, /load, /clear, /help, /exit"
+)
 
 
 @pytest.fixture
@@ -65,11 +67,21 @@ def test_commands_go_to_stderr_and_are_no_turns(fake: Fake) -> None:
     result = piped("/help\n/stats\n/kv\n/dance now\n/clear\n/exit\nnever asked\n")
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr.splitlines() == [
-        "/kv     draw how many tokens every layer and head holds",
-        "/stats  show all measured figures",
-        "/clear  forget the conversation",
-        "/help   show this list",
-        "/exit   leave (or Ctrl-D)",
+        "/kv                          draw how many tokens every layer and head holds",
+        "/stats                       show all measured figures",
+        "/regen                       answer the last question again",
+        "/undo                        take the last question and its answer back",
+        "/read FILE                   put a text file before your next question",
+        "/system [TEXT]               show or change the system prompt; none: take it away",
+        "/set [NAME VALUE]            show or change a sampling setting, such as temp 0.2",
+        "/policy [NAME [ARG=VALUE]…]  show or change which tokens are kept",
+        "/budget [SIZE]               show or change how much is kept",
+        "/save FILE                   write the conversation and its cache",
+        "/load FILE                   go on with a saved conversation",
+        "/clear                       forget the conversation",
+        "/help                        show this list",
+        "/exit                        leave (or Ctrl-D)",
+        '"""  begins and ends a question of several lines',
         "There is no answer yet, so nothing was measured.",
         "The cache is empty.",
         f"There is no command /dance; the commands are {COMMANDS}.",
@@ -216,3 +228,119 @@ def test_lines_can_be_edited_and_come_back_from_the_history(
 def test_without_a_place_for_the_history_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("platformdirs.user_state_path", lambda *_, **__: tmp_path / "missing")
     assert chat_module.history_file() is None
+
+
+#
+# edits
+#
+
+
+def said(fake: Fake) -> list[str]:
+    return [message["content"] for message in fake.chats[0].messages]
+
+
+def test_an_answer_again_and_a_turn_taken_back(fake: Fake) -> None:
+    result = piped("One?\n/regen\nTwo?\n/undo\n")
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n" * 3)
+    assert result.stderr.splitlines()[-1] == "Taken back: Two?"
+    assert said(fake) == ["One?", ANSWER]
+
+
+def test_what_needs_a_turn_says_so_in_a_script_by_its_exit_code(fake: Fake) -> None:
+    result = piped("/undo\nnever asked\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "Error: Nothing was asked yet, so there is nothing to take back.\n"
+
+
+def test_somebody_who_types_goes_on_after_a_failed_command(fake: Fake, typed: Callable[..., Result]) -> None:
+    result = typed("/undo", "/read", "/set temp warm", "/policy nonsense", "And now?")
+    assert result.exit_code == 0 and result.stdout == f"{ANSWER}\n"
+    assert result.stderr.splitlines()[1:5] == [
+        "Error: Nothing was asked yet, so there is nothing to take back.",
+        "Error: A file is missing: /read FILE.",
+        "Error: /set temp takes a number, not 'warm'.",
+        "Error: There is no policy 'nonsense'",
+    ]
+
+
+def test_a_file_goes_before_the_next_question_only(fake: Fake, tmp_path: Path) -> None:
+    path = tmp_path / "a text.txt"
+    path.write_text("Two rivers.\n", "utf-8")
+    result = piped(f"/read '{path}'\nWhich?\nAnd where?\n")
+    assert result.stderr.splitlines()[0] == f"{path}: 2 tokens; they go before your next question."
+    assert said(fake)[::2] == ["Two rivers.\n\nWhich?", "And where?"]
+
+
+def test_a_question_of_several_lines(fake: Fake) -> None:
+    piped('"""\nOne\n  two\n"""\n"""in one line"""\n"""Never\nended')
+    assert said(fake)[::2] == ["One\n  two", "in one line", "Never\nended"]
+
+
+def test_sampling_is_set_for_the_next_answers(fake: Fake) -> None:
+    result = piped("/set temp 0.2\n/set top-k=7\n/set n-predict 3\n/set\nWhich?\n", "--temp", "1")
+    assert result.stdout == "Two rivers meet \n"
+    assert (fake.engine.sampling.temp, fake.engine.sampling.top_k) == (0.2, 7)
+    assert result.stderr.splitlines()[:4] == [
+        "temp is 0.2.",
+        "top-k is 7.",
+        "n-predict is 3.",
+        "temp 0.2, top-k 7, top-p 0.95, min-p 0.05, repeat-penalty 1, seed -1, ignore-eos 0, n-predict 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/set warmth 1", "There is no setting warmth; the settings are temp, top-k, top-p, min-p, repeat-penalty, seed, "
+         "ignore-eos, n-predict."),
+        ("/set top-k 1.5", "top-k is 1.5; it must be a whole number."),
+        ("/set n-predict -2", "n-predict is -2; it must be a whole number, -1 or more."),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(line: str, sentence: str, fake: Fake) -> None:
+    result = piped(f"{line}\n")
+    assert (result.exit_code, result.stderr) == (2, f"Error: {sentence}\n")
+
+
+def test_policy_and_budget_change_in_the_middle(fake: Fake) -> None:
+    result = piped("/policy\n/policy snapkv window=16\n/budget 25%\n/policy h2o\n/system\n/system Be short.\nWhich?\n")
+    assert fake.engine.changes == ["snapkv window=16", "25%", "h2o"]
+    assert result.stderr.splitlines()[:-1] == [
+        "The policy is ladder, the budget 2048.",
+        "The policy is snapkv from now on; it takes effect at the next eviction.",
+        "The budget is 25% from now on; it takes effect at the next eviction.",
+        "The policy is h2o from now on; it needs another cache, so the conversation is read again with your next question.",
+        "There is no system prompt.",
+        "The system prompt has changed; the conversation is read again with your next question.",
+        "What had changed was evicted, so the whole conversation was read again.",
+    ]
+    assert fake.chats[0].forgotten and fake.chats[0].system == "Be short."
+
+
+def test_a_conversation_is_saved_and_goes_on(fake: Fake, tmp_path: Path) -> None:
+    path = tmp_path / "trip.kvl"
+    first = piped("Which?\n/save copy.kvl\n/load none.kvl\n", "--session", str(path))
+    assert first.exit_code == 2 and "There is no session none.kvl" in first.stderr
+    assert "Saved: copy.kvl, " in first.stderr
+    Path("copy.kvl").unlink()
+    assert path.exists(), "a failed command loses nothing"
+    second = piped("And where?\n", "--session", str(path))
+    assert second.stderr.splitlines()[0] == f"{path} goes on: 1 turn, 6 tokens read."
+    assert [m["content"] for m in fake.chats[1].messages] == ["Which?", ANSWER, "And where?", ANSWER]
+
+
+def test_nothing_said_leaves_no_session(fake: Fake, tmp_path: Path) -> None:
+    assert piped("/help\n", "--session", str(tmp_path / "s")).exit_code == 0
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_transcript_grows_turn_by_turn(fake: Fake, tmp_path: Path) -> None:
+    path = tmp_path / "said.md"
+    piped("Which?\n/regen\n/undo\n/system Be short.\n", "--transcript", str(path))
+    piped("And where?\n", "--transcript", str(path))
+    assert path.read_text("utf-8") == (
+        f"**You:** Which?\n\n{ANSWER}\n\n**You:** (again)\n\n{ANSWER}\n\n*The last turn was taken back.*\n\n"
+        f"*System prompt: Be short.*\n\n**You:** And where?\n\n{ANSWER}\n\n"
+    )
+    result = piped("Which?\n", "--transcript", str(tmp_path / "none" / "said.md"))
+    assert result.exit_code == 1 and result.stdout == ""

@@ -1,0 +1,102 @@
+"""What decoding several documents together gains: the same articles one at a time and several at a time.
+
+    python benchmarks/batch_throughput.py                       # 40 articles, four runs: ten minutes
+    python benchmarks/batch_throughput.py --articles 4 -n 16    # to see that it runs
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from common import model_path, parser, table, write_json
+
+from kvlocal.batch import Batch, Prompt, Step, batch_config
+from kvlocal.budget import Budget
+from kvlocal.config import EngineConfig
+from kvlocal.documents import Document
+from kvlocal.engine import Engine
+from kvlocal.model import Model
+from kvlocal.policies import make_policy
+from kvlocal.sampling import Sampling
+
+INSTRUCTION = "Summarize the following text in a few sentences."
+
+
+def measure(args: Any, documents: list[Document], policy: str, parallel: int) -> dict[str, Any]:
+    config = EngineConfig(
+        model=model_path(args),
+        policy=make_policy(policy),
+        budget=Budget.parse("100%" if policy == "full" else args.budget),
+        n_threads=args.threads,
+    )
+    prompt = Prompt(None, INSTRUCTION)
+    model = Model(config.model)
+    config = batch_config(config, model, prompt, documents, args.n, parallel)
+    last: Step | None = None
+
+    def on_step(step: Step) -> None:
+        nonlocal last
+        last = step
+
+    with Engine(config, model) as engine:
+        start = time.perf_counter()
+        # every answer has the same length, so that the runs do the same work
+        results = list(Batch(engine, prompt, args.n, Sampling(temp=0, ignore_eos=True)).run(documents, on_step))
+        seconds = time.perf_counter() - start
+    assert last is not None and all(result.error is None for result in results)
+    return {
+        "policy": policy,
+        "parallel": parallel,
+        "seconds": seconds,
+        "documents_per_hour": 3600 * len(results) / seconds,
+        "prompt_tokens": last.prompt,
+        "generated": last.generated,
+        "peak_bytes": last.peak_bytes,
+        "used_bytes_per_document": sum(result.kv["used_bytes"] for result in results) / len(results),
+        "prefill_s": sum(result.timing["prefill_s"] + result.timing["evict_s"] for result in results),
+    }
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--articles", type=int, default=40)
+    p.add_argument("-n", type=int, default=128, help="tokens per answer")
+    p.add_argument("--budget", default="256")
+    p.add_argument("--parallel", default="1,4", help="how many at a time, comma-separated")
+    args = p.parse_args()
+    lines = (args.data / "summarization" / "cnn_dailymail.jsonl").read_text("utf-8").splitlines()[: args.articles]
+    rows = [json.loads(line) for line in lines]
+    documents = [Document(row["id"], f"cnn_dailymail.jsonl:{i}", row["article"]) for i, row in enumerate(rows, 1)]
+    found = []
+    for policy in ("full", "ada-snapkv"):
+        for parallel in map(int, args.parallel.split(",")):
+            found.append(measure(args, documents, policy, parallel))
+            print(time.strftime("%H:%M:%S"), policy, parallel, f"{found[-1]['seconds']:.0f} s", flush=True)
+    first = found[0]
+    print()
+    print(
+        table(
+            ["policy", "at a time", "s", "documents/h", "x", "writing, s", "x", "KV peak, MiB", "per document, MiB"],
+            [
+                [
+                    row["policy"],
+                    row["parallel"],
+                    f"{row['seconds']:.0f}",
+                    f"{row['documents_per_hour']:.0f}",
+                    f"{row['documents_per_hour'] / first['documents_per_hour']:.2f}",
+                    f"{row['seconds'] - row['prefill_s']:.0f}",
+                    f"{(first['seconds'] - first['prefill_s']) / (row['seconds'] - row['prefill_s']):.2f}",
+                    f"{row['peak_bytes'] / 2**20:.1f}",
+                    f"{row['used_bytes_per_document'] / 2**20:.1f}",
+                ]
+                for row in found
+            ],
+        )
+    )
+    write_json(args, found)
+
+
+if __name__ == "__main__":
+    main()

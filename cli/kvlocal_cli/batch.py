@@ -1,0 +1,157 @@
+"""`kvlocal batch`: many documents, one JSON line each."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvlocal.errors import UsageError
+
+from . import backend, prompt
+from .options import (
+    Callback,
+    GroupedCommand,
+    SamplingSettings,
+    Settings,
+    count,
+    inputs_options,
+    option,
+    predict_option,
+    sampling_options,
+    system_option,
+)
+from .stream import INTERRUPTED, Interrupt
+
+SOME_FAILED = 3
+
+TASKS = {
+    "summarize": "Summarize the following text in a few sentences.",
+    "extract": "List the names, dates, places and figures in the following text, one per line.",
+    "qa": "Read the following text, then answer the question after it in one sentence.",
+}
+
+
+def task_options(command: Callback) -> Callback:
+    """What to do with every document, as `instruction`; and `question`, for those that bring none."""
+
+    @option("Task", "--instruction", metavar="TEXT", help="What to do with every document; it stands before its text.")
+    @option("Task", "--task", type=click.Choice(list(TASKS)), help="An instruction that is ready made.")
+    @option("Task", "--question", metavar="TEXT", help="After every document that has no question of its own.")
+    @option("Task", "--no-chat-template", "raw", is_flag=True, help="Continue every text as it is: no roles.")
+    @functools.wraps(command)
+    def gather(**options: Any) -> Any:
+        task, raw = options.pop("task"), options["raw"]
+        if task and options["instruction"]:
+            raise UsageError("--task and --instruction both say what to do; give one of them.")
+        options["instruction"] = TASKS[task] if task else options["instruction"] or ""
+        if not options["instruction"] and not options["question"] and not raw:
+            raise UsageError("Say what to do with the documents: --instruction TEXT, --task NAME or --question TEXT.")
+        if task == "qa":
+            options["needs_question"] = True
+        for name in ("instruction", "question"):
+            prompt.check_text(options[name] or "", f"the text of --{name}")
+        return command(**{"needs_question": False} | options)
+
+    return gather
+
+
+@click.command(cls=GroupedCommand)
+@option("Output", "-o", "--output", metavar="OUT", required=True, help="The .jsonl file for the results.")
+@option("Output", "--resume", is_flag=True, help="Go on with OUT: skip what it has, try again what failed.")
+@option("Output", "--fail-fast", is_flag=True, help="Stop at the first document that fails.")
+@option("Input", "--field", default="text", metavar="NAME", help="The text's field in a .jsonl file.")
+@option("Input", "--id-field", default="id", metavar="NAME", help="The id's; without it FILE:LINE is the id.")
+@option("Input", "--question-field", default="question", metavar="NAME", help="The question's, if there is one.")
+@count("Task", "--parallel", default=1, minimum=1, help="Documents at a time; a budget in bytes is for all of them.")
+@option("Task", "--prompt-cache", metavar="FILE", help="Keep the cache of what all documents have in common here.")
+@task_options
+@system_option
+@inputs_options
+@predict_option(256)
+@sampling_options
+def batch(
+    settings: Settings,
+    sampling: SamplingSettings,
+    inputs: tuple[str, ...],
+    output: str,
+    resume: bool,
+    fail_fast: bool,
+    field: str,
+    id_field: str,
+    question_field: str,
+    parallel: int,
+    instruction: str,
+    question: str | None,
+    needs_question: bool,
+    raw: bool,
+    prompt_cache: str | None,
+    system: str | None,
+    n_predict: int,
+) -> None:
+    """Work through documents, one JSON line each.
+
+    INPUTS are text files, directories (.txt, .md and .jsonl files in them), globs in quotes, and .jsonl files with a
+    document per line. MODEL is a GGUF file or hf:USER/REPO[:FILE], told from an input by that.
+
+    A line is written as soon as a document is done: id, source, text, finish_reason, tokens, kv, timing, error. A
+    document that fails has a line with its error; the exit code is 3 then, 0 if none failed. Nothing is cut silently:
+    what is longer than the context is read in chunks, if the policy evicts, or fails.
+
+    \b
+    kvlocal batch articles/ -o summaries.jsonl --task summarize --parallel 4
+    kvlocal batch model.gguf "papers/*.txt" -o out.jsonl --instruction "Name the method." --budget 25%
+    kvlocal batch questions.jsonl -o answers.jsonl --task qa --field article --resume
+    """
+    from .render_batch import batch_bar, summary
+
+    if system is not None:
+        prompt.check_text(system, "the text of -sys")
+        if raw:
+            raise UsageError("-sys needs the chat template; leave out --no-chat-template.")
+    drawing = backend.new_sampling(sampling)
+    documents = backend.read_documents(inputs, text=field, id=id_field, question=question_field)
+    documents = backend.with_question(documents, question or "", needed=needs_question)
+    with ExitStack() as stack:
+        results = stack.enter_context(backend.open_results(Path(output), resume))
+        waiting = [document for document in documents if document.id not in results.done]
+        n_skipped = len(documents) - len(waiting)
+        from .render import Screen
+
+        screen = Screen()
+        if n_skipped:
+            screen.line(f"{n_skipped} of {len(documents)} documents are in {output} already.", "dim")
+        if not waiting:
+            return
+        work = stack.enter_context(
+            backend.open_batch(
+                settings, waiting, system, instruction, raw, n_predict, drawing, parallel, prompt_cache, screen
+            )
+        )
+        interrupt = stack.enter_context(Interrupt())
+        bar = stack.enter_context(batch_bar(screen.console, len(waiting)))
+        failed = 0
+
+        def on_step(step: Any) -> None:
+            bar.update(step)
+            interrupt.check()
+
+        try:
+            for result in work.run(waiting, on_step):
+                results.put(asdict(result))
+                failed += result.error is not None
+                if failed and fail_fast:
+                    break
+        except KeyboardInterrupt:
+            interrupt.requested = True
+        bar.stop()
+        screen.line(summary(bar.last, bar.seconds, output), "dim")
+    if interrupt.requested:
+        raise click.exceptions.Exit(INTERRUPTED)
+    if failed:
+        raise click.exceptions.Exit(SOME_FAILED)
+

@@ -1,0 +1,225 @@
+"""kvlocal for scripts: a model with a bounded cache, prompts, conversations.
+
+    import kvlocal
+
+    with kvlocal.load("model.gguf", policy="ada-snapkv", budget="25%") as llm:
+        print(llm.generate("Name three rivers."))
+        print(llm.kv.kv.used_bytes)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from kvlocal.budget import Budget
+from kvlocal.chat import Chat
+from kvlocal.config import EngineConfig
+from kvlocal.engine import Engine, Progress
+from kvlocal.errors import UsageError
+from kvlocal.models import resolve_model
+from kvlocal.policies import make_policy
+from kvlocal.policies.base import Policy
+from kvlocal.report import Report
+from kvlocal.sampling import Sampling
+from kvlocal.storage import Storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are drawn: the fields of :class:`kvlocal.sampling.Sampling`."""
+
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int
+    ignore_eos: bool
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    policy: str | Policy | None = None,
+    policy_args: Mapping[str, Any] | None = None,
+    budget: str | int | Budget = "2048",
+    kv: str | Storage = "f16",
+    n_ctx: int = 0,
+    n_threads: int = 0,
+    n_gpu_layers: int = 0,
+    prefill: Literal["exact", "chunked"] = "exact",
+    chunk: int = 512,
+    guide: int = 0,
+    evict_every: int = 32,
+    on_download: Callable[[int, int | None, str], None] | None = None,
+) -> LLM:
+    """Load a model.
+
+    Args:
+        model: a GGUF file or ``hf:USER/REPO[:FILE]``; ``None``: the small default model, fetched on first use.
+        policy: which tokens are kept: a name, with ``policy_args``, or a policy. By default ``ladder``, or with ``kv``
+            ``ada-snapkv``.
+        budget: how much is kept: tokens per head (1024, "1024"), a share ("25%") or bytes ("512MiB").
+        kv: how what is kept is stored; others than f16 not with a policy that says so itself.
+        n_ctx: tokens the context has room for; 0: what the model was trained for.
+        n_threads: 0: all cores. n_gpu_layers: layers on the accelerator.
+        prefill, chunk, guide, evict_every: as of :class:`kvlocal.config.EngineConfig`.
+        on_download: called with bytes done, bytes in all, and a name.
+
+    Raises:
+        UsageError: no such model, policy or storage, or settings that do not fit each other.
+        KVError: the model cannot be fetched or loaded.
+    """
+    storage = Storage.parse(kv) if isinstance(kv, str) else kv
+    if policy is None:
+        policy = "ada-snapkv" if storage.demotes else "ladder"
+    if isinstance(policy, str):
+        policy = make_policy(policy, policy_args or {})
+    elif policy_args:
+        raise UsageError("policy_args belong to the name of a policy; set them on the policy that was given.")
+    config = EngineConfig(
+        model=resolve_model(None if model is None else os.fspath(model), progress=on_download),
+        policy=policy,
+        budget=budget if isinstance(budget, Budget) else Budget.parse(str(budget)),
+        storage=storage,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        prefill=prefill,
+        chunk=chunk,
+        guide=guide,
+        evict_every=evict_every,
+    )
+    return LLM(Engine(config))
+
+
+class LLM:
+    """A model and its cache, for one text or conversation at a time. Use as a context manager, or :meth:`close` it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def kv(self) -> Report:
+        """What was measured since the last prompt began: bytes, tokens held, times; see :mod:`kvlocal.report`."""
+        return self.engine.report()
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        n_predict: int = 512,
+        raw: bool = False,
+        on_progress: Progress | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str:
+        """The answer to a prompt, as a whole; see :meth:`stream`."""
+        return "".join(self.stream(prompt, n_predict=n_predict, raw=raw, on_progress=on_progress, **sampling))
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        n_predict: int = 512,
+        raw: bool = False,
+        on_progress: Progress | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """The answer to a prompt, piece by piece. What the cache held before is forgotten.
+
+        Args:
+            prompt: a question, or messages ``{"role", "content"}``.
+            n_predict: most tokens of the answer; below 0: until the model ends or the context is full.
+            raw: continue the text as it is, without the model's chat template.
+            on_progress: called with tokens read and tokens in all while the prompt is read.
+
+        Raises:
+            UsageError: the prompt is empty or too long, or a setting makes no sense.
+        """
+        drawing = Sampling(**sampling)
+        if raw and not isinstance(prompt, str):
+            raise UsageError("Messages need the chat template; give a text with raw=True.")
+        if isinstance(prompt, str):
+            tokens = self.engine.tokenize(prompt) if raw else self.engine.chat_tokens([_user(prompt)])
+        else:
+            tokens = self.engine.chat_tokens([dict(message) for message in prompt])
+        self.engine.reset()
+        self.engine.prefill(tokens, on_progress=on_progress)
+        yield from self.engine.generate(n_predict, drawing)
+
+    def chat(self, system: str | None = None, *, session: str | os.PathLike[str] | None = None) -> Conversation:
+        """A new conversation, which takes the cache over; or one that was saved.
+
+        Raises:
+            UsageError: the session does not fit the model or the settings. KVError: it is damaged.
+        """
+        self.engine.reset()
+        talk = Conversation(self.engine, system)
+        if session is not None:
+            talk.load(session)
+        return talk
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+class Conversation:
+    """Turns on one cache: what was read or said is not read again."""
+
+    def __init__(self, engine: Engine, system: str | None = None) -> None:
+        self._chat = Chat(engine, system)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """``{"role", "content"}`` in order."""
+        return self._chat.messages
+
+    @property
+    def reread(self) -> bool:
+        """Whether the last turn made all of it be read again, since what had changed was evicted."""
+        return self._chat.reread
+
+    def ask(self, text: str, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> str:
+        """The answer, as a whole."""
+        return "".join(self.stream(text, n_predict=n_predict, **sampling))
+
+    def stream(self, text: str, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+        """The answer, piece by piece; closing the iterator early keeps what was said so far.
+
+        Raises:
+            UsageError: the conversation does not fit; it is as before the question.
+        """
+        return self._chat.ask(text, n_predict, Sampling(**sampling))
+
+    def again(self, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> str:
+        """Another answer to the last question, in place of the one there is."""
+        return "".join(self._chat.again(n_predict, Sampling(**sampling)))
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; returns the question."""
+        return self._chat.undo()
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the conversation and its cache; returns the bytes written."""
+        return self._chat.save(Path(path))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on with a saved conversation."""
+        self._chat.load(Path(path))
