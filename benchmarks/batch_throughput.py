@@ -1,7 +1,7 @@
 """What decoding several documents together gains: the same articles one at a time and several at a time.
 
-    python benchmarks/batch_throughput.py                       # 40 articles, four runs: ten minutes
-    python benchmarks/batch_throughput.py --articles 4 -n 16    # to see that it runs
+python benchmarks/batch_throughput.py                       # 40 articles, four runs: ten minutes
+python benchmarks/batch_throughput.py --articles 4 -n 16    # to see that it runs
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ AT_EQUAL_BYTES = {
     "ada-snapkv + logquant": "logquant:sink=4:tail=48",
     "ada-snapkv, kernel 21, + q4": "q4:sink=4:tail=32",
 }
-"""With the same protection as the ladder's: 4 sinks, 32 recent tokens; logquant's are 33 to 48, spread out. The last one
-pools over as many tokens as the ladder does: what of the ladder's needles is due to that."""
+"""With the same protection as the ladder's: 4 sinks, 32 recent tokens; logquant's are 33 to 48, spread out. The last
+one pools over as many tokens as the ladder does: what of the ladder's needles is due to that."""
 
 ALL_KEPT = ("f16", "q4", "kv3", "kv2", "kivi", "logquant")
 """With their own sinks and tails."""
@@ -36,7 +36,7 @@ MORE = (
 
 
 def at(share: str, name: str, n_tokens: int) -> Variant | None:
-    """Ada-SnapKV, in a storage by its name above, with as many tokens as fit into a share of the bytes; ``None`` if there is room for all of them."""
+    """One of the above with as many tokens as a share of the bytes has room for; ``None``: for all of them."""
     storage = AT_EQUAL_BYTES[name]
     store = Storage.parse(storage)
     bits = (store.bits + 32 / store.group) if store.format == "kivi" else sum(BITS[store.format]) / 2

@@ -1,10 +1,10 @@
 """kvlocal for scripts: a model with a bounded cache, prompts, conversations.
 
-    import kvlocal
+import kvlocal
 
-    with kvlocal.load("model.gguf", policy="ada-snapkv", budget="25%") as llm:
-        print(llm.generate("Name three rivers."))
-        print(llm.kv.kv.used_bytes)
+with kvlocal.load("model.gguf", policy="ada-snapkv", budget="25%") as llm:
+    print(llm.generate("Name three rivers."))
+    print(llm.kv.kv.used_bytes)
 """
 
 from __future__ import annotations

@@ -154,4 +154,3 @@ def batch(
         raise click.exceptions.Exit(INTERRUPTED)
     if failed:
         raise click.exceptions.Exit(SOME_FAILED)
-

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 @option("Prompt", "-f", "--file", metavar="FILE", help="A UTF-8 file with the prompt; - reads standard input.")
 @system_option
 @option("Prompt", "--no-chat-template", "raw", is_flag=True, help="Continue the text as it is: no roles, no template.")
-@option("Prompt", "--prompt-cache", metavar="FILE", help="Keep the prompt's cache here; what it begins with is not read again.")
+@option(
+    "Prompt",
+    "--prompt-cache",
+    metavar="FILE",
+    help="Keep the prompt's cache here, and use it again.",
+)
 @engine_options
 @predict_option(512)
 @sampling_options

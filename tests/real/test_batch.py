@@ -44,7 +44,7 @@ def test_together_as_one_by_one(policy: str, budget: str, open_engine: OpenEngin
         assert result.error is None and result.finish_reason in ("stop", "length")
         assert result.tokens == {**alone[name].tokens, "generated": result.tokens["generated"]}
         assert 0 < result.kv["used_bytes"] <= result.kv["full_bytes"]
-        assert (result.kv["held_mean"] < 64 + 32 + 12) == (policy != "full" and policy != "ladder") or policy == "ladder"
+        assert policy != "ada-snapkv" or 64 <= result.kv["held_mean"] < 64 + 32 + 12
 
 
 def test_the_answer_is_that_of_a_conversation(open_engine: OpenEngine) -> None:
@@ -121,5 +121,3 @@ def test_killed_and_resumed_every_document_is_there_once(default_path: Path, tmp
     assert [Path(row["id"]).name for row in rows if row["error"]] == ["bad.txt"]
     assert all(row["tokens"]["generated"] == 24 for row in rows if not row["error"])
     assert "of 6 documents are in" in result.stderr
-
-

@@ -18,9 +18,7 @@ from prompt_toolkit.output import DummyOutput
 from kvlocal.errors import KVError
 
 BANNER = "fake · context 4,096 · policy ladder, budget 2048 · /help lists the commands"
-COMMANDS = (
-    "/kv, /stats, /regen, /undo, /read, /system, /set, /policy, /budget, /save, /load, /clear, /help, /exit"
-)
+COMMANDS = "/kv, /stats, /regen, /undo, /read, /system, /set, /policy, /budget, /save, /load, /clear, /help, /exit"
 
 
 @pytest.fixture
@@ -291,8 +289,8 @@ def test_sampling_is_set_for_the_next_answers(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("/set warmth 1", "There is no setting warmth; the settings are temp, top-k, top-p, min-p, repeat-penalty, seed, "
-         "ignore-eos, n-predict."),
+        ("/set warmth 1", "There is no setting warmth; the settings are temp, top-k, top-p, min-p, repeat-penalty, "
+         "seed, ignore-eos, n-predict."),
         ("/set top-k 1.5", "top-k is 1.5; it must be a whole number."),
         ("/set n-predict -2", "n-predict is -2; it must be a whole number, -1 or more."),
     ],
@@ -309,7 +307,8 @@ def test_policy_and_budget_change_in_the_middle(fake: Fake) -> None:
         "The policy is ladder, the budget 2048.",
         "The policy is snapkv from now on; it takes effect at the next eviction.",
         "The budget is 25% from now on; it takes effect at the next eviction.",
-        "The policy is h2o from now on; it needs another cache, so the conversation is read again with your next question.",
+        "The policy is h2o from now on; it needs another cache, so the conversation is read again with your next "
+        "question.",
         "There is no system prompt.",
         "The system prompt has changed; the conversation is read again with your next question.",
         "What had changed was evicted, so the whole conversation was read again.",

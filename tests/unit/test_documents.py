@@ -54,7 +54,8 @@ def test_lines_of_a_jsonl_file(folder: Path) -> None:
 def test_what_cannot_be_read_is_a_document_with_a_fault(folder: Path) -> None:
     Path("bad.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").write_text(" \n")
-    Path("d.jsonl").write_text('{"text": 1}\nnot json\n{"text": "x", "id": []}\n{"id": "z"}\n\n{"text":"ok","question":3}')
+    rows = ['{"text": 1}', "not json", '{"text": "x", "id": []}', '{"id": "z"}', "", '{"text": "ok", "question": 3}']
+    Path("d.jsonl").write_text("\n".join(rows))
     assert [(d.id, d.fault) for d in read("bad.txt", "empty.txt", "d.jsonl")] == [
         ("bad.txt", "'bad.txt' is not UTF-8 (byte 3)."),
         ("empty.txt", "'empty.txt' is empty."),
