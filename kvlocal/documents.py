@@ -49,16 +49,17 @@ class Fields:
     question: str = "question"
 
 
-def read_documents(inputs: Sequence[str], fields: Fields) -> list[Document]:
+def read_documents(inputs: Sequence[str], fields: Fields, but: Path | None = None) -> list[Document]:
     """All documents of files, directories and globs; a .jsonl file has one per line. In this order, directories sorted.
 
-    One that cannot be read is there as well, with its ``fault``.
+    One that cannot be read is there as well, with its ``fault``. ``but``: a file of a directory or glob that is none,
+    such as the one that the results go to.
 
     Raises:
         UsageError: an input that is not there, none at all, or two documents with one id.
     """
     found: dict[str, Document] = {}
-    for path in _paths(inputs):
+    for path in _paths(inputs, but):
         for document in _rows(path, fields) if path.suffix == ".jsonl" else [_text(path)]:
             other = found.setdefault(document.id, document)
             if other is not document:
@@ -71,15 +72,17 @@ def read_documents(inputs: Sequence[str], fields: Fields) -> list[Document]:
     return list(found.values())
 
 
-def _paths(inputs: Sequence[str]) -> Iterator[Path]:
+def _paths(inputs: Sequence[str], but: Path | None) -> Iterator[Path]:
+    out = but.resolve() if but is not None else None
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            files = (p for p in path.rglob("*") if p.suffix in SUFFIXES and not p.name.startswith("."))
+            yield from sorted(p for p in files if p.is_file() and p.resolve() != out)
         elif path.exists():
             yield path
         elif matches := sorted(glob.glob(name, recursive=True)):
-            yield from (Path(match) for match in matches if Path(match).is_file())
+            yield from (p for p in map(Path, matches) if p.is_file() and p.resolve() != out)
         else:
             raise UsageError(f"There is no file '{name}', and no file matches it.")
 

@@ -90,11 +90,11 @@ def prefill_cached(
     return prefill_cached(Path(name).expanduser(), engine, tokens, on_progress=on_progress)
 
 
-def read_documents(inputs: Sequence[str], *, text: str, id: str, question: str) -> list[Document]:
-    """The documents of a batch; `text`, `id` and `question` name fields of .jsonl files."""
+def read_documents(inputs: Sequence[str], output: Path, *, text: str, id: str, question: str) -> list[Document]:
+    """The documents of a batch, not its `output`; `text`, `id` and `question` name fields of .jsonl files."""
     from kvlocal.documents import Fields, read_documents
 
-    return read_documents(inputs, Fields(text, id, question))
+    return read_documents(inputs, Fields(text, id, question), output)
 
 
 def with_question(documents: Sequence[Document], question: str, *, needed: bool) -> list[Document]:

@@ -114,7 +114,7 @@ def batch(
         if raw:
             raise UsageError("-sys needs the chat template; leave out --no-chat-template.")
     drawing = backend.new_sampling(sampling)
-    documents = backend.read_documents(inputs, text=field, id=id_field, question=question_field)
+    documents = backend.read_documents(inputs, Path(output), text=field, id=id_field, question=question_field)
     documents = backend.with_question(documents, question or "", needed=needs_question)
     with ExitStack() as stack:
         results = stack.enter_context(backend.open_results(Path(output), resume))

@@ -40,6 +40,7 @@ def test_files_directories_and_globs(folder: Path) -> None:
     assert [d.id for d in read("a")] == ["a/1.md", "a/2.txt", "a/b/3.txt"]
     assert [d.id for d in read("x.log", "a/*.txt")] == ["x.log", "a/2.txt"]
     assert [d.id for d in read("**/*.txt")] == ["a/2.txt", "a/b/3.txt"]
+    assert [d.id for d in read_documents(["a", "a/*.md"], Fields(), Path("a/../a/1.md"))] == ["a/2.txt", "a/b/3.txt"]
     assert read("x.log") == [Document("x.log", "x.log", "text of x.log")]
 
 
