@@ -14,9 +14,12 @@ from . import backend
 from .bench import bench
 from .chat import chat
 from .demo import demo
+from .doctor import doctor
 from .eval import evaluate
+from .models import models
 from .options import GroupedCommand
 from .policies import policies
+from .pull import pull
 from .run import run
 from .stream import INTERRUPTED
 
@@ -94,5 +97,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (run, chat, bench, evaluate, policies, demo):
+for command in (run, chat, bench, evaluate, policies, pull, models, doctor, demo):
     main.add_command(command)
