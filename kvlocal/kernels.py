@@ -79,13 +79,18 @@ def encode_rows(row: str, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def decode_rows(row: str, stored: npt.NDArray[np.uint8], *, plain: bool = False) -> Floats:
-    """What :func:`encode_rows` stored, float32 ``[n, d]``; ``plain``: by the loops that the vector code must equal."""
+    """What :func:`encode_rows` stored, float32 ``[n, d]``; ``plain``: by code that the vector code must equal.
+
+    That is C in plain loops, and numpy for the formats that have none (kivi, token2).
+    """
     values, size = _BLOCKS[row]
     stored = np.ascontiguousarray(stored)
     out = np.empty((len(stored), stored.shape[1] * values // size), np.float32)
     d, library = out.shape[1], _libraries()[1]
+    if plain and (row in _KIVI or row == "token2"):
+        return _decode_affine(row, stored, d)
     # rows that share nothing are read at once, but for the loops, which read one
-    step = max(len(out), 1) if group_slots(row) == 1 and not plain else group_slots(row)
+    step = 1 if plain else max(len(out), 1) if group_slots(row) == 1 else group_slots(row)
     for i in range(0, len(out), step):
         source, target = stored[i : i + step], out[i : i + step]
         if plain:
@@ -95,16 +100,37 @@ def decode_rows(row: str, stored: npt.NDArray[np.uint8], *, plain: bool = False)
     return out
 
 
+def _decode_affine(row: str, stored: npt.NDArray[np.uint8], d: int) -> Floats:
+    """code * scale + zero, from the layouts that kvl-format.h describes; the products are exact in f32."""
+
+    def halves(part: npt.NDArray[np.uint8]) -> Floats:
+        return np.ascontiguousarray(part).view(np.float16).astype(np.float32)
+
+    bits, group = _KIVI.get(row, (2, 64))
+    i, run = np.arange(32), 4 * bits  # 32 codes are packed together
+
+    def codes(part: npt.NDArray[np.uint8]) -> Floats:
+        runs = part.reshape(*part.shape[:-1], -1, run)
+        out = runs[..., i % run] >> (bits * (i // run)) & (2**bits - 1)
+        return out.reshape(*part.shape[:-1], -1).astype(np.float32)
+
+    if row.endswith("-k"):
+        groups = stored.reshape(len(stored) // group, -1)
+        scale, zero = halves(groups[:, : 2 * d]), halves(groups[:, 2 * d : 4 * d])
+        out = codes(groups[:, 4 * d :].reshape(len(groups), group, -1)) * scale[:, None] + zero[:, None]
+    else:
+        blocks = stored.reshape(len(stored), -1, _BLOCKS[row][1])
+        scale = halves(blocks[..., :2])
+        is_int = row == "token2"
+        zero = -scale * blocks[..., 2:3].view(np.int8) if is_int else halves(blocks[..., 2:4])
+        out = codes(blocks[..., 3 if is_int else 4 :]) * scale + zero
+    return out.reshape(len(stored), d)
+
+
 @functools.cache
 def _libraries() -> tuple[Any, Any]:
     """ggml-base and ggml-cpu, as loaded by :func:`kvlocal.native.load`."""
-    native.load()
-    folder = native.installed("lib")
-
-    def load(name: str) -> Any:
-        return ctypes.CDLL(str(next(path for path in folder.iterdir() if name in path.name)))
-
-    base, cpu = load("ggml-base"), load("ggml-cpu")
+    base, cpu = native.library("ggml-base"), native.library("ggml-cpu")
     ptr, i64, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     functions: tuple[tuple[Any, str, Any, list[Any]], ...] = (
         (base, "ggml_init", ptr, [_InitParams]),

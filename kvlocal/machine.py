@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,31 @@ from kvlocal.context import n_cores
 
 _MIN_BYTES = 512 << 20
 _REPEATS = 5
+
+_X86 = {  # llama.cpp's name: Linux's, numpy's
+    "SSE3": ("pni", "SSE3"),
+    "SSSE3": ("ssse3", "SSSE3"),
+    "AVX": ("avx", "AVX"),
+    "AVX2": ("avx2", "AVX2"),
+    "F16C": ("f16c", "F16C"),
+    "FMA": ("fma", "FMA3"),
+    "BMI2": ("bmi2", "BMI2"),
+    "AVX_VNNI": ("avx_vnni", ""),
+    "AVX512": ("avx512f", "AVX512F"),
+    "AVX512_VBMI": ("avx512vbmi", "AVX512VBMI"),
+    "AVX512_VNNI": ("avx512_vnni", "AVX512VNNI"),
+    "AVX512_BF16": ("avx512_bf16", "AVX512BF16"),
+    "AMX_INT8": ("amx_int8", ""),
+}
+_ARM = {
+    "NEON": ("asimd", "ASIMD"),
+    "ARM_FMA": ("asimd", "ASIMD"),
+    "FP16_VA": ("asimdhp", "ASIMDHP"),
+    "DOTPROD": ("asimddp", "ASIMDDP"),
+    "MATMUL_INT8": ("i8mm", ""),
+    "SVE": ("sve", "SVE"),
+    "SME": ("sme", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,36 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
     return next(filter(None, names), "") or platform.processor() or platform.machine()
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, bool]:
+    """Which instruction sets the processor has, by the names that llama.cpp gives them; unknown ones are left out.
+
+    From Linux itself; elsewhere from numpy, which looks for fewer. Empty when neither knows.
+    """
+    try:
+        lines = cpuinfo.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        known = {"flags": _X86, "features": _ARM}.get(key.strip().lower())
+        if known is not None:
+            found = value.split()
+            return {name: linux in found for name, (linux, _) in known.items()}
+    known = _X86 if platform.machine().lower() in ("x86_64", "amd64") else _ARM
+    has = _numpy_features()
+    return {name: has[numpy] for name, (_, numpy) in known.items() if numpy in has}
+
+
+def _numpy_features() -> dict[str, bool]:
+    # where numpy keeps what np.show_runtime() prints
+    for module in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):
+        try:
+            return dict(importlib.import_module(module).__cpu_features__)
+        except (ImportError, AttributeError):
+            continue
+    return {}
 
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

@@ -85,6 +85,31 @@ def cache_dir() -> Path:
     return Path(override).expanduser() if override else platformdirs.user_cache_path("kvlocal")
 
 
+def fetched_default() -> Path | None:
+    """The default model's file if it is on disk, whole by its size; nothing is fetched."""
+    target = _default_path(DEFAULT_MODEL)
+    return target if _is_complete(target, DEFAULT_MODEL, verify=False) else None
+
+
+def import_hub() -> Any:
+    """The package huggingface_hub, silent.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    # it logs every attempt; what matters arrives as an exception
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    return importlib.import_module("huggingface_hub")
+
+
+def hub_cache() -> Path | None:
+    """Where the Hugging Face hub keeps what it fetched; None if its package is not installed."""
+    try:
+        return Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE).expanduser()
+    except ImportError:
+        return None
+
+
 def _check_gguf(path: Path) -> Path:
     if path.is_dir():
         names = sorted(entry.name for entry in path.glob("*.gguf"))
@@ -109,7 +134,7 @@ def _check_gguf(path: Path) -> Path:
 
 
 def _default_model(model: WheelModel, progress: Progress | None, verify: bool) -> Path:
-    target = cache_dir() / "models" / PurePosixPath(model.member).name
+    target = _default_path(model)
     try:
         if _is_complete(target, model, verify):
             return target
@@ -126,6 +151,10 @@ def _default_model(model: WheelModel, progress: Progress | None, verify: bool) -
         hint = f"it takes {room} of writable space for a moment; KVLOCAL_CACHE names another directory"
         raise KVError(f"{fault}; {hint}") from error
     return target
+
+
+def _default_path(model: WheelModel) -> Path:
+    return cache_dir() / "models" / PurePosixPath(model.member).name
 
 
 def _is_complete(target: Path, model: WheelModel, verify: bool) -> bool:
@@ -255,14 +284,24 @@ def _largest_file(directory: Path) -> int:
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
+def hub_spec(text: str) -> str:
+    """``USER/REPO[:FILE]`` or ``hf:USER/REPO[:FILE]``, as it was typed, as :func:`resolve_model` takes it.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    spec = text if text.startswith("hf:") else f"hf:{text}"
+    if _HF_SPEC.fullmatch(spec) is None:
+        raise UsageError(f"{text!r} does not name a repository: write USER/REPO or USER/REPO:FILE")
+    return spec
+
+
 def _hub_model(spec: str, progress: Progress | None) -> Path:
     match = _HF_SPEC.fullmatch(spec)
     if match is None:
         raise UsageError(f"{spec!r} does not name a repository: write hf:USER/REPO or hf:USER/REPO:FILE")
     try:
-        # it logs every attempt; what matters arrives as an exception
-        os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
-        hub: Any = importlib.import_module("huggingface_hub")
+        hub = import_hub()
     except ImportError as error:
         raise KVError(f"{spec} needs the package huggingface_hub: pip install huggingface_hub") from error
     repo, name = match["repo"], match["file"]

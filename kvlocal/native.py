@@ -230,6 +230,20 @@ def load() -> Native:
     return Native()
 
 
+def library(name: str) -> Any:
+    """The installed library of this name, such as ``ggml-base``, as :func:`load` loaded it; functions are undeclared.
+
+    Raises:
+        KVError: there is none.
+    """
+    load()
+    folder = installed("lib")
+    for path in folder.iterdir():
+        if path.stem.removeprefix("lib") == name:
+            return ctypes.CDLL(str(path))
+    raise KVError(f"There is no library {name} in {folder}: {_REINSTALL}.")
+
+
 def build_info() -> dict[str, str | int]:
     """``llama_cpp_commit`` and ``abi_version`` of the library that is installed."""
     native = load()

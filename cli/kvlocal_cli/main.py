@@ -15,9 +15,12 @@ from .batch import batch
 from .bench import bench
 from .chat import chat
 from .demo import demo
+from .doctor import doctor
 from .eval import evaluate
+from .models import models
 from .options import GroupedCommand
 from .policies import policies
+from .pull import pull
 from .run import run
 from .stream import INTERRUPTED
 
@@ -95,5 +98,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (run, chat, batch, bench, evaluate, policies, demo):
+for command in (run, chat, batch, bench, evaluate, policies, pull, models, doctor, demo):
     main.add_command(command)

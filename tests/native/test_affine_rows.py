@@ -104,6 +104,17 @@ def test_keys_are_stored_channel_by_channel(bits: int, group: int, seed: int, si
     np.testing.assert_array_equal(decode_rows(f"kivi{bits}-{group}-k", stored), wanted)
 
 
+AFFINE = [*(f"kivi{bits}-{group}{keys}" for bits, group in KINDS for keys in ("", "-k")), "token2"]
+
+
+@pytest.mark.parametrize("row", AFFINE)
+def test_the_plain_decoder_gives_the_bits_of_the_kernels(row: str) -> None:
+    stored = encode_rows(row, samples(3, 128, 1.0))
+    fast, plain = decode_rows(row, stored), decode_rows(row, stored, plain=True)
+    assert plain.shape == (128, 128) and np.ptp(plain) > 1
+    np.testing.assert_array_equal(fast, plain)
+
+
 @pytest.mark.parametrize(("bits", "group"), KINDS)
 def test_an_outlier_costs_its_own_channel_only(bits: int, group: int) -> None:
     """Keys that are stored per slot lose all channels to one that is large; that is what kivi is for."""

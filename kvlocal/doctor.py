@@ -1,0 +1,283 @@
+"""What a bug report needs: versions, library, processor, devices, memory, paths, a model, and what is wrong with them.
+
+report = examine(None)
+report.ok, report.failures, report.warnings
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import psutil
+
+import kvlocal
+from kvlocal.cache import FORMATS
+from kvlocal.context import Context, ContextConfig, n_cores
+from kvlocal.errors import KVError
+from kvlocal.installation import Device, Library, find_library, list_devices
+from kvlocal.machine import cpu_features, cpu_name
+from kvlocal.model import Model
+from kvlocal.models import cache_dir, hub_cache
+from kvlocal.native import KvlLayerInfo
+from kvlocal.selftest import Comparison, self_test
+
+_PACKAGES = ("numpy", "gguf", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Name, cores this process may use, instruction sets of the machine and of the build by llama.cpp's names.
+
+    ``lacking``: in the build, not in the machine; ``unused``: in the machine, not in the build.
+    """
+
+    name: str
+    architecture: str
+    cores: int
+    features: list[str]
+    built_for: list[str]
+    lacking: list[str]
+    unused: list[str]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the machine, bytes; available without swapping."""
+
+    total_bytes: int
+    available_bytes: int
+    swap_total_bytes: int
+    swap_free_bytes: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder that kvlocal uses, there or not."""
+
+    name: str
+    path: str
+    exists: bool
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model, and what the paged cache can do with it.
+
+    Attributes:
+        n_layer: layers with a cache, on_device: those of them whose pages lie on an accelerator; both None if there is
+            no paged cache, or no layers were asked for with ``n_gpu_layers``.
+        refused: why it cannot be paged, None if it can.
+        formats: per storage format why its heads cannot be stored so, None if they can.
+    """
+
+    path: str
+    name: str
+    description: str
+    architecture: str
+    n_ctx_train: int
+    size_bytes: int
+    refused: str | None
+    formats: dict[str, str | None]
+    n_layer: int | None = None
+    on_device: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it. ``failures`` and ``warnings`` are sentences; ``tests`` is empty where the library cannot run."""
+
+    versions: dict[str, str]
+    library: Library
+    cpu: Cpu
+    devices: list[Device]
+    memory: Memory
+    places: list[Place]
+    model: ModelInfo | None
+    tests: list[Comparison]
+    failures: list[str]
+    warnings: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed; warnings do not count."""
+        return not self.failures and all(test.passed for test in self.tests)
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {"ok": self.ok} | asdict(self)
+        for test, row in zip(self.tests, values["tests"], strict=True):
+            row["passed"] = test.passed
+        return values
+
+
+def examine(
+    model: Path | None,
+    *,
+    n_gpu_layers: int = 0,
+    n_threads: int = 0,
+    failures: Sequence[str] = (),
+    on_step: Callable[[str], None] = lambda _what: None,
+) -> Report:
+    """Look at everything, and never raise for what is wrong with it.
+
+    Args:
+        model: a GGUF file to look at as well.
+        n_gpu_layers: layers of it to put on an accelerator; n_threads: of the self-test, 0: all cores.
+        failures: what is known to be wrong already.
+        on_step: told what comes next.
+    """
+    found, warnings = list(failures), list[str]()
+    on_step("loading the library")
+    library, fault = find_library()
+    found += [fault] if fault else []
+    cpu = _cpu(library)
+    _judge_cpu(cpu, library, found, warnings)
+    devices = list_devices() if library.path else []
+    info, tests = None, list[Comparison]()
+    # code for another processor ends the process
+    if library.path and not cpu.lacking:
+        if n_gpu_layers and all(device.kind in ("cpu", "accel") for device in devices):
+            warnings.append(
+                f"-ngl {n_gpu_layers} has no effect: ggml sees no GPU (kvlocal was built without, or none is visible)."
+            )
+        tests = self_test(n_threads, lambda part: on_step(f"self-test: {part}"))
+        if model is not None:
+            on_step(f"loading {model.name}")
+            try:
+                info = _model(model, n_gpu_layers)
+            except KVError as error:
+                found.append(str(error))
+            else:
+                _judge_model(info, warnings)
+    return Report(_versions(), library, cpu, devices, _memory(), _places(), info, tests, found, warnings)
+
+
+#
+# versions, machine, places
+#
+
+
+def _versions() -> dict[str, str]:
+    system = platform.platform()
+    out = {"kvlocal": kvlocal.__version__, "python": f"{platform.python_version()}", "system": system}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def _cpu(library: Library) -> Cpu:
+    machine = cpu_features()
+    build = {name for name, value in library.system_info.get("CPU", {}).items() if value == "1"}
+    built = [name for name in machine if name in build]
+    has = [name for name in machine if machine[name]]
+    return Cpu(
+        name=cpu_name(),
+        architecture=platform.machine(),
+        cores=n_cores(),
+        features=has,
+        built_for=built,
+        lacking=[name for name in built if name not in has],
+        unused=[name for name in has if name not in built] if library.path else [],
+    )
+
+
+def _judge_cpu(cpu: Cpu, library: Library, failures: list[str], warnings: list[str]) -> None:
+    if cpu.lacking:
+        failures.append(
+            f"The library was built for a processor with {', '.join(cpu.lacking)}, which this one lacks: it can crash. "
+            "Nothing was computed; reinstall kvlocal from its source on this machine."
+        )
+    if cpu.unused:
+        warnings.append(
+            f"The library was built without {', '.join(cpu.unused)}, which this processor has: reinstalling kvlocal "
+            "from its source on this machine may make it faster."
+        )
+    if library.kernels == "plain loops":
+        warnings.append("The page kernels were compiled to plain loops, without vector instructions: they are slow.")
+
+
+def _memory() -> Memory:
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    return Memory(memory.total, memory.available, swap.total, swap.free)
+
+
+def _places() -> list[Place]:
+    # a config file may be named, as any setting, by the environment
+    config = os.environ.get("KVLOCAL_CONFIG") or platformdirs.user_config_path("kvlocal") / "config.toml"
+    places: dict[str, Path | None] = {
+        "models": cache_dir() / "models",
+        "Hugging Face cache": hub_cache(),
+        "evaluation records": platformdirs.user_cache_path("kvlocal") / "eval",
+        "config file": Path(config),
+        "state": platformdirs.user_state_path("kvlocal"),
+    }
+    paths = ((name, path.expanduser()) for name, path in places.items() if path is not None)
+    return [Place(name, str(path), path.exists()) for name, path in paths]
+
+
+#
+# the model
+#
+
+
+def _model(path: Path, n_gpu_layers: int) -> ModelInfo:
+    model = Model(path, n_gpu_layers=n_gpu_layers)
+    try:
+        refused = None
+        try:
+            model.check_paged()
+        except KVError as error:
+            refused = str(error)
+        reasons: dict[str, str | None] = {}
+        for name in FORMATS if refused is None else ():
+            reasons[name] = None if model.stores(name) else model.native.last_error()
+        description = ctypes.create_string_buffer(256)
+        model.llama.llama_model_desc(model.handle, description, len(description))
+        layers = _layers(model) if refused is None and n_gpu_layers else None
+        return ModelInfo(
+            path=str(path),
+            name=model.name,
+            description=description.value.decode("utf-8", "replace"),
+            architecture=model.meta("general.architecture") or "unknown",
+            n_ctx_train=model.n_ctx_train,
+            size_bytes=int(model.llama.llama_model_size(model.handle)),
+            refused=refused,
+            formats=reasons,
+            n_layer=None if layers is None else len(layers),
+            on_device=None if layers is None else sum(layers),
+        )
+    finally:
+        model.close()
+
+
+def _layers(model: Model) -> list[bool]:
+    """Per layer with a cache whether its pages would lie on an accelerator."""
+    lib, out = model.native.lib, []
+    with Context(model, ContextConfig(n_ctx=64, n_batch=32, n_window=0)) as context:
+        for layer in range(model.native.check(lib.kvl_n_layer(context.handle))):
+            info = KvlLayerInfo()
+            model.native.check(lib.kvl_get_layer(context.handle, layer, ctypes.byref(info)))
+            out.append(bool(info.on_device))
+    return out
+
+
+def _judge_model(model: ModelInfo, warnings: list[str]) -> None:
+    if model.refused is not None:
+        warnings.append(f"{model.name} cannot be paged, only --policy full runs it: {model.refused}")
+    if model.on_device:
+        warnings.append(
+            f"{model.on_device} of {model.n_layer} layers keep their pages on an accelerator. The fused page "
+            "kernels are CPU only now: attention of all layers is computed by llama.cpp's own operators, page moves go "
+            "through the host, and what needs the kernels is refused: every --kv but f16, the policy ladder, policies "
+            "that accumulate attention."
+        )

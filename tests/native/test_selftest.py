@@ -1,0 +1,160 @@
+"""The doctor's self-test: it passes here, and every kind of broken kernel is seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contexts import OpenModel
+
+from kvlocal import installation, kernels, native, selftest
+from kvlocal.cache import FORMATS
+from kvlocal.doctor import _model
+from kvlocal.errors import KVError
+from kvlocal.installation import find_library, list_devices
+from kvlocal.model import Model
+from kvlocal.selftest import Comparison, self_test
+
+
+def failed(found: list[Comparison]) -> list[str]:
+    return [each.name for each in found if not each.passed]
+
+
+def test_all_of_it_passes_here() -> None:
+    steps: list[str] = []
+    found = self_test(2, steps.append)
+    assert failed(found) == []
+    assert steps == ["logits", "rows", "attention"]
+    names = [each.name for each in found]
+    assert len(names) == 4 + 2 * len(FORMATS) == len(set(names))
+    assert all(f"rows of {name}" in names and f"attention over {name}" in names for name in FORMATS)
+    # what is compared is not one and the same
+    assert all(each.error for each in found if not each.name.startswith("rows"))
+
+
+def change(monkeypatch: pytest.MonkeyPatch, name: str, by: Callable[..., Any], when: Callable[..., bool]) -> None:
+    """Make a function of the kernels give something else for some arguments."""
+    right = getattr(kernels, name)
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        out = right(*args, **options)
+        return by(out) if when(*args, **options) else out
+
+    monkeypatch.setattr(kernels, name, wrong)
+
+
+@pytest.mark.parametrize("amount", [0.01, math.nan])
+def test_a_logit_that_differs_is_seen(amount: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = selftest.logits
+
+    def wrong(model: Model, *, portable: bool, n_threads: int = 0) -> dict[str, Any]:
+        out = right(model, portable=portable, n_threads=n_threads)
+        if portable:
+            after = next(name for name in out if name.startswith("after an eviction: decode"))
+            out[after][-1, 7] += amount * np.ptp(out[after])
+        return out
+
+    monkeypatch.setattr(selftest, "logits", wrong)
+    (broken,) = (each for each in selftest.compare_logits(1) if not each.passed)
+    assert broken.name == "after an eviction: decode of 8 tokens"
+    assert broken.error is None if math.isnan(amount) else broken.error == pytest.approx(amount, rel=0.1)
+
+
+@pytest.mark.parametrize("row", ["q8", "kv3", "kivi4-64-k", "token2"])
+def test_a_value_that_is_decoded_differently_is_seen(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by(out: Any) -> Any:
+        out[1, 3] = np.nextafter(out[1, 3], np.float32(np.inf))
+        return out
+
+    change(monkeypatch, "decode_rows", by, lambda kind, _stored, plain=False: kind == row and not plain)
+    assert failed(list(selftest.compare_rows())) == [f"rows of {row[:4] if row.startswith('kivi') else row}"]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_attention_that_differs_is_seen(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by(out: Any) -> Any:
+        out[0][0, 1, 2] += 1e-3
+        return out
+
+    def when(q: Any, *_: Any, stored: Any = None, **__: Any) -> bool:
+        return (len(q) == 1) == few and stored is not None and stored[0][0] == ("kivi2-64-k", "kivi2-64")
+
+    change(monkeypatch, "attend_pages", by, when)
+    assert failed(list(selftest.compare_attention(1))) == ["attention over kivi"]
+
+
+def test_what_cannot_run_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise KVError("The disk is full.")
+
+    monkeypatch.setattr(selftest, "write_random_model", refuse)
+    found = self_test(1)
+    assert failed(found) == ["logits"]
+    assert found[0].detail == "The disk is full." and len(found) == 1 + 2 * len(FORMATS)
+
+
+def test_the_kernels_must_be_what_runs(open_model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the portable path twice, both would agree to the bit and nothing would have been tested."""
+    config = selftest.ContextConfig
+    monkeypatch.setattr(selftest, "ContextConfig", lambda **options: config(**(options | {"portable": True})))
+    with pytest.raises(KVError, match="page kernels"):
+        selftest.logits(open_model("llama", n_layer=1), portable=False)
+
+
+# --- the installation ---------------------------------------------------------------------------------------------
+
+
+def test_the_library_is_ours_and_says_what_it_is() -> None:
+    library, fault = find_library()
+    folder = native.installed("lib")
+    assert fault == "" and library.ours is True
+    assert library.path is not None and Path(library.path).parent == folder
+    assert (library.abi, library.llama_cpp_commit) == (native.ABI_VERSION, native.load().commit)
+    assert "CPU" in library.system_info and library.binding not in (None, "unknown")
+
+
+def test_a_second_ggml_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "_mapped", lambda: ["/usr/lib/libggml-base.so"])
+    library, fault = find_library()
+    assert library.ours is False
+    assert "second llama.cpp" in fault and fault.endswith(": /usr/lib/libggml-base.so; import only one of them.")
+
+
+def test_what_is_mapped_is_found() -> None:
+    """As far as the system tells at all."""
+    native.load()
+    mapped = installation._mapped()
+    assert not mapped or {"libllama", "libggml-base"} <= {Path(path).stem for path in mapped}
+
+
+def test_the_processor_is_a_device() -> None:
+    native.load()
+    devices = list_devices()
+    assert [(each.name, each.backend) for each in devices if each.kind == "cpu"] == [("CPU", "CPU")]
+    assert all(0 <= each.free_bytes <= each.total_bytes for each in devices)
+
+
+def test_libraries_are_found_by_their_whole_name() -> None:
+    assert native.library("ggml")._name != native.library("ggml-base")._name
+    with pytest.raises(KVError, match="There is no library ggm in "):
+        native.library("ggm")
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def test_formats_that_heads_cannot_be_stored_in_come_with_the_reason(open_model: OpenModel) -> None:
+    path = open_model("llama", n_layer=1, n_head=4, n_head_kv=2, head_dim=80).path
+    info = _model(path, 0)
+    assert (info.refused, info.on_device, info.architecture) == (None, None, "llama")
+    assert info.formats["f16"] is None
+    assert info.formats["kv3"] is not None and "80" in info.formats["kv3"]
+
+
+def test_layers_are_counted_when_a_device_is_asked_for(open_model: OpenModel) -> None:
+    info = _model(open_model("llama", n_layer=3).path, 2)
+    assert (info.n_layer, info.on_device) == (3, 0)
