@@ -22,7 +22,7 @@ def pages() -> dict[str, str]:
     from kvlocal_cli.main import main
 
     def section(level: int, name: str, command: click.Command, parent: click.Context) -> str:
-        ctx = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)
+        ctx = click.Context(command, info_name=name, parent=parent)
         text = f"{'#' * level} {ctx.command_path}\n\n```text\n{command.get_help(ctx)}\n```\n"
         below = command.commands.items() if isinstance(command, click.Group) else ()
         return "\n".join([text, *(section(level + 1, *each, ctx) for each in below)])

@@ -79,6 +79,13 @@ class GroupedOption(click.Option):
         super().__init__(*args, **attrs)
         self.section = section
 
+    def consume_value(self, ctx: click.Context, opts: Any) -> tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        if self.name is not None:
+            # some versions of click do so only once the value has been taken, which is too late to blame its source
+            ctx.set_parameter_source(self.name, source)
+        return value, source
+
 
 class GroupedCommand(click.Command):
     """A command whose help page lists its options by section.
