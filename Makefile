@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find vendor/fetch.py vendor/CMakeLists.txt vendor/llama.cpp.lock patches -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question demo/question.txt
@@ -19,6 +19,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find patches/overlay -name '*.h' -o -name '*.cpp')
 
+# the pages of the commands, and the site in site/
+docs: $(STAMP)
+	$(BIN)/python tools/reference.py
+	$(BIN)/mkdocs build --strict --quiet
+
 # an editable install: Python changes are live, native ones are rebuilt when a source is newer
 $(STAMP): pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,4 +32,4 @@ $(STAMP): pyproject.toml $(NATIVE)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build vendor/llama.cpp vendor/llama_cpp vendor/.fetched
+	rm -rf $(VENV) build site vendor/llama.cpp vendor/llama_cpp vendor/.fetched

@@ -278,6 +278,6 @@ def _judge_model(model: ModelInfo, warnings: list[str]) -> None:
         warnings.append(
             f"{model.on_device} of {model.n_layer} layers keep their pages on an accelerator. The fused page "
             "kernels are CPU only now: attention of all layers is computed by llama.cpp's own operators, page moves go "
-            "through the host, and what needs the kernels is refused: every --kv but f16, the policy ladder, policies "
-            "that accumulate attention."
+            "through the host, the ladder stores all in f16, and what needs the kernels is refused: every --kv but "
+            "f16, policies that accumulate attention."
         )

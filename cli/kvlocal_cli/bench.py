@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from kvlocal.errors import KVError, UsageError
 
-from . import backend
-from .options import GroupedCommand, Settings, count, option, sweep_options
+from . import backend, completers, twins
+from .options import GroupedCommand, Settings, check_chunked, count, option, sweep_options
 from .stream import INTERRUPTED, Interrupt
 
 RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
@@ -34,14 +34,25 @@ class Names(click.ParamType):
             self.fail(f"'{value}' is not a list: an item is empty.", param, ctx)
         return tuple(self.item(item, param, ctx) for item in items)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return completers.items_of_list(self.choices, incomplete)
+
     def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if self.choices and text not in self.choices:
             self.fail(f"'{text}' is not one of {', '.join(self.choices)}.", param, ctx)
         return text
 
 
+class Sizes(Names):
+    """`1024,25%` as a tuple of budgets."""
+
+    numbers = True
+
+
 class Wholes(Names):
     """`0,4096` as a tuple of whole numbers."""
+
+    numbers = True
 
     def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         # int() also reads "1_000" and other digits
@@ -60,6 +71,7 @@ class Wholes(Names):
     "--policy",
     "policies",
     type=Names(),
+    shell_complete=completers.policies,
     default="full,ada-snapkv",
     metavar="NAME,…",
     help="full: llama.cpp's own cache, the baseline; paged: ours with nothing evicted; else as in `kvlocal policies`.",
@@ -68,7 +80,8 @@ class Wholes(Names):
     "KV cache",
     "--budget",
     "budgets",
-    type=Names(),
+    type=Sizes(),
+    shell_complete=completers.budgets,
     default="25%",
     metavar="SIZE,…",
     help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the depth) or 512MiB.",
@@ -78,6 +91,7 @@ class Wholes(Names):
     "--kv",
     "storages",
     type=Names(),
+    shell_complete=completers.storages,
     default="f16",
     metavar="TYPE,…",
     help="How it is stored; q8 and q4 of full are llama.cpp's own types.",
@@ -104,9 +118,7 @@ class Wholes(Names):
 )
 @option("Output", "--output-file", type=click.Path(path_type=Path), metavar="FILE", help="Not to standard output.")
 @option("Output", "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too: FILE.svg or FILE.png.")
-@click.pass_context
 def bench(
-    ctx: click.Context,
     settings: Settings,
     depths: tuple[int, ...],
     n_prompt: int,
@@ -138,11 +150,9 @@ def bench(
     from .render import Screen
 
     if random_model is not None and settings.model is not None:
-        raise UsageError(
-            f"two models are named, '{settings.model}' and --random-model {random_model}; give one of them."
-        )
-    if ctx.get_parameter_source("n_chunk") is ParameterSource.COMMANDLINE and "chunked" not in prefills:
-        raise UsageError("--chunk has no effect without --prefill chunked; give both or neither.")
+        random_model = _pick_random(random_model, settings.model)
+    if "chunked" not in prefills:
+        check_chunked("n_chunk", "--chunk")
     config = backend.plan_bench(
         settings,
         policies=policies,
@@ -184,6 +194,15 @@ def bench(
         raise click.exceptions.Exit(INTERRUPTED)
     if failure is not None:
         raise failure
+
+
+def _pick_random(random: str, model: str) -> str | None:
+    """--random-model, or None for the model that was named beside it, if that was nearer to the command line."""
+    if any(twins.overruled("random_model", by=name) for name in ("model", "hf")):
+        return None
+    if not all(twins.overruled(name, by="random_model") for name in ("model", "hf")):
+        raise UsageError(f"two models are named, '{model}' and --random-model {random}; give one of them.")
+    return random
 
 
 def check_folder(path: Path) -> None:

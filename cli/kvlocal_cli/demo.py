@@ -9,7 +9,7 @@ import click
 
 from kvlocal.errors import UsageError
 
-from . import backend, prompt
+from . import backend, completers, prompt
 from .options import GroupedCommand, SamplingSettings, Settings, model_options, option, predict_option
 from .run import complete, messages
 from .stream import INTERRUPTED, Answer
@@ -18,8 +18,17 @@ CACHES = (("full", "100%"), ("ladder", "25%"))
 
 
 @click.command(cls=GroupedCommand)
-@option("Prompt", "--document", required=True, metavar="FILE", help="A long UTF-8 text.")
-@option("Prompt", "--question", required=True, metavar="FILE", help="A UTF-8 file with a question about it.")
+@option(
+    "Prompt", "--document", required=True, metavar="FILE", shell_complete=completers.files, help="A long UTF-8 text."
+)
+@option(
+    "Prompt",
+    "--question",
+    required=True,
+    metavar="FILE",
+    shell_complete=completers.files,
+    help="A UTF-8 file with a question about it.",
+)
 @model_options
 @predict_option(48)
 def demo(settings: Settings, document: str, question: str, n_predict: int) -> None:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from kvlocal.errors import KVError, UsageError
 
 from . import backend
 from .bench import Names, check_folder
 from .eval_options import Common, Lengths, Shares, common_options, data_options, question_option, text_options
-from .options import GroupedCommand, Settings, count, option
+from .options import GroupedCommand, Settings, check_chunked, count, option
 from .stream import INTERRUPTED, Interrupt
 
 
@@ -173,10 +172,10 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
     from .render import Screen
 
     settings = common.settings
-    chunk_given = click.get_current_context().get_parameter_source("n_chunk") is ParameterSource.COMMANDLINE
-    for flag, given in (("--chunk", chunk_given), ("--guide", any(common.guides))):
-        if given and "chunked" not in common.prefills:
-            raise UsageError(f"{flag} has no effect without --prefill chunked; give both or neither.")
+    if "chunked" not in common.prefills:
+        check_chunked("n_chunk", "--chunk")
+        if any(common.guides):
+            check_chunked("guides", "--guide")
     for path in filter(None, (common.output_file, common.plot)):
         check_folder(path)
     if common.plot is not None:

@@ -12,7 +12,8 @@ import click
 
 from kvlocal.errors import UsageError
 
-from .bench import Names, Wholes
+from . import completers
+from .bench import Names, Sizes, Wholes
 from .options import Callback, Decorator, Settings, Whole, count, option, stack, sweep_options
 
 MAX_PARALLEL = 255
@@ -31,6 +32,8 @@ class Lengths(Wholes):
 
 class Shares(Names):
     """`0,0.5,1` as a tuple of numbers from 0 to 1."""
+
+    numbers = True
 
     def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
@@ -67,6 +70,7 @@ _COMMON = stack(
         "--policy",
         "policies",
         type=Names(),
+        shell_complete=completers.policies,
         default="streaming,snapkv,ada-snapkv",
         metavar="NAME,…",
         help="full: llama.cpp's own cache; paged: ours with nothing evicted, to compare scores with; else as in "
@@ -76,12 +80,22 @@ _COMMON = stack(
         "KV cache",
         "--budget",
         "budgets",
-        type=Names(),
+        type=Sizes(),
+        shell_complete=completers.budgets,
         default="50%,25%",
         metavar="SIZE,…",
         help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of what was read) or 512MiB.",
     ),
-    option("KV cache", "--kv", "storages", type=Names(), default="f16", metavar="TYPE,…", help="How it is stored."),
+    option(
+        "KV cache",
+        "--kv",
+        "storages",
+        type=Names(),
+        default="f16",
+        shell_complete=completers.storages,
+        metavar="TYPE,…",
+        help="How it is stored.",
+    ),
     option(
         "KV cache",
         "--prefill",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from kvlocal.errors import KVError
 
-from . import backend
+from . import backend, config_file, twins
 from .batch import batch
 from .bench import bench
 from .chat import chat
+from .completion import completion
+from .config import config
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
@@ -29,6 +32,10 @@ class Cli(click.Group):
     """A group that ends every failure with one sentence on stderr and an exit code, without a traceback."""
 
     command_class = GroupedCommand
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        twins.name_twins(cmd)
+        super().add_command(cmd, name)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         standalone = extra.get("standalone_mode", True)
@@ -83,7 +90,15 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     callback=_print_version,
     help="Show the versions of kvlocal, llama.cpp and the KVL ABI.",
 )
-def main() -> None:
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar=twins.CONFIG,
+    metavar="FILE",
+    help=f"Configuration file instead of the user's own (see `kvlocal config`).  [${twins.CONFIG}]",
+)
+@click.pass_context
+def main(ctx: click.Context, config: Path | None) -> None:
     """Local LLMs with a KV cache that stays as small as you say.
 
     A policy chooses which tokens the cache keeps, a budget says how many.
@@ -92,11 +107,19 @@ def main() -> None:
     kvlocal run -f report.txt -p "Who signed it?" --budget 25%
     kvlocal chat --policy ladder --budget 2048
     kvlocal policies
+
+    Every option has a variable too (KVLOCAL_BUDGET for --budget), and a key in the configuration file.
     """
     # Text of a model can hold what a terminal's encoding lacks; a question mark is better than a dead process.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    # these two have to work with a broken file as well
+    if ctx.invoked_subcommand not in ("config", "completion"):
+        assert isinstance(ctx.command, click.Group)
+        file = config_file.read(config.expanduser() if config else None, ctx.command)
+        ctx.meta[config_file.META] = file
+        ctx.default_map = file.default_map()
 
 
-for command in (run, chat, batch, bench, evaluate, policies, pull, models, doctor, demo):
+for command in (run, chat, batch, bench, evaluate, policies, pull, models, config, completion, doctor, demo):
     main.add_command(command)

@@ -12,6 +12,8 @@ from click.core import ParameterSource
 
 from kvlocal.errors import UsageError
 
+from . import completers, config_file, twins
+
 DEFAULT_POLICY = "ladder"
 STORED_POLICY = "ada-snapkv"
 """The default with --kv: the ladder says itself how tokens are stored."""
@@ -63,6 +65,13 @@ class Real(click.FloatRange):
     name = "number"
 
 
+class Size(click.types.StringParamType):
+    """A budget; in a configuration file it may be a number."""
+
+    name = "size"
+    numbers = True
+
+
 class GroupedOption(click.Option):
     """An option that names the section of the help page it is listed in."""
 
@@ -70,9 +79,32 @@ class GroupedOption(click.Option):
         super().__init__(*args, **attrs)
         self.section = section
 
+    def consume_value(self, ctx: click.Context, opts: Any) -> tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        if self.name is not None:
+            # some versions of click do so only once the value has been taken, which is too late to blame its source
+            ctx.set_parameter_source(self.name, source)
+        return value, source
+
 
 class GroupedCommand(click.Command):
-    """A command whose help page lists its options by section."""
+    """A command whose help page lists its options by section.
+
+    A value that cannot be taken is blamed on the variable or on the file that it comes from.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadParameter as error:
+            name = error.param.name if error.param is not None else None
+            source = ctx.get_parameter_source(name) if name is not None else None
+            if error.param is not None and source is ParameterSource.ENVIRONMENT:
+                error.param_hint = str(error.param.envvar)
+            elif name is not None and source is ParameterSource.DEFAULT_MAP:
+                file: config_file.ConfigFile = ctx.meta[config_file.META]
+                error.param_hint = file.hint(twins.path_of(ctx), name)
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -106,7 +138,7 @@ def stack(*decorators: Decorator) -> Decorator:
 
 
 _HF = option("Model", "-hf", "--hf", "hf", metavar="USER/REPO[:FILE]", help="Model on Hugging Face; as MODEL hf:…")
-_MODEL = stack(click.argument("model", required=False, metavar="[MODEL]"), _HF)
+_MODEL = stack(click.argument("model", required=False, metavar="[MODEL]", shell_complete=completers.models), _HF)
 _THREADS = stack(
     count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: all cores."),
     count("Model", "-ngl", "--n-gpu-layers", "n_gpu_layers", default=0, minimum=0, help="Layers on the GPU."),
@@ -131,6 +163,7 @@ _CACHE = stack(
         "KV cache",
         "--policy",
         default=DEFAULT_POLICY,
+        shell_complete=completers.policies,
         metavar="NAME",
         help=f"Which tokens are kept; `kvlocal policies` lists them. With --kv the default is {STORED_POLICY}: ladder "
         "stores each token as precisely as it is worth, and takes no --kv.",
@@ -139,7 +172,9 @@ _CACHE = stack(
     option(
         "KV cache",
         "--budget",
+        type=Size(),
         default=DEFAULT_BUDGET,
+        shell_complete=completers.budgets,
         metavar="SIZE",
         help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the prompt) or 512MiB.",
     ),
@@ -148,6 +183,7 @@ _CACHE = stack(
         "--kv",
         "storage",
         default="f16",
+        shell_complete=completers.storages,
         metavar="TYPE",
         help="How what is kept is stored: f16, q8, q4, kv3, kv2 (16, 8.5, 4.5, 2.75 or 2.25 bits a value, but for "
         "sinks and the tail), kivi or logquant (3 bits; kivi:bits=4:group=64, logquant:quantizer=token).",
@@ -231,13 +267,20 @@ def inputs_options(command: Callback) -> Callback:
 
     @functools.wraps(command)
     def split(**options: Any) -> Any:
-        inputs = options.pop("inputs")
-        named = bool(inputs) and (inputs[0].startswith("hf:") or inputs[0].lower().endswith(".gguf"))
-        model = inputs[0] if named else None
-        return gathered(model=model, inputs=inputs[1:] if named else inputs, **options)
+        inputs, first = options.pop("inputs"), ""
+        if inputs and (inputs[0].startswith("hf:") or inputs[0].lower().endswith(".gguf")):
+            first, *inputs = inputs
+            for other in ("model", "hf"):
+                if twins.asked_for(other):
+                    raise UsageError(
+                        f"two models are named, MODEL '{first}' and --{other} '{options[other]}'; give one."
+                    )
+            options |= {"model": first, "hf": None}
+        return gathered(inputs=tuple(inputs), **options)
 
     arguments = click.argument("inputs", nargs=-1, metavar="[MODEL] INPUTS...")
-    return stack(arguments, _HF, _CONTEXT, _BATCH, _THREADS, _CACHE)(split)
+    model = option("Model", "-m", "--model", metavar="MODEL", help="Model; else MODEL, if it looks like one.")
+    return stack(arguments, model, _HF, _CONTEXT, _BATCH, _THREADS, _CACHE)(split)
 
 
 def sweep_options(command: Callback) -> Callback:
@@ -285,30 +328,41 @@ def _gather(command: Callback) -> Callback:
         chosen = click.get_current_context().get_parameter_source("policy") is not ParameterSource.DEFAULT
         if values.get("storage", "f16") != "f16" and not chosen:
             values["policy"] = STORED_POLICY
-        args = parse_policy_args(
-            options.pop("policy_args", ()), sink=options.pop("kv_sink", None), window=options.pop("kv_window", None)
-        )
-        source = click.get_current_context().get_parameter_source("chunk")
-        if source is ParameterSource.COMMANDLINE and values["prefill"] != "chunked":
-            raise UsageError("--chunk has no effect without --prefill chunked; give both or neither.")
-        if values.get("guide") and values["prefill"] != "chunked":
-            raise UsageError("--guide has no effect without --prefill chunked; give both or neither.")
+        sink, window = options.pop("kv_sink", None), options.pop("kv_window", None)
+        args = parse_policy_args(options.pop("policy_args", ()), sink=sink, window=window)
+        for name in ("chunk", "guide"):
+            if values.get(name) and values["prefill"] != "chunked":
+                check_chunked(name, f"--{name}")
+                if name == "guide":
+                    values[name] = 0
         return command(settings=Settings(model=model, policy_args=args, **values), **options)
 
     return gather
 
 
+def check_chunked(name: str, flag: str) -> None:
+    """Refuse what only a chunked prefill heeds; in a file it says what is to be if there is one."""
+    if twins.asked_for(name):
+        raise UsageError(f"{flag} has no effect without --prefill chunked; give both or neither.")
+
+
 def pick_model(model: str | None, hf: str | None) -> str | None:
-    """The model to resolve: MODEL, or `hf:` and the value of -hf; None is the default model."""
-    if hf is None:
+    """The model to resolve: MODEL, or `hf:` and the value of -hf; None is the default model.
+
+    Of two, the one nearer to the command line.
+    """
+    if hf is None or (model is not None and twins.overruled("hf", by="model")):
         return model
-    if model is not None:
+    if model is not None and not twins.overruled("model", by="hf"):
         raise UsageError(f"two models are named, MODEL '{model}' and -hf '{hf}'; give one of them.")
     return hf if hf.startswith("hf:") else f"hf:{hf}"
 
 
 def parse_policy_args(pairs: tuple[str, ...], *, sink: int | None, window: int | None) -> dict[str, str]:
-    """`name=value` pairs as a dict; --kv-sink and --kv-window are other spellings of two of them."""
+    """`name=value` pairs as a dict; --kv-sink and --kv-window are other spellings of two of them.
+
+    Of two spellings, the one nearer to the command line.
+    """
     args: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -320,7 +374,9 @@ def parse_policy_args(pairs: tuple[str, ...], *, sink: int | None, window: int |
     for name, number in (("sink", sink), ("window", window)):
         if number is None:
             continue
-        if name in args:
+        if name in args and twins.overruled(f"kv_{name}", by="policy_args"):
+            continue
+        if name in args and not twins.overruled("policy_args", by=f"kv_{name}"):
             raise UsageError(f"--kv-{name} and --policy-arg {name}=… set the same parameter; give one of them.")
         args[name] = str(number)
     return args

@@ -9,7 +9,7 @@ import click
 
 from kvlocal.errors import UsageError
 
-from . import backend, prompt
+from . import backend, completers, prompt
 from .options import (
     GroupedCommand,
     SamplingSettings,
@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand)
 @option("Prompt", "-p", "--prompt", "text", metavar="TEXT", help="The prompt.")
-@option("Prompt", "-f", "--file", metavar="FILE", help="A UTF-8 file with the prompt; - reads standard input.")
+@option(
+    "Prompt",
+    "-f",
+    "--file",
+    metavar="FILE",
+    shell_complete=completers.files,
+    help="A UTF-8 file with the prompt; - reads standard input.",
+)
 @system_option
 @option("Prompt", "--no-chat-template", "raw", is_flag=True, help="Continue the text as it is: no roles, no template.")
 @option(

@@ -1,0 +1,65 @@
+"""Writes docs/reference: a page for every command there is, from what `--help` says.
+
+    python tools/reference.py
+
+A test compares the pages with the commands. MkDocs loads this file as well, so that its navigation has all pages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+FOLDER = "reference"
+WIDTH = 100
+COMMAND = "python tools/reference.py"
+
+
+def pages() -> dict[str, str]:
+    """Text by file name."""
+    import click
+    from kvlocal_cli.main import main
+
+    def section(level: int, name: str, command: click.Command, parent: click.Context) -> str:
+        ctx = click.Context(command, info_name=name, parent=parent)
+        text = f"{'#' * level} {ctx.command_path}\n\n```text\n{command.get_help(ctx)}\n```\n"
+        below = command.commands.items() if isinstance(command, click.Group) else ()
+        return "\n".join([text, *(section(level + 1, *each, ctx) for each in below)])
+
+    root = click.Context(main, info_name="kvlocal", terminal_width=WIDTH, **main.context_settings)
+    note = f"<!-- Written by `{COMMAND}` from --help; do not edit. -->\n\n"
+    out = {f"{name}.md": note + section(1, name, command, root) for name, command in main.commands.items()}
+    rows = (
+        f"| [`{root.command_path} {name}`]({name}.md) | {command.get_short_help_str(200)} |"
+        for name, command in sorted(main.commands.items())
+    )
+    table = "\n".join(["| command | |", "|---|---|", *rows])
+    out["index.md"] = f"{note}# Commands\n\n{table}\n\n```text\n{main.get_help(root)}\n```\n"
+    return out
+
+
+def on_config(config: Any) -> Any:
+    """MkDocs: the pages of all commands below the entry of the navigation that names the first of them."""
+    names = sorted(path.name for path in (DOCS / FOLDER).glob("*.md"))
+    for entry in config.nav:
+        for title, value in entry.items():
+            if value == [f"{FOLDER}/index.md"]:
+                others = [{name.removesuffix(".md"): f"{FOLDER}/{name}"} for name in names if name != "index.md"]
+                entry[title] = [*value, *others]
+    return config
+
+
+def main() -> None:
+    folder = DOCS / FOLDER
+    folder.mkdir(exist_ok=True)
+    wanted = pages()
+    for path in folder.glob("*.md"):
+        if path.name not in wanted:
+            path.unlink()
+    for name, text in wanted.items():
+        (folder / name).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
