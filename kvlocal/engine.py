@@ -39,14 +39,24 @@ class Engine:
         start = time.perf_counter()
         self.config = config
         self.policy = config.policy
-        self.model = Model(config.model, n_gpu_layers=config.n_gpu_layers)
+        self.model = self._load()
         try:
             self._open()
         except BaseException:
-            self.model.close()
+            self._unload()
             raise
         self._load_s = time.perf_counter() - start
         self.reset()
+
+    def _load(self) -> Model:
+        return Model(self.config.model, n_gpu_layers=self.config.n_gpu_layers)
+
+    def _unload(self) -> None:
+        self.model.close()
+
+    def _memory_bytes(self) -> int | None:
+        """What a budget must not exceed, ``None``: anything goes."""
+        return int(psutil.virtual_memory().total)
 
     def _open(self) -> None:
         config = self.config
@@ -86,7 +96,7 @@ class Engine:
         self._hook_errors: list[BaseException] = []
         if self.cache is not None:
             try:
-                config.storage.check(config.budget, self.cache, self.policy, self.n_ctx, psutil.virtual_memory().total)
+                config.storage.check(config.budget, self.cache, self.policy, self.n_ctx, self._memory_bytes())
             except BaseException:
                 self.context.close()
                 raise
@@ -94,7 +104,7 @@ class Engine:
 
     def close(self) -> None:
         self.context.close()
-        self.model.close()
+        self._unload()
 
     def __enter__(self) -> Engine:
         return self

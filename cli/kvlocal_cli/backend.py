@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kvlocal.bench import BenchConfig, Step
     from kvlocal.chat import Chat
+    from kvlocal.config import EngineConfig
     from kvlocal.engine import Engine
     from kvlocal.eval.ask import Ask
     from kvlocal.eval.cases import Case
@@ -39,8 +40,17 @@ def versions() -> tuple[str, dict[str, Any]]:
 
 def open_engine(settings: Settings, screen: Screen) -> Engine:
     """Load the model and make its cache, showing a download and the loading on `screen`."""
+    from kvlocal.engine import Engine
+
+    config = engine_config(settings, screen)
+    with screen.status(f"Loading {config.model.name}"):
+        return Engine(config)
+
+
+def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> EngineConfig:
+    """The settings as the engine takes them; the model is fetched if need be, its download shown on `screen`."""
     from kvlocal.budget import Budget
-    from kvlocal.engine import Engine, EngineConfig
+    from kvlocal.config import EngineConfig
     from kvlocal.models import resolve_model
     from kvlocal.policies import make_policy
     from kvlocal.storage import Storage
@@ -50,24 +60,36 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
     budget = Budget.parse(settings.budget)
     with screen.download() as on_progress:
         model = resolve_model(settings.model, progress=on_progress)
-    with screen.status(f"Loading {model.name}"):
-        return Engine(
-            EngineConfig(
-                model=model,
-                policy=policy,
-                budget=budget,
-                n_ctx=settings.n_ctx,
-                n_batch=settings.n_batch,
-                n_ubatch=settings.n_ubatch,
-                n_threads=settings.n_threads,
-                n_gpu_layers=settings.n_gpu_layers,
-                prefill=settings.prefill,
-                chunk=settings.chunk,
-                guide=settings.guide,
-                storage=Storage.parse(settings.storage, tail=settings.storage_tail),
-                evict_every=settings.evict_every,
-            )
-        )
+    return EngineConfig(
+        model=model,
+        policy=policy,
+        budget=budget,
+        n_ctx=settings.n_ctx,
+        n_batch=settings.n_batch,
+        n_ubatch=settings.n_ubatch,
+        n_threads=settings.n_threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        prefill=settings.prefill,
+        chunk=settings.chunk,
+        guide=settings.guide,
+        storage=Storage.parse(settings.storage, tail=settings.storage_tail),
+        evict_every=settings.evict_every,
+        n_seq_max=n_seq_max,
+    )
+
+
+def plan_run(
+    settings: Settings, *, n_prompt: int, n_generate: int | None, parallel: int, memory: int | None, screen: Screen
+) -> dict[str, Any]:
+    """What a run will take (`kvlocal.plan.Plan`); `memory`: bytes to plan for, None for what this machine has free."""
+    from kvlocal.plan import Planner
+
+    config = engine_config(settings, screen, parallel)
+    with (
+        screen.status(f"Planning with {config.model.name}"),
+        Planner(config.model, n_gpu_layers=config.n_gpu_layers, free_bytes=memory) as planner,
+    ):
+        return planner.plan(config, n_prompt, -1 if n_generate is None else n_generate).as_dict()
 
 
 def new_chat(engine: Engine, system: str | None) -> Chat:

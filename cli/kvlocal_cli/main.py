@@ -16,6 +16,7 @@ from .chat import chat
 from .demo import demo
 from .eval import evaluate
 from .options import GroupedCommand
+from .plan import plan
 from .policies import policies
 from .run import run
 from .stream import INTERRUPTED
@@ -94,5 +95,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (run, chat, bench, evaluate, policies, demo):
+for command in (run, chat, plan, bench, evaluate, policies, demo):
     main.add_command(command)

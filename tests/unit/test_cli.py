@@ -51,7 +51,7 @@ def test_one_storage_is_chosen_of_those_there_are() -> None:
     assert "There is no storage 'q5'" in call("run", "--kv", "q5", "-p", "hi").stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "bench", "eval", "policies", "demo"])
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "bench", "eval", "policies", "demo"])
 def test_the_overview_has_every_command_in_full(command: str) -> None:
     line = next(line for line in call("--help").stdout.splitlines() if line.startswith(f"  {command} "))
     assert line.endswith(".") and not line.endswith("...")
