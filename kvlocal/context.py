@@ -14,7 +14,7 @@ from kvlocal import native
 from kvlocal.cache import FORMATS, MassKind, PagedCache
 from kvlocal.errors import KVError
 from kvlocal.model import Model
-from kvlocal.native import KvlParams, KvlStats
+from kvlocal.native import KvlBreakdown, KvlParams, KvlStats
 
 _GGML_TYPES = {"f32": 0, "f16": 1, "q4": 2, "q8": 8}  # upstream's ggml_type
 
@@ -191,7 +191,8 @@ class Context:
                 reason = self._native.last_error() or f"the batch of {n} tokens could not be computed (code {status})"
                 raise KVError(reason[0].upper() + reason[1:] + ".")
             return
-        status = self._llama.llama_decode(self.handle, self._batch)
+        decode = self._native.lib.kvl_append if self.model.no_alloc else self._llama.llama_decode
+        status = decode(self.handle, self._batch)
         if status == 1:
             raise KVError(
                 f"The context of {self.config.n_ctx} tokens is full; use a larger one (-c) or a policy that evicts."
@@ -264,6 +265,15 @@ class Context:
         """Bytes of the cache, paged or stock."""
         out = KvlStats()
         self._native.check(self._native.lib.kvl_get_stats(self.handle, ctypes.byref(out)))
+        return out
+
+    def breakdown(self, *, on_device: bool = False) -> KvlBreakdown:
+        """Bytes of weights, cache and compute buffers in main memory, or on accelerators.
+
+        Of a model without weights (``no_alloc``): what they would be.
+        """
+        out = KvlBreakdown()
+        self._native.check(self._native.lib.kvl_get_breakdown(self.handle, on_device, ctypes.byref(out)))
         return out
 
     def set_evict_hook(self, hook: Any) -> None:

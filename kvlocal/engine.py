@@ -42,7 +42,7 @@ class Engine:
         try:
             self._open(config)
         except BaseException:
-            self.model.close()
+            self._unload()
             raise
         self.timing = Timing(load_s=time.perf_counter() - start)
         self.reset()
@@ -62,16 +62,25 @@ class Engine:
         self.keeper = Keeper(self.context, config, self.n_ctx)
         self._hook_errors: list[BaseException] = []
         if self.cache is not None:
-            self.context.set_evict_hook(native.evict_hook(self.keeper.on_event, self._hook_errors))
+            self.context.set_evict_hook(native.evict_hook(self._on_event, self._hook_errors))
+
+    def _on_event(self, seq: int, event: int) -> None:
+        self.keeper.on_event(seq, event)
+
+    def _unload(self) -> None:
+        self.model.close()
+
+    def _memory_bytes(self) -> int | None:
+        """What a budget must not exceed, ``None``: anything goes."""
+        return int(psutil.virtual_memory().total)
 
     def _check(self, config: EngineConfig) -> None:
         if self.cache is not None:
-            memory = psutil.virtual_memory().total
-            config.storage.check(config.budget, self.cache, config.policy, self.n_ctx, memory)
+            config.storage.check(config.budget, self.cache, config.policy, self.n_ctx, self._memory_bytes())
 
     def close(self) -> None:
         self.context.close()
-        self.model.close()
+        self._unload()
 
     def __enter__(self) -> Engine:
         return self

@@ -16,16 +16,23 @@ from kvlocal.errors import KVError, UsageError
 class Model:
     """Weights and vocabulary of one GGUF file, shared by any number of contexts.
 
+    ``no_alloc``: without the weights. Contexts then allocate nothing either, say what they would take
+    (:meth:`Context.breakdown`), and decode by counting: their caches grow, and hold nothing.
+
     Raises:
         KVError: the file is truncated or corrupted.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = 0) -> None:
+    def __init__(self, path: Path, *, n_gpu_layers: int = 0, no_alloc: bool = False) -> None:
         self.native = native.load()
         self.llama = self.native.llama
         self.path = path
+        self.no_alloc = no_alloc
         params = self.llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        if no_alloc:
+            params.no_alloc = True
+            params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE  # nothing to map
         self.native.log.clear()
         self.handle: Any = self.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:

@@ -80,6 +80,14 @@ class KvlLayerInfo(ctypes.Structure):
     )
 
 
+class KvlBreakdown(ctypes.Structure):
+    """Bytes, as in ``kvl.h``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("model_bytes", "context_bytes", "compute_bytes", "free_bytes")
+    )
+
+
 EVICT_HOOK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
 
 
@@ -134,6 +142,7 @@ def _declare(lib: Any) -> None:
         "kvl_n_layer": (i32, [ptr]),
         "kvl_get_layer": (i32, [ptr, i32, ctypes.POINTER(KvlLayerInfo)]),
         "kvl_decode": (i32, [ptr, binding.llama_batch, i32]),
+        "kvl_append": (i32, [ptr, binding.llama_batch]),
         "kvl_set_evict_hook": (i32, [ptr, EVICT_HOOK, ptr]),
         "kvl_set_limit": (i32, [ptr, i32, i32]),
         "kvl_lengths": (i32, [ptr, i32, i32, ints]),
@@ -157,6 +166,7 @@ def _declare(lib: Any) -> None:
         "kvl_roll": (i32, [ptr, i32]),
         "kvl_truncate": (i32, [ptr, i32, i32]),
         "kvl_get_stats": (i32, [ptr, ctypes.POINTER(KvlStats)]),
+        "kvl_get_breakdown": (i32, [ptr, ctypes.c_bool, ctypes.POINTER(KvlBreakdown)]),
         "kvl_get_seq_stats": (i32, [ptr, i32, ctypes.POINTER(KvlSeqStats)]),
         "kvl_trim": (i32, [ptr]),
         "kvl_reset_peak": (i32, [ptr]),
@@ -195,6 +205,7 @@ class Native:
             "kvl_stats": KvlStats,
             "kvl_seq_stats": KvlSeqStats,
             "kvl_layer_info": KvlLayerInfo,
+            "kvl_breakdown": KvlBreakdown,
             "llama_context_params": self.llama.llama_context_params,
             "llama_model_params": self.llama.llama_model_params,
             "llama_batch": self.llama.llama_batch,

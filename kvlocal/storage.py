@@ -153,7 +153,7 @@ class Storage:
             return budget.tokens(n_seen, each, policy.min_budget, page_slots=2 * PAGE_SLOTS)
         return budget.tokens(n_seen, each, policy.min_budget)
 
-    def check(self, budget: Budget, cache: PagedCache, policy: Policy, n_ctx: int, memory_bytes: int) -> None:
+    def check(self, budget: Budget, cache: PagedCache, policy: Policy, n_ctx: int, memory_bytes: int | None) -> None:
         """Refuses a budget that cannot be, as :meth:`Budget.check` does, with what this storage needs."""
         self.tokens(budget, n_ctx, cache, policy)
         budget.check(policy.min_budget, n_ctx, self.bytes_per_token(cache), memory_bytes)

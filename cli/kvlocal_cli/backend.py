@@ -40,8 +40,8 @@ def versions() -> tuple[str, dict[str, Any]]:
     return __version__, build_info()
 
 
-def engine_config(settings: Settings, screen: Screen) -> EngineConfig:
-    """What an engine is made of; a download is shown on `screen`."""
+def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> EngineConfig:
+    """The settings as the engine takes them; the model is fetched if need be, its download shown on `screen`."""
     from kvlocal.budget import Budget
     from kvlocal.config import EngineConfig
     from kvlocal.models import resolve_model
@@ -67,6 +67,7 @@ def engine_config(settings: Settings, screen: Screen) -> EngineConfig:
         guide=settings.guide,
         storage=Storage.parse(settings.storage, tail=settings.storage_tail),
         evict_every=settings.evict_every,
+        n_seq_max=n_seq_max,
     )
 
 
@@ -146,6 +147,20 @@ def open_batch(
     with engine:
         cache = None if prompt_cache is None else Path(prompt_cache).expanduser()
         yield Batch(engine, prompt, n_predict, sampling, cache)
+
+
+def plan_run(
+    settings: Settings, *, n_prompt: int, n_generate: int | None, parallel: int, memory: int | None, screen: Screen
+) -> dict[str, Any]:
+    """What a run will take (`kvlocal.plan.Plan`); `memory`: bytes to plan for, None for what this machine has free."""
+    from kvlocal.plan import Planner
+
+    config = engine_config(settings, screen, parallel)
+    with (
+        screen.status(f"Planning with {config.model.name}"),
+        Planner(config.model, n_gpu_layers=config.n_gpu_layers, free_bytes=memory) as planner,
+    ):
+        return planner.plan(config, n_prompt, -1 if n_generate is None else n_generate).as_dict()
 
 
 def new_chat(engine: Engine, system: str | None) -> Chat:

@@ -22,6 +22,7 @@ from .doctor import doctor
 from .eval import evaluate
 from .models import models
 from .options import GroupedCommand
+from .plan import plan
 from .policies import policies
 from .pull import pull
 from .run import run
@@ -121,5 +122,8 @@ def main(ctx: click.Context, config: Path | None) -> None:
         ctx.default_map = file.default_map()
 
 
-for command in (run, chat, batch, bench, evaluate, policies, pull, models, config, completion, doctor, demo):
+for command in (
+    *(run, chat, batch, plan, bench, evaluate),
+    *(policies, pull, models, config, completion, doctor, demo),
+):
     main.add_command(command)

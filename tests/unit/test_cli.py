@@ -52,7 +52,10 @@ def test_one_storage_is_chosen_of_those_there_are() -> None:
     assert "There is no storage 'q5'" in call("run", "--kv", "q5", "-p", "hi").stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "bench", "eval", "policies", "pull", "models", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "chat", "batch", "plan", "bench", "eval", "policies", "pull", "models", "doctor", "demo"],
+)
 def test_the_overview_has_every_command_in_full(command: str) -> None:
     line = next(line for line in call("--help").stdout.splitlines() if line.startswith(f"  {command} "))
     assert line.endswith(".") and not line.endswith("...")

@@ -96,6 +96,14 @@ typedef struct kvl_layer_info {
     float kq_scale;    // what attention logits are multiplied with
 } kvl_layer_info;
 
+// What a context takes of main memory, or of accelerators, bytes.
+typedef struct kvl_breakdown {
+    uint64_t model_bytes;   // weights
+    uint64_t context_bytes; // cache and window queries: pages in main memory as far as they are taken, else all
+    uint64_t compute_bytes; // buffers of the graph
+    uint64_t free_bytes;    // of accelerators, as their backends say; 0 of main memory: the system knows better
+} kvl_breakdown;
+
 // Called after a decode step has been computed: it still saw everything. Non-zero: failure.
 typedef int32_t (*kvl_evict_hook)(struct llama_context * ctx, llama_seq_id seq, int32_t event, void * user);
 
@@ -122,6 +130,10 @@ LLAMA_API int32_t kvl_get_layer(const struct llama_context * ctx, int32_t layer,
 // llama_decode, then the evict hook: with `event` for every sequence of the batch, or with KVL_EVENT_LIMIT for those
 // past their limit. Returns llama_decode's code when that is not 0, else a kvl_status.
 LLAMA_API int32_t kvl_decode(struct llama_context * ctx, struct llama_batch batch, int32_t event);
+// What llama_decode does to the cache, without computing anything, for a model that was loaded with no_alloc: cells or
+// pages are taken, and hold nothing. kvl_decode does the same of such a model, and calls the hook. Over a stock context
+// as well. Returns llama_decode's codes or a kvl_status.
+LLAMA_API int32_t kvl_append(struct llama_context * ctx, struct llama_batch batch);
 LLAMA_API int32_t kvl_set_evict_hook(struct llama_context * ctx, kvl_evict_hook hook, void * user);
 // Slots per head, on average, past which the hook is called with KVL_EVENT_LIMIT (0: never).
 LLAMA_API int32_t kvl_set_limit(struct llama_context * ctx, llama_seq_id seq, int32_t n_slots);
@@ -198,6 +210,9 @@ LLAMA_API int32_t kvl_truncate(struct llama_context * ctx, llama_seq_id seq, lla
 
 // Also over a stock context: allocated, reserved and peak are its buffers, used the share of its tokens.
 LLAMA_API int32_t kvl_get_stats(const struct llama_context * ctx, kvl_stats * out);
+// Of main memory, or of all accelerators together; what it would be, if the model was loaded with no_alloc. Also over a
+// stock context.
+LLAMA_API int32_t kvl_get_breakdown(const struct llama_context * ctx, bool on_device, kvl_breakdown * out);
 LLAMA_API int32_t kvl_get_seq_stats(const struct llama_context * ctx, llama_seq_id seq, kvl_seq_stats * out);
 // Give the scratch memory of an eviction back to the operating system too: the allocator would hold on to it.
 LLAMA_API int32_t kvl_trim(struct llama_context * ctx);

@@ -18,6 +18,8 @@ int32_t fail(kvl_status status, const std::string & what);
 llama_kv_paged * memory_of(const llama_context * ctx);
 llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq);
 llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq, int32_t layer);
+// likewise, and what it holds can be read: the model has its weights
+llama_kv_paged * contents_of(const llama_context * ctx, llama_seq_id seq, int32_t layer);
 
 // Runs f and turns an exception (no memory, say) into a status.
 template <typename F> int32_t guarded(F && f) {

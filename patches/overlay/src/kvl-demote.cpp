@@ -242,7 +242,7 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
         reserve(pool, heads[h], format, moves[h]);
     }
     note_peak();
-    kvl_parallel_for(int(heads.size()), n_threads, [&](int h) {
+    kvl_parallel_for(no_alloc() ? 0 : int(heads.size()), n_threads, [&](int h) {
         encode_slots(seq_id, layer_id, uint32_t(h), pool, moves[size_t(h)]);
     });
     for (uint32_t h = 0; h < heads.size(); h++) {

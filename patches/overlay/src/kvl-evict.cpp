@@ -223,7 +223,7 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     to.mu = from.mu;
     to.window = from.window;
     to.n_seen = from.n_seen;
-    if (params.n_window > 0) {
+    if (params.n_window > 0 && !no_alloc()) {
         std::vector<uint8_t> tmp;
         for (const kvl_layer & layer : layers) {
             const size_t size = layer.queries->nb[1] * size_t(params.n_window);

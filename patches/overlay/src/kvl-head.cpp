@@ -1,5 +1,6 @@
 // One head: where its slots are and which of them are holes; and the memory's accounting, which counts them.
 
+#include "llama-hparams.h"
 #include "llama-kv-paged.h"
 
 #include <algorithm>
@@ -61,6 +62,10 @@ uint64_t llama_kv_paged::allocated_bytes() const {
 
 void llama_kv_paged::note_peak() {
     peak_bytes = std::max(peak_bytes, allocated_bytes());
+}
+
+bool llama_kv_paged::no_alloc() const {
+    return hparams.no_alloc;
 }
 
 bool llama_kv_paged::all_host() const {

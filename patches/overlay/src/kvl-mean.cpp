@@ -45,6 +45,9 @@ int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos
                 continue;
             }
             counts[size_t(h)]++;
+            if (no_alloc()) {
+                continue;
+            }
             read_slot(seq_id, layer_id, uint32_t(h), slot, key, nullptr);
             for (uint32_t c = 0; c < d_k; c++) {
                 sum[c] += key[c];

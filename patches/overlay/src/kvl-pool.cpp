@@ -28,8 +28,12 @@ static size_t os_page_size() {
 #endif
 }
 
-kvl_region::kvl_region(ggml_backend_buffer_type_t buft, size_t size) {
-    host = ggml_backend_buft_is_host(buft);
+kvl_region::kvl_region(ggml_backend_buffer_type_t buft, size_t size, bool no_alloc)
+    : host(ggml_backend_buft_is_host(buft)), no_alloc(no_alloc) {
+    if (no_alloc) {
+        buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+        return;
+    }
 #ifdef KVL_HAVE_MMAP
     if (host) {
         mapped = size + os_page_size();
@@ -61,6 +65,10 @@ kvl_region::~kvl_region() {
 }
 
 bool kvl_region::place(ggml_tensor * t, size_t offset) {
+    if (no_alloc) {
+        t->buffer = buf.get(); // the scheduler then does not ask for memory
+        return true;
+    }
     char * addr = static_cast<char *>(ggml_backend_buffer_get_base(buf.get())) + offset;
     return ggml_backend_tensor_alloc(buf.get(), t, addr) == GGML_STATUS_SUCCESS;
 }
@@ -91,12 +99,12 @@ void kvl_region::give_back(size_t begin, size_t end) {
 //
 
 kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row,
-                   kvl_row v_row)
+                   kvl_row v_row, bool no_alloc)
     : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row),
       n_together(std::max<uint32_t>(uint32_t(kvl_row_slots(k_row)) / KVL_PAGE_SLOTS, 1)), buft(buft),
       n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0),
-      k_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k))),
-      v_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v))) {
+      k_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k)), no_alloc),
+      v_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v)), no_alloc) {
     ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
     ctx.reset(ggml_init(params));
     if (!ctx) {
@@ -190,6 +198,9 @@ void kvl_pool::trim() {
 }
 
 void kvl_pool::move_rows(uint64_t dst, uint64_t src, uint32_t n) {
+    if (!k->data) {
+        return; // no_alloc
+    }
     std::vector<uint8_t> tmp;
     for (ggml_tensor * t : {k, v}) {
         const size_t row = t->nb[1];

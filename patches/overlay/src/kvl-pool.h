@@ -11,10 +11,11 @@
 #include <vector>
 
 // Memory for one tensor set: on the CPU an address range that the system commits on first touch and takes back page by
-// page; elsewhere a plain buffer of the device.
+// page; elsewhere a plain buffer of the device. With no_alloc, as llama.cpp means it: an empty buffer, and tensors that
+// have no data.
 class kvl_region {
   public:
-    kvl_region(ggml_backend_buffer_type_t buft, size_t size);
+    kvl_region(ggml_backend_buffer_type_t buft, size_t size, bool no_alloc);
     ~kvl_region();
 
     kvl_region(const kvl_region &) = delete;
@@ -32,6 +33,7 @@ class kvl_region {
     void * base = nullptr; // mapped range, nullptr for a plain buffer
     size_t mapped = 0;
     bool host = false;
+    bool no_alloc = false;
     ggml_backend_buffer_ptr buf;
 };
 
@@ -39,8 +41,9 @@ class kvl_pool {
   public:
     static constexpr uint32_t NONE = UINT32_MAX;
 
+    // no_alloc: pages are counted, but hold nothing
     kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row = KVL_ROW_F16,
-             kvl_row v_row = KVL_ROW_F16);
+             kvl_row v_row = KVL_ROW_F16, bool no_alloc = false);
 
     bool matches(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v) const;
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint32_t layer_id, int64_t n, float * x,
                            const int32_t * pos) {
@@ -90,7 +91,7 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
         kvl_pool & pool = *kv.layers[l].pool;
         for (kvl_head & head : heads_of[l]) {
             // the sinks stay where they are
-            uint32_t first = 0;
+            uint32_t first = kv.no_alloc() ? n : 0;
             while (first < n && head.pos[first] == llama_pos(first)) {
                 first++;
             }
@@ -123,9 +124,7 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
             pages([&](uint64_t row, uint32_t step, const float * from) {
                 pool.write_keys(row, step, from);
             });
-            for (uint32_t i = first; i < n; i++) {
-                head.pos[i] = llama_pos(i);
-            }
+            std::iota(head.pos.begin(), head.pos.end(), 0);
         }
     }
     kv.seqs[seq_id].n_seen = llama_pos(n);

@@ -58,7 +58,7 @@ int32_t kvl_slot_pages(const llama_context * ctx, llama_seq_id seq, int32_t laye
 
 int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, int32_t rms,
                           float * out, int64_t stride) {
-    auto * kv = memory_of(ctx, seq, layer);
+    auto * kv = contents_of(ctx, seq, layer);
     if (!kv || !out) {
         return KVL_ERR_ARGUMENT;
     }
@@ -144,7 +144,7 @@ int32_t kvl_write_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, con
 }
 
 int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k, float * v) {
-    auto * kv = memory_of(ctx, seq, layer);
+    auto * kv = contents_of(ctx, seq, layer);
     if (!kv) {
         return KVL_ERR_ARGUMENT;
     }
@@ -170,7 +170,7 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
 }
 
 int32_t kvl_value_norms(llama_context * ctx, llama_seq_id seq, int32_t layer, float * out) {
-    auto * kv = memory_of(ctx, seq, layer);
+    auto * kv = contents_of(ctx, seq, layer);
     if (!kv || !out) {
         return KVL_ERR_ARGUMENT;
     }
@@ -182,7 +182,7 @@ int32_t kvl_value_norms(llama_context * ctx, llama_seq_id seq, int32_t layer, fl
 }
 
 int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * q) {
-    auto * kv = memory_of(ctx, seq, layer);
+    auto * kv = contents_of(ctx, seq, layer);
     if (!kv || !q || n_queries < 0) {
         return KVL_ERR_ARGUMENT;
     }
@@ -204,7 +204,7 @@ int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, i
 }
 
 int32_t kvl_rotate(llama_context * ctx, int32_t layer, int32_t n, float * x, const int32_t * pos) {
-    auto * kv = memory_of(ctx, 0, layer);
+    auto * kv = contents_of(ctx, 0, layer);
     if (!kv || n < 0 || (n > 0 && (!x || !pos))) {
         return KVL_ERR_ARGUMENT;
     }

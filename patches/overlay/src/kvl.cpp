@@ -57,6 +57,15 @@ llama_kv_paged * kvl_api::memory_of(const llama_context * ctx, llama_seq_id seq,
     return kv;
 }
 
+llama_kv_paged * kvl_api::contents_of(const llama_context * ctx, llama_seq_id seq, int32_t layer) {
+    auto * kv = memory_of(ctx, seq, layer);
+    if (kv && kv->no_alloc()) {
+        kvl_set_error("the model was loaded without its weights, so that the cache only counts what it would hold");
+        return nullptr;
+    }
+    return kv;
+}
+
 int32_t kvl_abi_version(void) {
     return KVL_ABI_VERSION;
 }
@@ -78,6 +87,7 @@ size_t kvl_struct_size(const char * name) {
     KVL_SIZE(kvl_stats)
     KVL_SIZE(kvl_seq_stats)
     KVL_SIZE(kvl_layer_info)
+    KVL_SIZE(kvl_breakdown)
     KVL_SIZE(llama_context_params)
     KVL_SIZE(llama_model_params)
     KVL_SIZE(llama_batch)
@@ -202,7 +212,7 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch, int32_t event) {
     }
     kvl_set_error("");
     const int32_t rc = guarded([&] {
-        return llama_decode(ctx, batch);
+        return kv->no_alloc() ? kvl_append(ctx, batch) : llama_decode(ctx, batch);
     });
     if (rc != 0 || !kv->hook) {
         return rc;

@@ -70,7 +70,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
             if (const std::string why = wanted ? kvl_block_refusal(k_row, v_row, s.d_k, s.d_v) : ""; !why.empty()) {
                 throw std::runtime_error(why);
             }
-            pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row)
+            pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row,
+                                                                hparams.no_alloc)
                                    : nullptr);
         }
     }
@@ -92,7 +93,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         if (params.n_window > 0) {
             layer.queries = ggml_new_tensor_2d(query_ctx.get(), GGML_TYPE_F32, layer.pool->d_k * layer.n_head,
                                                int64_t(params.n_window) * int64_t(seqs.size()));
-            query_mem.push_back(std::make_unique<kvl_region>(layer.pool->type(), ggml_nbytes(layer.queries)));
+            query_mem.push_back(
+                std::make_unique<kvl_region>(layer.pool->type(), ggml_nbytes(layer.queries), hparams.no_alloc));
             if (!query_mem.back()->place(layer.queries, 0)) {
                 throw std::runtime_error("cannot place the window queries");
             }

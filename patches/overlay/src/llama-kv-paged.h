@@ -168,6 +168,8 @@ class llama_kv_paged : public llama_memory_i {
     bool valid_seq(llama_seq_id seq) const { return seq >= 0 && size_t(seq) < seqs.size(); }
     int32_t find_layer(int32_t il) const { return il < int32_t(layer_of.size()) ? layer_of[il] : -1; }
     bool all_host() const;
+    // the model was loaded without its weights: pages are counted, but hold nothing
+    bool no_alloc() const;
     bool fused() const { return attn.compute != nullptr; }
     bool has_mass() const { return mass_kind != KVL_MASS_NONE; }
     kvl_mass mass() const { return mass_kind; }

@@ -1,0 +1,132 @@
+"""`kvlocal plan`: what a run will take, before it takes it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from kvlocal.errors import UsageError
+
+from . import backend
+from .options import (
+    DEFAULT_POLICY,
+    STORED_POLICY,
+    GroupedCommand,
+    Settings,
+    Whole,
+    count,
+    engine_options,
+    option,
+)
+
+_FLAGS = {
+    "n_ctx": "-c",
+    "budget": "--budget",
+    "storage": "--kv",
+    "storage_tail": "--kv-tail",
+    "prefill": "--prefill",
+    "chunk": "--chunk",
+    "guide": "--guide",
+    "evict_every": "--evict-every",
+    "n_batch": "-b",
+    "n_ubatch": "-ub",
+    "n_threads": "-t",
+    "n_gpu_layers": "-ngl",
+}
+
+
+@click.command(cls=GroupedCommand)
+@count("Run", "--prompt", "n_prompt", default=0, minimum=0, help="Tokens of the prompt; 0: what the context holds.")
+@option(
+    "Run",
+    "--generate",
+    "n_generate",
+    type=Whole(min=0),
+    metavar="N",
+    help="Tokens of the answer.  [default: 512, or a quarter of the context if that is less]",
+)
+@count("Run", "--parallel", default=1, minimum=1, help="Sequences that do so in one cache, each with its own context.")
+@engine_options
+@option("Run", "--memory", metavar="SIZE", help="Plan for a machine that has so much memory free, such as 16GiB.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    settings: Settings,
+    n_prompt: int,
+    n_generate: int | None,
+    parallel: int,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Say what a run will take, before anything is allocated.
+
+    The model's file is read but for its weights, and the run is rehearsed: the cache takes the pages that the run would
+    take, the policy evicts by made-up scores, and nothing is computed. Weights, cache and buffers are what the library
+    itself counts.
+
+    Memory counts as what is available now: this process already has what the program takes beside these. Not in the
+    total is what an eviction takes for a moment, up to 64 MiB and the scores of one layer.
+
+    The exit code is 0 if the run fits, and 1 if it does not; then options follow with which it would.
+
+    \b
+    kvlocal plan -c 8192 --policy full
+    kvlocal plan model.gguf -c 32768 --policy ladder --budget 2048 --prefill chunked
+    kvlocal plan model.gguf -c 4096 --kv q4 --parallel 8 --memory 16GiB --json
+    """
+    from .render import Screen, out
+    from .render_plan import plan_view
+
+    figures = backend.plan_run(
+        settings,
+        n_prompt=n_prompt,
+        n_generate=n_generate,
+        parallel=parallel,
+        memory=None if memory is None else memory_bytes(memory),
+        screen=Screen(),
+    )
+    changes = figures.pop("suggestion")
+    command = suggested(settings, changes, figures, parallel) if changes else None
+    if as_json:
+        click.echo(json.dumps({**figures, "suggestion": command}, ensure_ascii=False, allow_nan=False))
+    else:
+        out(*plan_view(figures, helps=command is not None))
+        if command is not None:
+            click.echo(command)  # whole, however wide the terminal is
+    if not figures["fits"]:
+        raise click.exceptions.Exit(1)
+
+
+def suggested(settings: Settings, changes: Mapping[str, Any], figures: Mapping[str, Any], parallel: int) -> str:
+    """The command line that changes this much; several sequences can only be planned."""
+    if "policy" in changes and changes["policy"] != settings.policy:
+        settings = replace(settings, policy_args={})
+    settings = replace(settings, **changes)
+    words = ["kvlocal", "run" if parallel == 1 else "plan", *([settings.model] if settings.model else [])]
+    default = DEFAULT_POLICY if settings.storage == "f16" else STORED_POLICY
+    if settings.policy != default:
+        words += ["--policy", settings.policy]
+    for name, value in settings.policy_args.items():
+        words += ["--policy-arg", f"{name}={value}"]
+    plain = Settings()
+    for name, flag in _FLAGS.items():
+        if getattr(settings, name) != getattr(plain, name):
+            words += [flag, str(getattr(settings, name))]
+    if parallel > 1:
+        words += ["--prompt", str(figures["n_prompt"]), "--generate", str(figures["n_generate"])]
+        words += ["--parallel", str(parallel)]
+    return shlex.join(words)
+
+
+def memory_bytes(text: str) -> int:
+    """What --memory says, in bytes."""
+    from kvlocal.budget import Budget
+
+    budget = Budget.parse(text)
+    if budget.unit != "bytes":
+        raise UsageError(f"--memory '{text}' is not a size: give bytes, such as 16GiB or 800MB.")
+    return int(budget.value)

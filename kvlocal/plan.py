@@ -1,0 +1,310 @@
+"""What a run will take, before anything is allocated: weights, cache and buffers from the library's own accounts.
+
+Nothing is computed from formulas: a model without weights says what it would allocate, and a :class:`Rehearsal` of the
+run takes the pages that the run would take. Only scores are made up, so that which token of which head stays, and with
+it the waste in part-filled pages, is that of some text, not of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kvlocal.budget import Budget
+from kvlocal.config import EngineConfig
+from kvlocal.errors import KVError, UsageError
+from kvlocal.model import Model
+from kvlocal.policies import make_policy
+from kvlocal.rehearsal import Rehearsal
+from kvlocal.storage import STORAGES, Storage
+
+STEP = 256
+"""Contexts are suggested in multiples of so many tokens."""
+
+_BUDGETS = (2048, 1024, 512, 256)
+_MAX_TRIES = 8
+
+Options = dict[str, Any]
+"""Settings of a command by the names they have in :class:`EngineConfig`, the policy by its own name, the budget and the
+storage as they are written."""
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """Bytes: what a full f16 cache would take for all tokens, what is in use at the end, the most that is ever taken;
+    the window queries that a policy remembers (f32); page tables, positions and accumulated mass at their most."""
+
+    full_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    query_bytes: int
+    table_bytes: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run takes.
+
+    Attributes:
+        weights_bytes, compute_bytes: wherever they lie.
+        total_bytes: of main memory: weights, the cache at its peak with its queries and tables, compute buffers.
+        device_bytes: of accelerators, likewise.
+    """
+
+    weights_bytes: int
+    kv: KVPlan
+    compute_bytes: int
+    total_bytes: int
+    device_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, what it takes, and what would fit.
+
+    Attributes:
+        n_ctx: tokens of the context per sequence; n_prompt: of the prompt; n_generate: that follow it.
+        parallel: sequences that do so in one cache.
+        free_bytes: main memory that there is for it; device_free_bytes: of accelerators.
+        max_context: by storage, the largest context that fits when a prompt fills it, tokens, at most what the model
+            was trained for (or what was asked for); 0: none fits; ``None``: the storage cannot serve this model or
+            policy. A policy that chooses formats itself has one entry, under its own name.
+        suggestion: what to change so that it fits; empty if it does, or if nothing helps.
+    """
+
+    model: str
+    policy: str
+    budget: str
+    storage: str
+    prefill: str
+    n_ctx: int
+    n_prompt: int
+    n_generate: int
+    parallel: int
+    need: Need
+    free_bytes: int
+    device_free_bytes: int
+    fits: bool
+    max_context: dict[str, int | None] = field(default_factory=dict)
+    suggestion: Options = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that ``--json`` prints; what :class:`Need` holds stands beside the rest."""
+        out = asdict(self)
+        need = out.pop("need")
+        return need | out
+
+
+class Planner:
+    """Plans runs of one model, whose file is read but for its weights. Use as a context manager.
+
+    Args:
+        path: the GGUF file; of a split model the first part.
+        n_gpu_layers: layers on the accelerator.
+        free_bytes: main memory to plan for; ``None``: what is available now. This process already has what a run takes
+            beside weights, cache and buffers.
+
+    Raises:
+        KVError: the file is truncated or corrupted.
+    """
+
+    def __init__(self, path: Path, *, n_gpu_layers: int = 0, free_bytes: int | None = None) -> None:
+        self.model = Model(path, n_gpu_layers=n_gpu_layers, no_alloc=True)
+        self.free_bytes = int(psutil.virtual_memory().available) if free_bytes is None else free_bytes
+        self.device_free_bytes = 0
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.close()
+
+    def plan(self, config: EngineConfig, n_prompt: int = 0, n_generate: int = -1) -> Plan:
+        """Plan ``config.n_seq_max`` prompts of ``n_prompt`` tokens (0: all that the context has room for), each
+        followed by ``n_generate`` (-1: 512, or a quarter of the context if that is less).
+
+        Raises:
+            UsageError: the settings cannot be, or the prompt does not fit into the context.
+            KVError: the cache cannot be made.
+        """
+        config = replace(config, n_ctx=config.n_ctx or self.model.n_ctx_train)
+        n_generate = min(512, config.n_ctx // 4) if n_generate < 0 else n_generate
+        needed = n_prompt or 1
+        n_prompt = n_prompt or config.n_ctx - 1 - n_generate
+        if n_prompt < 1:
+            raise UsageError(
+                f"A context of {config.n_ctx} tokens has no room for a prompt and {n_generate} tokens after it; use a "
+                "larger context (-c) or a smaller --generate."
+            )
+        need = self.need(config, n_prompt, n_generate)
+        fits = self.fits(need)
+        max_context = self.max_contexts(config, n_generate)
+        return Plan(
+            model=self.model.name,
+            policy=config.policy.name,
+            budget=str(config.budget),
+            storage=config.storage.name,
+            prefill=config.prefill,
+            n_ctx=config.n_ctx,
+            n_prompt=n_prompt,
+            n_generate=n_generate,
+            parallel=config.n_seq_max,
+            need=need,
+            free_bytes=self.free_bytes,
+            device_free_bytes=self.device_free_bytes,
+            fits=fits,
+            max_context=max_context,
+            suggestion={} if fits else self._suggest(config, n_prompt, n_generate, needed, max_context),
+        )
+
+    def fits(self, need: Need) -> bool:
+        return self._left(need) >= 0
+
+    def _left(self, need: Need) -> int:
+        """Bytes to spare, of whatever is shortest."""
+        left = self.free_bytes - need.total_bytes
+        return min(left, self.device_free_bytes - need.device_bytes) if need.device_bytes else left
+
+    def need(self, config: EngineConfig, n_prompt: int, n_generate: int, *, to_peak: bool = False) -> Need:
+        """Bytes of one run, rehearsed; ``to_peak``: no further than to its peak, so that ``used_bytes`` is of then.
+
+        Raises:
+            UsageError: it cannot be.
+            KVError: its cache cannot hold that.
+        """
+        paged = config.policy.evicts or config.storage.demotes
+        # sequences share the cells of llama.cpp's own cache, and each has a context of its own in ours
+        config = config if paged else replace(config, n_ctx=config.n_ctx * config.n_seq_max)
+        with Rehearsal(config, self.model) as run:
+            n_played = run.enough(n_prompt)
+            run.play(n_played, n_generate, to_peak=to_peak)
+            kv, stats = run.report().kv, run.context.stats()
+            if run.cache is not None:
+                kv.full_bytes += run.cache.bytes_per_token * (n_prompt - n_played) * config.n_seq_max
+            main, device = run.context.breakdown(), run.context.breakdown(on_device=True)
+        self.device_free_bytes = int(device.free_bytes)
+        query_bytes = int(stats.query_bytes)
+        # what lies on an accelerator is allocated whole; the rest shrinks in proportion
+        on_device = min(device.context_bytes / (stats.reserved_bytes + query_bytes), 1)
+        cache = round((kv.peak_bytes + query_bytes) * (1 - on_device)) + run.peak_table_bytes
+        return Need(
+            weights_bytes=int(main.model_bytes + device.model_bytes),
+            kv=KVPlan(kv.full_bytes, kv.used_bytes, kv.peak_bytes, query_bytes, run.peak_table_bytes),
+            compute_bytes=int(main.compute_bytes + device.compute_bytes),
+            total_bytes=int(main.model_bytes + main.compute_bytes) + cache,
+            device_bytes=int(device.model_bytes + device.context_bytes + device.compute_bytes),
+        )
+
+    #
+    # what would fit
+    #
+
+    def max_contexts(self, config: EngineConfig, n_generate: int) -> dict[str, int | None]:
+        """See :class:`Plan`."""
+        if config.policy.formats:
+            return {config.policy.name: self.max_context(config, n_generate)}
+        out: dict[str, int | None] = {}
+        for name in STORAGES:
+            found = [n for n in out.values() if n]
+            out[name] = self.max_context(_stored(config, name), n_generate, found[-1] if found else 0)
+        return out
+
+    def max_context(self, config: EngineConfig, n_generate: int, near: int = 0) -> int | None:
+        """The largest context that fits when a prompt fills it, tokens; 0: none does; ``None``: it cannot be.
+
+        Runs are rehearsed, each as long as those before it say, their bytes taken to grow evenly. ``near``: a guess.
+        """
+        cap = max(self.model.n_ctx_train, config.n_ctx)
+        known: dict[int, int] = {}
+
+        def left(n_ctx: int) -> int:
+            need = self.need(replace(config, n_ctx=n_ctx), n_ctx - 1 - n_generate, n_generate, to_peak=True)
+            known[n_ctx] = self._left(need)
+            return known[n_ctx]
+
+        low = min(_least(config, n_generate), cap)
+        high, guess = cap + 1, min(near or 2 * low, cap)
+        try:
+            if left(low) < 0:
+                return 0
+            while low < guess < high and len(known) < _MAX_TRIES:
+                low, high = (guess, high) if left(guess) >= 0 else (low, guess)
+                guess = _next(known, low, high, cap)
+        except (UsageError, KVError):
+            return max((n_ctx for n_ctx, n_bytes in known.items() if n_bytes >= 0), default=None)
+        return low
+
+    def _suggest(
+        self, config: EngineConfig, n_prompt: int, n_generate: int, needed: int, max_context: dict[str, int | None]
+    ) -> Options:
+        """The first of :func:`alternatives` that fits, else a smaller context that has room for ``needed`` tokens of
+        the prompt."""
+        for options, other in alternatives(config, n_prompt + n_generate + 1):
+            try:
+                if self.fits(self.need(other, n_prompt, n_generate)):
+                    return options
+            except (UsageError, KVError):
+                continue
+        fitting = [(n, name) for name, n in max_context.items() if n and n > needed + n_generate]
+        if not fitting:
+            return {}
+        own = config.policy.name if config.policy.formats else config.storage.name
+        n_ctx, name = max(fitting, key=lambda each: (each[1] == own, each[0]))
+        return {"n_ctx": n_ctx} | ({} if name == own else {"storage": name})
+
+
+def alternatives(config: EngineConfig, n_tokens: int) -> Iterator[tuple[Options, EngineConfig]]:
+    """Runs that take less, the least change first: what changes, and the settings.
+
+    A smaller context while all tokens fit into it; chunks; a smaller budget, under the policy ladder if there was none.
+    ``n_tokens``: of a sequence.
+    """
+    n_ctx = -(-n_tokens // STEP) * STEP
+    if n_ctx < config.n_ctx:
+        yield {"n_ctx": n_ctx}, replace(config, n_ctx=n_ctx)
+    evicts = config.policy.evicts
+    chunked = replace(config, prefill="chunked")
+    if config.prefill != "chunked" and (evicts or config.storage.demotes):
+        yield {"prefill": "chunked"}, chunked
+    options: Options = {"prefill": "chunked"}
+    if not evicts:
+        options |= {"policy": "ladder", "storage": "f16"}
+        chunked = replace(chunked, policy=make_policy("ladder"), storage=Storage())
+    for n in _BUDGETS:
+        smaller = not (evicts and config.budget.unit == "tokens" and config.budget.value <= n)
+        if smaller and n >= chunked.policy.min_budget and n + config.chunk + config.guide <= config.n_ctx:
+            yield {"budget": str(n), **options}, replace(chunked, budget=Budget("tokens", n))
+
+
+def _stored(config: EngineConfig, name: str) -> EngineConfig:
+    if name == config.storage.name:
+        return config
+    return replace(config, storage=Storage(name, tail=config.storage.tail))
+
+
+def _least(config: EngineConfig, n_generate: int) -> int:
+    """A context as small as it can be, about."""
+    n = n_generate + 2
+    if config.prefill == "chunked":
+        budget = int(config.budget.value) if config.budget.unit == "tokens" else 0
+        n += max(budget, config.policy.min_budget) + config.chunk + config.guide
+    return -(-n // STEP) * STEP
+
+
+def _next(known: dict[int, int], low: int, high: int, cap: int) -> int:
+    """The context to try next: where nothing is left, on the line through two that are known; ``low`` when that is as
+    good as found.
+
+    ``known``: bytes left, by context; low: the largest known to fit; high: the smallest known not to, else cap + 1.
+    """
+    below = [n for n in sorted(known) if n <= low]
+    a, b = (low, high) if high <= cap else (below[-2], low)
+    slope = (known[a] - known[b]) / (b - a)
+    at = cap if slope <= 0 else int(a + known[a] / slope)
+    if at >= cap < high:
+        return cap
+    return max(low, at // STEP * STEP)
