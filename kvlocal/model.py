@@ -34,7 +34,7 @@ class Model:
             params.no_alloc = True
             params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE  # nothing to map
         self.native.log.clear()
-        self.handle: Any = self.llama.llama_model_load_from_file(str(path).encode(), params)
+        self.handle: Any = self.native.lib.kvl_load_model(str(path).encode(), params)
         if not self.handle:
             reason = next((line for line in self.native.log if "error" in line.lower()), "")
             detail = f" ({reason.split(': ', 1)[-1]})" if reason else ""

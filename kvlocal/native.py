@@ -137,6 +137,7 @@ def _declare(lib: Any) -> None:
         "kvl_default_params": (KvlParams, []),
         "kvl_model_check": (i32, [ptr]),
         "kvl_format_check": (i32, [ptr, i32]),
+        "kvl_load_model": (ptr, [ctypes.c_char_p, binding.llama_model_params]),
         "kvl_init_from_model": (ptr, [ptr, binding.llama_context_params, ctypes.POINTER(KvlParams)]),
         "kvl_is_paged": (ctypes.c_bool, [ptr]),
         "kvl_n_layer": (i32, [ptr]),

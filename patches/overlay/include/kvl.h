@@ -118,6 +118,9 @@ LLAMA_API kvl_params kvl_default_params(void);
 LLAMA_API int32_t kvl_model_check(const struct llama_model * model);
 // 0 if its keys and values can be stored in a kvl_format; else KVL_ERR_UNSUPPORTED, the reason in kvl_last_error().
 LLAMA_API int32_t kvl_format_check(const struct llama_model * model, int32_t format);
+// llama_model_load_from_file, but where a damaged file breaks what the loader takes for granted that is a failure too,
+// and not the end of the process. NULL on failure, the reason in llama.cpp's log or kvl_last_error().
+LLAMA_API struct llama_model * kvl_load_model(const char * path, struct llama_model_params params);
 // Like llama_init_from_model, with paged memory. NULL on failure.
 LLAMA_API struct llama_context * kvl_init_from_model(struct llama_model * model, struct llama_context_params params,
                                                      const kvl_params * kvl);
