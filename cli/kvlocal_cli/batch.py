@@ -12,7 +12,7 @@ import click
 
 from kvlocal.errors import UsageError
 
-from . import backend, prompt
+from . import backend, backend_batch, prompt
 from .options import (
     Callback,
     GroupedCommand,
@@ -114,10 +114,10 @@ def batch(
         if raw:
             raise UsageError("-sys needs the chat template; leave out --no-chat-template.")
     drawing = backend.new_sampling(sampling)
-    documents = backend.read_documents(inputs, Path(output), text=field, id=id_field, question=question_field)
-    documents = backend.with_question(documents, question or "", needed=needs_question)
+    documents = backend_batch.read_documents(inputs, Path(output), text=field, id=id_field, question=question_field)
+    documents = backend_batch.with_question(documents, question or "", needed=needs_question)
     with ExitStack() as stack:
-        results = stack.enter_context(backend.open_results(Path(output), resume))
+        results = stack.enter_context(backend_batch.open_results(Path(output), resume))
         waiting = [document for document in documents if document.id not in results.done]
         n_skipped = len(documents) - len(waiting)
         from .render import Screen
@@ -128,7 +128,7 @@ def batch(
         if not waiting:
             return
         work = stack.enter_context(
-            backend.open_batch(
+            backend_batch.open_batch(
                 settings, waiting, system, instruction, raw, n_predict, drawing, parallel, prompt_cache, screen
             )
         )

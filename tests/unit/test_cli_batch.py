@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import call, install, press_ctrl_c, sentence
-from kvlocal_cli import backend
+from kvlocal_cli import backend_batch
 
 from kvlocal.batch import Result, Step
 from kvlocal.documents import Document
@@ -65,7 +65,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
         found.batches.append(FakeBatch(arguments, found.fault))
         yield found.batch
 
-    monkeypatch.setattr(backend, "open_batch", open_batch)
+    monkeypatch.setattr(backend_batch, "open_batch", open_batch)
     monkeypatch.setattr("time.perf_counter", iter(range(10**9)).__next__)
     for name in ("a", "b", "c"):
         Path(f"{name}.txt").write_text(f"text {name}")

@@ -1,0 +1,78 @@
+"""What `kvlocal batch` needs of kvlocal, imported when it is called; see :mod:`kvlocal_cli.backend`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .backend import engine_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from kvlocal.batch import Batch
+    from kvlocal.documents import Document, Results
+    from kvlocal.sampling import Sampling
+
+    from .options import Settings
+    from .render import Screen
+
+
+def read_documents(inputs: Sequence[str], output: Path, *, text: str, id: str, question: str) -> list[Document]:
+    """The documents of a batch, not its `output`; `text`, `id` and `question` name fields of .jsonl files."""
+    from kvlocal.documents import Fields, read_documents
+
+    return read_documents(inputs, Fields(text, id, question), output)
+
+
+def with_question(documents: Sequence[Document], question: str, *, needed: bool) -> list[Document]:
+    """`question` for all that have none; where one is needed and missing, that is the document's fault."""
+    out = [replace(document, question=document.question or question) for document in documents]
+    if not needed:
+        return out
+    fault = "There is no question: give the line a field 'question', or --question TEXT."
+    return [d if d.question or d.fault else replace(d, fault=f"{d.source}: {fault}") for d in out]
+
+
+def open_results(path: Path, resume: bool) -> Results:
+    """The file that the results of a batch go to."""
+    from kvlocal.documents import Results
+
+    return Results(path, resume=resume)
+
+
+@contextmanager
+def open_batch(
+    settings: Settings,
+    documents: Sequence[Document],
+    system: str | None,
+    instruction: str,
+    raw: bool,
+    n_predict: int,
+    sampling: Sampling,
+    parallel: int,
+    prompt_cache: str | None,
+    screen: Screen,
+) -> Iterator[Batch]:
+    """An engine for as many documents at a time, and what works through them."""
+    from pathlib import Path
+
+    from kvlocal.batch import Batch, Prompt, batch_config
+    from kvlocal.engine import Engine
+    from kvlocal.model import Model
+
+    config = engine_config(settings, screen)
+    prompt = Prompt(system, instruction, raw)
+    with screen.status(f"Loading {config.model.name}"):
+        model = Model(config.model, n_gpu_layers=config.n_gpu_layers)
+        try:
+            config = batch_config(config, model, prompt, documents, n_predict, parallel)
+        except BaseException:
+            model.close()
+            raise
+        engine = Engine(config, model)
+    with engine:
+        cache = None if prompt_cache is None else Path(prompt_cache).expanduser()
+        yield Batch(engine, prompt, n_predict, sampling, cache)
