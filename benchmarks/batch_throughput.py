@@ -10,7 +10,7 @@ import json
 import time
 from typing import Any
 
-from common import model_path, parser, table, write_json
+from common import command, model_path, parser, table, write_json
 
 from kvlocal.batch import Batch, Prompt, Step, batch_config
 from kvlocal.budget import Budget
@@ -62,7 +62,7 @@ def measure(args: Any, documents: list[Document], policy: str, parallel: int) ->
 def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--articles", type=int, default=40)
-    p.add_argument("-n", type=int, default=128, help="tokens per answer")
+    p.add_argument("-n", type=int, default=96, help="tokens per answer")
     p.add_argument("--budget", default="256")
     p.add_argument("--parallel", default="1,4", help="how many at a time, comma-separated")
     args = p.parse_args()
@@ -74,28 +74,40 @@ def main() -> None:
         for parallel in map(int, args.parallel.split(",")):
             found.append(measure(args, documents, policy, parallel))
             print(time.strftime("%H:%M:%S"), policy, parallel, f"{found[-1]['seconds']:.0f} s", flush=True)
-    first = found[0]
-    print()
-    print(
-        table(
-            ["policy", "at a time", "s", "documents/h", "x", "writing, s", "x", "KV peak, MiB", "per document, MiB"],
+    result = {"command": command(p, args, "batch_throughput"), "articles": args.articles, "n": args.n, "rows": found}
+    print(f"\n{show(result)}")
+    write_json(args, result)
+
+
+def show(found: dict[str, Any]) -> str:
+    first = found["rows"][0]
+    return table(
+        [
+            "policy",
+            "at a time",
+            "s",
+            "documents/h",
+            "x",
+            "answers, s",
+            "x",
+            "KV peak, MiB",
+            "a document's at its end, MiB",
+        ],
+        [
             [
-                [
-                    row["policy"],
-                    row["parallel"],
-                    f"{row['seconds']:.0f}",
-                    f"{row['documents_per_hour']:.0f}",
-                    f"{row['documents_per_hour'] / first['documents_per_hour']:.2f}",
-                    f"{row['seconds'] - row['prefill_s']:.0f}",
-                    f"{(first['seconds'] - first['prefill_s']) / (row['seconds'] - row['prefill_s']):.2f}",
-                    f"{row['peak_bytes'] / 2**20:.1f}",
-                    f"{row['used_bytes_per_document'] / 2**20:.1f}",
-                ]
-                for row in found
-            ],
-        )
+                row["policy"],
+                row["parallel"],
+                f"{row['seconds']:.0f}",
+                f"{row['documents_per_hour']:.0f}",
+                f"{row['documents_per_hour'] / first['documents_per_hour']:.2f}",
+                f"{row['seconds'] - row['prefill_s']:.0f}",
+                f"{(first['seconds'] - first['prefill_s']) / (row['seconds'] - row['prefill_s']):.2f}",
+                f"{row['peak_bytes'] / 2**20:.1f}",
+                f"{row['used_bytes_per_document'] / 2**20:.1f}",
+            ]
+            for row in found["rows"]
+        ],
     )
-    write_json(args, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common import ROOT, model_path, parser, table, write_json
+from common import ROOT, command, model_path, parser, table, write_json
 
 from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
@@ -60,7 +60,7 @@ def main() -> None:
     p.add_argument("--tokens", dest="n_tokens", type=int, default=1000, help="tokens of the prompt")
     p.add_argument("--generate", dest="n_generate", type=int, default=40)
     args = p.parse_args()
-    rows, results = [], []
+    results = []
     for setting in SETTINGS:
         config = EngineConfig(
             model_path(args),
@@ -73,14 +73,24 @@ def main() -> None:
             storage=Storage.parse(setting.storage),
         )
         planned, real = plan(config, args.n_tokens, args.n_generate), run(config, args.n_tokens, args.n_generate)
-        results.append({**asdict(setting), "plan": planned, "real": real})
+        results.append({**asdict(setting), "label": setting.label, "plan": planned, "real": real})
+    found = {
+        "command": command(p, args, "plan_reality"),
+        "what": f"A prompt of {args.n_tokens} tokens, {args.n_generate} generated, a context of {args.n_ctx}; MiB.",
+        "rows": results,
+    }
+    print(show(found))
+    write_json(args, found)
+
+
+def show(found: dict[str, Any]) -> str:
+    rows = []
+    for result in found["rows"]:
         for name in FIGURES:
-            difference = planned[name] / real[name] - 1
-            cells = [f"{planned[name] / MIB:.2f}", f"{real[name] / MIB:.2f}", f"{difference:+.2%}"]
-            rows.append([setting.label if name == FIGURES[0] else "", name, *cells])
-    print(f"A prompt of {args.n_tokens} tokens, {args.n_generate} generated, a context of {args.n_ctx}; MiB.\n")
-    print(table(["setting", "", "plan", "real", "difference"], rows))
-    write_json(args, results)
+            planned, real = result["plan"][name], result["real"][name]
+            cells = [f"{planned / MIB:.2f}", f"{real / MIB:.2f}", f"{planned / real - 1:+.2%}"]
+            rows.append([result["label"] if name == FIGURES[0] else "", name, *cells])
+    return found["what"] + "\n\n" + table(["setting", "", "plan", "real", "difference"], rows)
 
 
 def plan(config: EngineConfig, n_tokens: int, n_generate: int) -> dict[str, int]:

@@ -11,3 +11,7 @@ class UsageError(KVError, ValueError):
     """What was asked for cannot be done (exit code 2): one clear sentence with the numbers and what to do."""
 
     exit_code = 2
+
+
+class ContextFullError(UsageError):
+    """What was to be read has no room after what is already there."""

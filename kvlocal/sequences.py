@@ -12,7 +12,7 @@ from kvlocal import native
 from kvlocal.cache import PagedCache
 from kvlocal.config import EngineConfig, check_chunk
 from kvlocal.context import Context
-from kvlocal.errors import KVError, UsageError
+from kvlocal.errors import ContextFullError, KVError, UsageError
 from kvlocal.keeper import Keeper
 from kvlocal.model import Model
 from kvlocal.policies.base import Policy
@@ -147,7 +147,9 @@ class Sequences:
         else:
             hint = "use a larger context (-c), or a policy that evicts with --prefill chunked"
         before = f" after the {n_seen} already read" if n_seen else ""
-        raise UsageError(f"The prompt has {n} tokens, the context has room for {max(room - 1, 0)}{before}; {hint}.")
+        raise ContextFullError(
+            f"The prompt has {n} tokens, the context has room for {max(room - 1, 0)}{before}; {hint}."
+        )
 
     def _decode(self, tokens: Sequence[int], seq: int, *, outputs: Literal["last", "none"], event: int) -> None:
         self._hook_errors.clear()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvlocal.errors import KVError
+from kvlocal.errors import ContextFullError, KVError
 
 from . import backend, chat_commands, prompt
 from .options import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .render import Screen
 
 QUOTES = '"""'
+FULL = "Nothing is lost: /undo takes the last turn back, /clear starts anew; with /policy ladder the cache goes on."
 
 
 @click.command(cls=GroupedCommand)
@@ -172,6 +173,8 @@ class Conversation:
             if not self.interactive:
                 raise
             self.screen.line(f"Error: {error}", "red")
+            if isinstance(error, ContextFullError):
+                self.screen.line(FULL)
 
     def turn(self, text: str | None) -> None:
         """Ask, or with ``None`` answer the last question again; write the answer, show its figures."""

@@ -55,7 +55,8 @@ class Ladder(Policy):
     with the price at which the bytes meet the budget. Dropping a token of attention ``a`` moves a head's output by at
     most ``2 C a``, storing it with relative error ``e`` by at most ``C a e``, so one multiplier minimises the sum of
     these bounds. The last queries only estimate the attention to come: their pooling and the power are for that, and
-    the squares let a token stand out that a few of them, such as a question's, look at hard.
+    the squares let a token stand out that a few of them, such as a question's, look at hard. The pooling reaches about
+    a sentence: attention falls on a few words of a fact, and the fact is more than these.
     Pages hold one rung each, so slots compete by pages of 32: a head's slots in the order of ``w``, within what they
     are stored as now. Pages of sinks and window are f16; where these do not fill theirs, the best slots do.
 

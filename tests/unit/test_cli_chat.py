@@ -15,7 +15,7 @@ from kvlocal_cli import prompt
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from kvlocal.errors import KVError
+from kvlocal.errors import ContextFullError, KVError
 
 BANNER = "fake · context 4,096 · policy ladder, budget 2048 · /help lists the commands"
 COMMANDS = "/kv, /stats, /regen, /undo, /read, /system, /set, /policy, /budget, /save, /load, /clear, /help, /exit"
@@ -343,3 +343,13 @@ def test_the_transcript_grows_turn_by_turn(fake: Fake, tmp_path: Path) -> None:
     )
     result = piped("Which?\n", "--transcript", str(tmp_path / "none" / "said.md"))
     assert result.exit_code == 1 and result.stdout == ""
+
+
+def test_at_the_end_of_the_context_it_says_what_to_do(fake: Fake, typed: Callable[..., Result]) -> None:
+    fake.options = {"prefill_fault": fail(ContextFullError("The prompt has 9 tokens, the context has room for 3."))}
+    result = typed("Which?", "/help")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[1:3] == [
+        "Error: The prompt has 9 tokens, the context has room for 3.",
+        "Nothing is lost: /undo takes the last turn back, /clear starts anew; with /policy ladder the cache goes on.",
+    ]
