@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.files import replace_file
 from kvlocal.jsonl import parse_row
 
 try:
@@ -186,14 +185,7 @@ class Results:
             self._replace(b"".join(line + b"\n" for line in kept))
 
     def _replace(self, data: bytes) -> None:
-        """At once or not at all: whoever is killed here loses nothing."""
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, self.path.stat().st_mode)
-        os.replace(name, self.path)
+        replace_file(self.path, data)
         self._file.close()
         self._file = self.path.open("ab+", buffering=0)
         self._lock()

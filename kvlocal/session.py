@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from kvlocal import __version__, native
 from kvlocal.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
+from kvlocal.files import replace_file
 
 MAGIC = b"KVLSESS1"
 _SAMPLES = 16
@@ -92,24 +91,10 @@ def save(path: Path, engine: Engine, session: Session) -> int:
     text = json.dumps(header, ensure_ascii=False).encode()
     body = b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *parts.values()])
     try:
-        _replace(path, body + hashlib.sha256(body).digest())
+        replace_file(path, body + hashlib.sha256(body).digest())
     except OSError as error:
         raise KVError(f"The session cannot be written to {path}: {error.strerror or error}.") from error
     return len(body) + 32
-
-
-def _replace(path: Path, data: bytes) -> None:
-    # in the same directory: a replacement is atomic only within a file system. Readable by the owner only
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path, engine: Engine) -> Session:
