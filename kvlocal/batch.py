@@ -13,7 +13,7 @@ from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.documents import Document
 from kvlocal.engine import Engine, Mode
-from kvlocal.errors import KVError, UsageError
+from kvlocal.errors import EvictionError, KVError, UsageError
 from kvlocal.model import Model
 from kvlocal.sampling import Sampler, Sampling
 from kvlocal.session import prefill_cached
@@ -187,6 +187,7 @@ class Batch:
                     running.remove(work)
                     free.append(work.seq)
                     yield self._end(work)
+                    self._step(len(running))
                 if running:
                     self._decode(running)
         finally:
@@ -232,12 +233,16 @@ class Batch:
         """One token more for all of them."""
         try:
             self.engine.step({work.seq: work.token for work in running})
+        except EvictionError as error:
+            next(work for work in running if work.seq == error.seq).result.error = str(error)
         except KVError as error:
             for work in running:
                 work.result.error = str(error)
             return
         self._generated += len(running)
         for i, work in enumerate(running):
+            if work.over:
+                continue
             work.n += 1
             work.result.text += work.decoder.decode(self.engine.model.piece(work.token))
             self._choose(work, i)
@@ -254,7 +259,6 @@ class Batch:
             result.timing["decode_s"] = time.perf_counter() - work.first
             result.timing["total_s"] = time.perf_counter() - work.start
         self._close(work)
-        self._step(0)
         return result
 
     def _close(self, work: _Work) -> None:

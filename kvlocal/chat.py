@@ -58,6 +58,7 @@ class Chat:
         Raises:
             KVError: the conversation does not fit; it is as before the question.
         """
+        self._own()
         turn = _Turn(len(self.messages), len(self.engine.tokens[0]), self._in_cache)
         question = {"role": "user", "content": text}
         self._read([*self.messages, question], on_progress)
@@ -72,7 +73,9 @@ class Chat:
             UsageError: nothing was asked yet.
             KVError: the conversation had to be read again and does not fit.
         """
+        self._own()
         i = self._last_question()
+        answer = self.messages[i + 1 :]
         del self.messages[i + 1 :]
         turn = self._turns[-1] if self._turns else None
         if turn is not None and turn.logits is not None and self.engine.cut(turn.n_question):
@@ -81,7 +84,11 @@ class Chat:
             self._in_cache = turn.in_cache_question
         else:
             self.forget_cache()
-            self._read(self.messages, on_progress)
+            try:
+                self._read(self.messages, on_progress)
+            except BaseException:
+                self.messages += answer
+                raise
             self._turns = [self._mark(_Turn(i, 0, ""))]
         yield from self._answer(n_predict, sampling)
 
@@ -91,6 +98,7 @@ class Chat:
         Raises:
             UsageError: nothing was asked yet.
         """
+        self._own()
         i = self._last_question()
         question = self.messages[i]["content"]
         del self.messages[i:]
@@ -122,6 +130,7 @@ class Chat:
 
     def save(self, path: Path) -> int:
         """Write the conversation and its cache; see :func:`kvlocal.session.save`."""
+        self._own()
         return session.save(path, self.engine, session.Session(self.messages, self._in_cache))
 
     def load(self, path: Path) -> None:
@@ -133,6 +142,13 @@ class Chat:
                 self.forget_cache()
             raise
         self.messages, self._in_cache, self._turns = found.messages, found.in_cache, []
+        self.engine.owner = self
+
+    def _own(self) -> None:
+        """The cache may have been used for something else since the last turn; this conversation is read again then."""
+        if self.engine.owner is not self:
+            self.forget_cache()
+            self.engine.owner = self
 
     def _last_question(self) -> int:
         """Its index among the messages."""
@@ -161,7 +177,7 @@ class Chat:
                 self.reread |= self.engine.extend(tokens, on_progress=on_progress)
         except BaseException:  # Ctrl-C included
             if not self.engine.tokens[0]:
-                self._in_cache = ""  # rolled back to nothing: the next question reads it all again
+                self.forget_cache()  # rolled back to nothing: the next question reads it all again
             raise
         if self.reread:
             self._turns = []  # what they say of the cache is not so any more

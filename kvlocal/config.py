@@ -72,6 +72,11 @@ class EngineConfig:
             raise UsageError("A guide has no effect on an exact prefill; give --prefill chunked as well.")
         if self.guide and "scores" not in self.policy.needs:
             raise UsageError(f"Policy {self.policy.name} does not look at attention scores, so it cannot be guided.")
+        if self.policy.rolls and self.storage.demotes:
+            raise UsageError(
+                f"Policy {self.policy.name} renumbers what it keeps, which has to be stored in f16 for that; leave out "
+                f"the storage {self.storage.name}, or positions=rolled."
+            )
         if self.policy.formats and self.storage.demotes:
             raise UsageError(
                 f"Policy {self.policy.name} says itself how tokens are stored; leave out the storage "

@@ -258,7 +258,10 @@ class Context:
         """
         self._native.log.clear()
         buffer = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
-        if self._llama.llama_state_seq_set_data(self.handle, buffer, len(saved), seq) != len(saved):
+        n_read = self._llama.llama_state_seq_set_data(self.handle, buffer, len(saved), seq)
+        if n_read != len(saved):
+            if n_read:  # what is left over belongs to something else
+                self.truncate(seq, 0)
             raise KVError(f"The saved cache cannot be restored: {self._why()}.")
 
     def stats(self) -> KvlStats:

@@ -86,8 +86,13 @@ def _paths(inputs: Sequence[str], but: Path | None) -> Iterator[Path]:
             raise UsageError(f"There is no file '{name}', and no file matches it.")
 
 
+def _plain(text: str) -> str:
+    """Text that can be written: what is not Unicode (Python smuggles it in as surrogates) is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _text(path: Path) -> Document:
-    name = str(path)
+    name = _plain(str(path))
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").strip()
     except UnicodeDecodeError as error:
@@ -106,7 +111,7 @@ def _rows(path: Path, fields: Fields) -> Iterator[Document]:
     for number, data in enumerate(lines, start=1):
         if not data.strip():
             continue
-        source = f"{path}:{number}"
+        source = _plain(f"{path}:{number}")
         try:
             row = parse_row(f"{path}, line {number}", number, data).fields
         except UsageError as error:
@@ -124,8 +129,10 @@ def _rows(path: Path, fields: Fields) -> Iterator[Document]:
             )
         elif not isinstance(question, str):
             fault = f"{path}, line {number}: the field '{fields.question}' must be a string."
+        if fault is None and any(part != _plain(part) for part in (str(name), str(text), str(question))):
+            fault = f"{path}, line {number}: a field holds half a character (a surrogate), which is not Unicode."
         if fault:
-            yield Document(str(name), source, fault=fault)
+            yield Document(_plain(str(name)), source, fault=_plain(fault))
         else:
             yield Document(str(name), source, str(text).strip(), str(question).strip())
 
@@ -172,7 +179,7 @@ class Results:
         kept = []
         for number, line in enumerate(lines, start=1):
             row = parse_row(f"{self.path}, line {number}", number, line).fields
-            if not {"id", "text", "error"} <= row.keys():
+            if not {"id", "text", "error"} <= row.keys() or not isinstance(row["id"], str):
                 raise UsageError(f"{self.path}, line {number} is not a result of a batch; name another file with -o.")
             if row["error"] is None:
                 self.done.add(row["id"])

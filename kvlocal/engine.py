@@ -62,6 +62,7 @@ class Engine(Sequences):
             self.context.set_evict_hook(native.evict_hook(self._on_event, self._hook_errors))
 
     def _on_event(self, seq: int, event: int) -> None:
+        self._hook_seq = seq
         self.keeper.on_event(seq, event)
 
     def _unload(self) -> None:
@@ -130,7 +131,9 @@ class Engine(Sequences):
         config = replace(old, policy=policy or old.policy, budget=budget or old.budget)
         wanted = context_config(self.model, config, self.n_ctx)
         self._check(config)
-        if self.context.config.serves(wanted):
+        # slots that are renumbered must be f16, and as many in every head
+        renumbers = config.policy.rolls and not old.policy.rolls
+        if self.context.config.serves(wanted) and not renumbers:
             self.config = self.keeper.config = config
             for seq in range(config.n_seq_max):
                 self.keeper.watch(seq)

@@ -13,6 +13,7 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    path = path.resolve()  # of a link, what it points to
     mode = path.stat().st_mode if path.exists() else None
     # in the same directory: a replacement is atomic only within a file system
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)

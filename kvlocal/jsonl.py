@@ -95,7 +95,9 @@ def parse_row(place: str, line: int, data: bytes) -> Row:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{place}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
+        if not isinstance(error, json.JSONDecodeError):
+            raise UsageError(f"{place}: JSON that is nested or numbers that are too long ({error}).") from None
         raise UsageError(f"{place}: not JSON ({error.msg}, column {error.colno}); give one object per line.") from None
     if not isinstance(value, dict):
         raise UsageError(f"{place}: a JSON {type(value).__name__}, not an object; give one object per line.")

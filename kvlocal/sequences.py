@@ -12,7 +12,7 @@ from kvlocal import native
 from kvlocal.cache import PagedCache
 from kvlocal.config import EngineConfig, check_chunk
 from kvlocal.context import Context
-from kvlocal.errors import ContextFullError, KVError, UsageError
+from kvlocal.errors import ContextFullError, EvictionError, KVError, UsageError
 from kvlocal.keeper import Keeper
 from kvlocal.model import Model
 from kvlocal.policies.base import Policy
@@ -34,12 +34,14 @@ class Sequences:
     n_ctx: int
     timing: Timing
     _hook_errors: list[BaseException]
+    _hook_seq: int = 0  # the sequence of the last event
 
     def forget(self) -> None:
         """All sequences are empty, and nothing of them was measured."""
         for seq in range(self.config.n_seq_max):
             self.context.truncate(seq, 0)
         self.tokens: list[list[int]] = [[] for _ in range(self.config.n_seq_max)]  # all that was read, per sequence
+        self.owner: object = None  # whose text sequence 0 holds
         self.keeper.reset()
         self._kept_logits: np.ndarray | None = None  # instead of those of the last step
         self._has_logits = False  # of the last token of sequence 0
@@ -171,7 +173,7 @@ class Sequences:
             ``False`` if it did.
         """
         self._kept_logits, self._has_logits = None, False
-        possible = self.keeper.evicted_at(seq) <= n
+        possible = self.keeper.evicted_at(seq) <= n <= len(self.tokens[seq])
         if not possible:
             n = self.keeper.rolled[seq] = 0
         self.context.truncate(seq, n - self.keeper.rolled[seq])
@@ -265,7 +267,8 @@ class Sequences:
         The i-th of them has the i-th logits of the context afterwards.
 
         Raises:
-            KVError: the cache is full; or an eviction failed, after the tokens had entered the cache.
+            EvictionError: an eviction failed, after the step had been computed for all of them.
+            KVError: the cache is full.
         """
         self._hook_errors.clear()
         self._kept_logits, self._has_logits = None, False
@@ -276,6 +279,7 @@ class Sequences:
         except KVError:
             if not self._hook_errors:
                 raise
-            raise self._hook_errors[0] from None
         for seq, token in tokens.items():
             self.tokens[seq].append(token)
+        if self._hook_errors:
+            raise EvictionError(str(self._hook_errors[0]), self._hook_seq)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvlocal import __version__, native
+from kvlocal.config import context_config
 from kvlocal.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
@@ -31,11 +32,13 @@ class Session:
 
     Attributes:
         messages: the conversation, as :class:`kvlocal.chat.Chat` has it; empty for a prompt.
-        in_cache: template text that the cache has seen.
+        in_cache: template text that the cache has seen; empty without a cache, where all is to be read again.
+        budget: of the cache.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
     in_cache: str = ""
+    budget: str = ""
 
 
 def fingerprint(path: Path) -> str:
@@ -66,23 +69,27 @@ def settings(engine: Engine) -> dict[str, Any]:
 def save(path: Path, engine: Engine, session: Session) -> int:
     """Write sequence 0 of an engine; a file that is there is replaced at once or not at all. Returns bytes written.
 
+    Without a cache that could be used again only the conversation is written, which is then read again.
+
     Raises:
         UsageError: there is nothing to save.
         KVError: the cache or the file cannot be written.
     """
-    if not engine.tokens[0]:
-        raise UsageError("There is nothing to save yet: the cache is empty.")
-    logits = engine.last_logits()
-    parts = {
-        "tokens": np.array(engine.tokens[0], np.int32).tobytes(),
-        "logits": b"" if logits is None else logits.astype(np.float32).tobytes(),
-        "cache": engine.context.save(0),
-    }
+    if not engine.tokens[0] and not session.messages:
+        raise UsageError("There is nothing to save yet: nothing was read.")
+    # after a change of policy the cache may be one that nobody else would make for these settings
+    usual = engine.context.config == context_config(engine.model, engine.config, engine.n_ctx)
+    parts = {"tokens": b"", "logits": b"", "cache": b""}
+    if engine.tokens[0] and usual:
+        logits = engine.last_logits()
+        parts["tokens"] = np.array(engine.tokens[0], np.int32).tobytes()
+        parts["logits"] = b"" if logits is None else logits.astype(np.float32).tobytes()
+        parts["cache"] = engine.context.save(0)
+    session = replace(session, in_cache=session.in_cache if parts["cache"] else "", budget=str(engine.config.budget))
     header = {
         "version": __version__,
         "model_name": engine.model_name,
         "settings": settings(engine),
-        "budget": str(engine.config.budget),
         "rolled": engine.keeper.rolled[0],
         "evicted_at": engine.cache.evicted_at(0) if engine.cache is not None else 0,
         "session": asdict(session),
@@ -111,6 +118,9 @@ def load(path: Path, engine: Engine) -> Session:
         raise UsageError(
             f"{path} holds {len(tokens)} tokens, this context has room for {engine.n_max - 1}; use a larger one (-c)."
         )
+    if not parts["cache"]:
+        engine.release(0)
+        return Session(**header["session"])
     engine.restore(
         parts["cache"],
         tokens,
@@ -138,8 +148,8 @@ def prefill_cached(
     Raises:
         UsageError: the file is not a session, or of other settings. KVError: it is damaged.
     """
-    if path.exists():
-        load(path, engine)
+    if path.exists() and load(path, engine).budget != str(engine.config.budget):
+        engine.release(0)  # what another budget left is not what this one would
     had = list(engine.tokens[0])
     reread = engine.extend(tokens, on_progress=on_progress, mode=mode)
     if had != list(tokens):

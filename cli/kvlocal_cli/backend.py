@@ -82,11 +82,11 @@ def prefill_cached(
     name: str, engine: Engine, tokens: Sequence[int], on_progress: Callable[[int, int], None] | None
 ) -> int:
     """Read a prompt, but for what a prompt cache on disk has of it; how many tokens that is."""
-    from pathlib import Path
-
     from kvlocal.session import prefill_cached
 
-    return prefill_cached(Path(name).expanduser(), engine, tokens, on_progress=on_progress)
+    from .prompt import file_path
+
+    return prefill_cached(file_path(name), engine, tokens, on_progress=on_progress)
 
 
 def plan_run(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .backend import engine_config
+from .prompt import file_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,8 +58,6 @@ def open_batch(
     screen: Screen,
 ) -> Iterator[Batch]:
     """An engine for as many documents at a time, and what works through them."""
-    from pathlib import Path
-
     from kvlocal.batch import Batch, Prompt, batch_config
     from kvlocal.engine import Engine
     from kvlocal.model import Model
@@ -74,5 +73,5 @@ def open_batch(
             raise
         engine = Engine(config, model)
     with engine:
-        cache = None if prompt_cache is None else Path(prompt_cache).expanduser()
+        cache = None if prompt_cache is None else file_path(prompt_cache)
         yield Batch(engine, prompt, n_predict, sampling, cache)

@@ -12,7 +12,7 @@ import click
 
 from kvlocal.errors import UsageError
 
-from . import backend, backend_batch, prompt
+from . import backend, backend_batch, prompt, twins
 from .options import (
     Callback,
     GroupedCommand,
@@ -46,6 +46,10 @@ def task_options(command: Callback) -> Callback:
     @functools.wraps(command)
     def gather(**options: Any) -> Any:
         task, raw = options.pop("task"), options["raw"]
+        if twins.overruled("instruction", by="task"):
+            options["instruction"] = None
+        elif twins.overruled("task", by="instruction"):
+            task = None
         if task and options["instruction"]:
             raise UsageError("--task and --instruction both say what to do; give one of them.")
         options["instruction"] = TASKS[task] if task else options["instruction"] or ""
@@ -109,6 +113,8 @@ def batch(
     """
     from .render_batch import batch_bar, summary
 
+    if system is not None and raw and twins.overruled("system", by="raw"):
+        system = None
     if system is not None:
         prompt.check_text(system, "the text of -sys")
         if raw:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvlocal.errors import ContextFullError, KVError
+from kvlocal.errors import ContextFullError, KVError, UsageError
 
 from . import backend, chat_commands, prompt
 from .options import (
@@ -96,14 +96,20 @@ def keep_session(talk: Conversation, name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    path = Path(name).expanduser()
+    path = prompt.file_path(name)
+    if not path.parent.is_dir():
+        raise UsageError(f"There is no folder '{path.parent}' for the session {name}.")
+    system = talk.chat.system
     if path.exists():
         talk.chat.load(path)
         talk.screen.line(chat_commands.loaded(talk, name), "dim")
+        if system is not None and talk.chat.system != system:
+            talk.chat.set_system(system)
+    before = [dict(message) for message in talk.chat.messages]
     try:
         yield
     finally:
-        if talk.engine.tokens[0]:
+        if talk.chat.messages and talk.chat.messages != before:
             talk.chat.save(path)
 
 
@@ -111,7 +117,7 @@ class Transcript:
     """A Markdown file that what is said is appended to, turn by turn; nothing without a name."""
 
     def __init__(self, name: str | None) -> None:
-        self._path = None if name is None else Path(name).expanduser()
+        self._path = None if name is None else prompt.file_path(name)
         self._append("")  # says at once if it cannot be written
 
     def turn(self, question: str | None, answer: str) -> None:
@@ -175,6 +181,9 @@ class Conversation:
             self.screen.line(f"Error: {error}", "red")
             if isinstance(error, ContextFullError):
                 self.screen.line(FULL)
+                if self.pending:
+                    self.pending.clear()
+                    self.screen.line("What /read has put before the question is taken away again.")
 
     def turn(self, text: str | None) -> None:
         """Ask, or with ``None`` answer the last question again; write the answer, show its figures."""
@@ -184,7 +193,8 @@ class Conversation:
         if text is not None and self.pending:
             text = "\n\n".join([*self.pending, text])
         interrupted = self._ask(text, answer)
-        self.pending.clear()
+        if text is not None and (answer.started or not interrupted):
+            self.pending.clear()
         if answer.started or not interrupted:
             self.answered = True
             if self.chat.reread:

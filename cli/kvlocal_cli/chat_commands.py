@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvlocal.errors import UsageError
@@ -66,7 +66,7 @@ def _undo(talk: Conversation, _rest: str) -> None:
 
 def _read(talk: Conversation, rest: str) -> None:
     path = _argument(rest, "/read FILE")
-    text = prompt.read_file(path).strip()
+    text = prompt.read_file(str(prompt.file_path(path))).strip()
     if not text:
         raise UsageError(f"'{path}' is empty.")
     talk.pending.append(text)
@@ -96,7 +96,9 @@ def _set(talk: Conversation, rest: str) -> None:
     try:
         number = float(value)
     except ValueError:
-        raise UsageError(f"/set {name} takes a number, not '{value.strip()}'.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"/set {name} takes a number, not '{value.strip()}'.")
     if name == "n-predict":
         if number != int(number) or number < -1:
             raise UsageError(f"n-predict is {value.strip()}; it must be a whole number, -1 or more.")
@@ -113,7 +115,10 @@ def _policy(talk: Conversation, rest: str) -> None:
     if not rest:
         talk.screen.line(f"The policy is {talk.engine.policy.name}, the budget {talk.engine.config.budget}.")
         return
-    name, *pairs = shlex.split(rest)
+    try:
+        name, *pairs = shlex.split(rest)
+    except ValueError as error:
+        raise UsageError(f"/policy {rest}: {error}.") from None
     anew = backend.change_policy(talk.engine, name, pairs)
     _changed(talk, f"The policy is {name} from now on", anew)
 
@@ -138,12 +143,12 @@ def _save(talk: Conversation, rest: str) -> None:
     from .render import size
 
     path = _argument(rest, "/save FILE")
-    talk.screen.line(f"Saved: {path}, {size(talk.chat.save(Path(path).expanduser()))}.")
+    talk.screen.line(f"Saved: {path}, {size(talk.chat.save(prompt.file_path(path)))}.")
 
 
 def _load(talk: Conversation, rest: str) -> None:
     path = _argument(rest, "/load FILE")
-    talk.chat.load(Path(path).expanduser())
+    talk.chat.load(prompt.file_path(path))
     talk.screen.line(loaded(talk, path))
 
 

@@ -271,7 +271,7 @@ def inputs_options(command: Callback) -> Callback:
         if inputs and (inputs[0].startswith("hf:") or inputs[0].lower().endswith(".gguf")):
             first, *inputs = inputs
             for other in ("model", "hf"):
-                if twins.asked_for(other):
+                if click.get_current_context().get_parameter_source(other) is ParameterSource.COMMANDLINE:
                     raise UsageError(
                         f"two models are named, MODEL '{first}' and --{other} '{options[other]}'; give one."
                     )

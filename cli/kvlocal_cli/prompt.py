@@ -40,6 +40,14 @@ def read_file(path: str) -> str:
     return decode(data, f"'{path}'")
 
 
+def file_path(text: str) -> Path:
+    """A file as it was typed, `~` and all."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"'{text}' names the home of somebody who is not known here.") from None
+
+
 def read_stdin() -> str:
     """All of standard input."""
     return "" if sys.stdin is None else decode(sys.stdin.buffer.read(), "standard input")

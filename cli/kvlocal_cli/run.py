@@ -9,7 +9,7 @@ import click
 
 from kvlocal.errors import UsageError
 
-from . import backend, completers, prompt
+from . import backend, completers, prompt, twins
 from .options import (
     GroupedCommand,
     SamplingSettings,
@@ -78,6 +78,8 @@ def run(
     """
     from .render import Screen, figures
 
+    if system is not None and raw and twins.overruled("system", by="raw"):
+        system = None
     if system is not None:
         prompt.check_text(system, "the text of -sys")
         if raw:

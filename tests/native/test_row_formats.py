@@ -180,7 +180,9 @@ def as_stored(x: np.ndarray, rows: list[str], mu: np.ndarray | float = 0.0) -> n
 
 def random_pages(rng: np.random.Generator, n: int, d: int) -> list[tuple[str, str]]:
     """How the pages of ``n`` slots are stored: at most six kinds, groups of kivi whole."""
-    kinds = [*PAIRS, *KIVI] if d % 64 == 0 else [("f16", "f16"), ("q8", "q8"), ("q4", "q4")]
+    kinds = [*PAIRS, *KIVI]
+    if d % 64:
+        kinds = [kind for kind in kinds if kind[0] in ("f16", "q8", "q4") or "32" in kind[0]]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))[:6]]
     out: list[tuple[str, str]] = []
     while len(out) * PAGE_SLOTS < n:

@@ -131,15 +131,17 @@ def test_damage_is_refused_or_harmless(open_model: OpenModel, open_context: Open
     @settings(max_examples=200, deadline=None)
     def damage(data: st.DataObject) -> None:
         saved = bytearray(whole)
-        kind = data.draw(st.sampled_from(["flip", "word", "cut"]))
+        kind = data.draw(st.sampled_from(["flip", "word", "cut", "more"]))
         at = data.draw(st.integers(0, data.draw(st.sampled_from([n_tables, len(saved) - 1]))))
         if kind == "flip":
             saved[at] ^= 1 << data.draw(st.integers(0, 7))
         elif kind == "word":
             word = data.draw(st.sampled_from([0, 1, -1, 2**31 - 1, -(2**31), 31, 32, 33]))
             saved[at // 4 * 4 : at // 4 * 4 + 4] = word.to_bytes(4, "little", signed=True)
-        else:
+        elif kind == "cut":
             del saved[at:]
+        else:
+            saved += bytes(1 + at % 9)
         with suppress(KVError):
             other.restore(0, bytes(saved))
         n = other.n_seen(0)

@@ -16,6 +16,7 @@ from processes import COMMAND, TIMEOUT_S, call, environment
 
 from kvlocal.batch import Batch, Prompt
 from kvlocal.documents import Document
+from kvlocal.errors import KVError
 from kvlocal.sampling import Sampling
 
 STORY = "The lighthouse keeper Ada counted ships at dusk and wrote their names into a blue book. "
@@ -121,3 +122,22 @@ def test_killed_and_resumed_every_document_is_there_once(default_path: Path, tmp
     assert [Path(row["id"]).name for row in rows if row["error"]] == ["bad.txt"]
     assert all(row["tokens"]["generated"] == 24 for row in rows if not row["error"])
     assert "of 6 documents are in" in result.stderr
+
+
+def test_a_failed_eviction_fails_its_document_alone(open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_engine(policy="ada-snapkv", budget="64", n_ctx=1024, n_seq_max=4, evict_every=4)
+    keeper, seen = engine.keeper, []
+    evict = keeper.evict
+
+    def fail(seq: int, **how: Any) -> bool:
+        if how.get("n_pages") and not seen:
+            seen.append(seq)
+            raise KVError("no scores today.")
+        return evict(seq, **how)
+
+    monkeypatch.setattr(keeper, "evict", fail)
+    long = [Document(f"l{i}", "", STORY * 8) for i in range(3)]
+    options = Sampling(temp=0, ignore_eos=True)
+    results = list(Batch(engine, Prompt(None, "Summarize."), 24, options).run(long))
+    assert sorted(str(result.error) for result in results) == ["None", "None", "no scores today."]
+    assert all(result.tokens["generated"] == 24 for result in results if result.error is None)

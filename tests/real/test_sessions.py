@@ -17,7 +17,7 @@ from kvlocal.engine import Engine
 from kvlocal.errors import KVError, UsageError
 from kvlocal.policies import make_policy
 from kvlocal.sampling import Sampling
-from kvlocal.session import MAGIC, Session, load, save
+from kvlocal.session import MAGIC, Session, load, prefill_cached, save
 from kvlocal.storage import Storage
 
 GREEDY = Sampling(temp=0)
@@ -198,3 +198,61 @@ def test_a_header_that_lies_with_the_right_sum_is_refused(open_engine: OpenEngin
         with pytest.raises(KVError):
             load(path, engine)
         engine.prefill(engine.tokenize("It goes on."))
+
+
+def test_an_interrupted_prompt_that_evicted_is_not_taken_for_a_cache(open_engine: OpenEngine) -> None:
+    engine = open_with(open_engine, "ada-snapkv", "128", "f16")
+    chat = Chat(engine)
+    first = say(chat, STORY + "Who counted ships?")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.ask(STORY + "And why?", 4, GREEDY, on_progress=stop))
+    assert "".join(chat.again(12, GREEDY)) == first and chat.reread
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.ask(STORY + "And why?", 4, GREEDY, on_progress=stop))
+    chat.undo()
+    assert say(chat, STORY + "Who counted ships?") == first
+
+
+def test_two_conversations_share_a_cache_and_know_it(open_engine: OpenEngine) -> None:
+    engine = open_with(open_engine, "full", "100%", "f16")
+    one, two = Chat(engine), Chat(engine)
+    say(one, "My name is Ada.")
+    say(two, "Name a river.")
+    say(one, "What is my name?")
+    assert one.reread and engine.tokens[0][: len(engine.chat_tokens(one.messages[:1])) - 8]
+    alone = Chat(engine)
+    engine.reset()
+    alone.messages = [dict(m) for m in one.messages[:2]]
+    assert say(alone, "What is my name?") == one.messages[-1]["content"]
+
+
+def test_a_conversation_without_a_cache_is_saved_all_the_same(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_with(open_engine, "ladder", "128", "f16")
+    chat = Chat(engine)
+    say(chat, STORY + "Who counted ships?")
+    for change in (lambda: chat.set_system("Be brief."), lambda: engine.change(policy=make_policy("ada-snapkv"))):
+        change()
+        chat.save(tmp_path / "s")
+        fresh = open_with(open_engine, engine.policy.name, "128", "f16")
+        other = Chat(fresh)
+        other.load(tmp_path / "s")
+        assert other.messages == chat.messages and not fresh.tokens[0]
+        say(other, "And when?")
+        assert other.reread
+        say(chat, "And when?")
+
+
+def test_a_prompt_cache_of_another_budget_is_read_again(open_engine: OpenEngine, tmp_path: Path) -> None:
+    small = open_with(open_engine, "ada-snapkv", "64", "f16")
+    tokens = small.tokenize(STORY)
+    assert prefill_cached(tmp_path / "p", small, tokens) == 0
+    small.reset()
+    assert prefill_cached(tmp_path / "p", small, tokens) == len(tokens)
+    large = open_with(open_engine, "ada-snapkv", "192", "f16")
+    assert prefill_cached(tmp_path / "p", large, tokens) == 0
+    assert large.kv(0)["held_mean"] == 192

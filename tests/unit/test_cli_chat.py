@@ -353,3 +353,22 @@ def test_at_the_end_of_the_context_it_says_what_to_do(fake: Fake, typed: Callabl
         "Error: The prompt has 9 tokens, the context has room for 3.",
         "Nothing is lost: /undo takes the last turn back, /clear starts anew; with /policy ladder the cache goes on.",
     ]
+
+
+def test_a_file_that_was_read_waits_for_its_question(fake: Fake, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("Two rivers.")
+    piped(f"Hi\n/read {tmp_path / 'a'}\n/regen\nWhich?\n")
+    assert said(fake)[::2] == ["Hi", "Two rivers.\n\nWhich?"]
+
+
+@pytest.mark.parametrize(
+    "line", ["/set top-k inf", "/set n-predict nan", "/policy snapkv window='3", "/load ~nobody-x/s"]
+)
+def test_a_slip_of_the_keys_is_one_sentence(line: str, fake: Fake) -> None:
+    result = piped(f"{line}\n")
+    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_session_needs_a_folder_at_once(fake: Fake, tmp_path: Path) -> None:
+    result = piped("Which?\n", "--session", str(tmp_path / "none" / "s"))
+    assert (result.exit_code, result.stdout) == (2, "") and "There is no folder" in result.stderr

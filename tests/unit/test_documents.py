@@ -135,3 +135,31 @@ def test_wherever_a_run_was_killed_every_document_is_there_once_in_the_end(
                 results.put(line(name))
     written = [json.loads(text)["id"] for text in out.read_text("utf-8").split("\n")[:-1]]
     assert sorted(written) == sorted(names)
+
+
+def test_odd_names_and_lines_are_faults_that_can_be_written(folder: Path) -> None:
+    rows = [
+        '{"id":"\\ud800x","text":"a"}',
+        '{"text":"x \\ud800 y"}',
+        "[" * 200_000,
+        '{"text":"z","n":' + "9" * 5000 + "}",
+    ]
+    Path("d.jsonl").write_text("\n".join(rows))
+    found = read("d.jsonl")
+    assert len(found) == 4 and all(document.fault for document in found)
+    with Results(folder / "out.jsonl") as results:
+        for document in found:
+            results.put({"id": document.id, "source": document.source, "text": "", "error": document.fault})
+    Path("odd.jsonl").write_text('{"id": ["a"], "text": "", "error": null}\n')
+    with pytest.raises(UsageError, match="is not a result of a batch"):
+        Results(Path("odd.jsonl"), resume=True)
+
+
+def test_a_link_stays_a_link(folder: Path) -> None:
+    with Results(folder / "real.jsonl") as results:
+        results.put(line("a", "It failed."))
+    (folder / "link.jsonl").symlink_to("real.jsonl")
+    with Results(folder / "link.jsonl", resume=True) as results:
+        results.put(line("a"))
+    assert (folder / "link.jsonl").is_symlink()
+    assert json.loads((folder / "real.jsonl").read_text())["error"] is None

@@ -90,9 +90,10 @@ template <int BITS> struct kivi_values {
         vf scale, zero;
         vf get(int c) const { return vf_fma(codes.get(c), scale, zero); }
     };
+    // the run that c lies in: get() counts from its beginning
     part at(int j, int c) const {
         const uint8_t * block = x + j * row_bytes + c / group * (4 + group * BITS / 8);
-        return {fast::run_codes<BITS>::of(block + 4 + c % group * BITS / 8), vf_set(vf_half(block)),
+        return {fast::run_codes<BITS>::of(block + 4 + c % group / STEP * (STEP * BITS / 8)), vf_set(vf_half(block)),
                 vf_set(vf_half(block + 2))};
     }
 };

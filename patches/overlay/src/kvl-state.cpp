@@ -120,6 +120,9 @@ std::string fault_of(const kvl_layer & layer, kvl_head & head, llama_pos n_seen)
     if (head.pages.size() != (size_t(head.n()) + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS) {
         return "it has " + std::to_string(head.pages.size()) + " pages for " + std::to_string(head.n()) + " slots";
     }
+    if (head.n() % KVL_PAGE_SLOTS != 0 && kvl_head::page_format(head.pages.back()) != KVL_FORMAT_F16) {
+        return "its last page is not f16, and not whole";
+    }
     std::vector<uint32_t> n_pages(KVL_FORMAT_COUNT, 0);
     for (size_t p = 0; p < head.pages.size(); p++) {
         const uint32_t format = kvl_head::page_format(head.pages[p]);
@@ -156,12 +159,29 @@ std::string fault_of(const kvl_layer & layer, kvl_head & head, llama_pos n_seen)
             return "page " + std::to_string(p) + " has holes where none can be";
         }
     }
+    const uint32_t together = n_pages[KVL_FORMAT_KIVI] > 0 ? layer.pools[KVL_FORMAT_KIVI]->n_together : 1;
+    for (uint32_t p = 0, n_held = 0; p < head.pages.size(); p++) {
+        n_held += head.in_page(p);
+        const bool kivi = kvl_head::page_format(head.pages[p]) == KVL_FORMAT_KIVI;
+        const uint32_t first = n_pages[KVL_FORMAT_TOKEN2]; // only these come before
+        if (kivi && (p - first + 1) % together == 0 && n_held == 0) {
+            return "a group of kivi holds nothing";
+        }
+        n_held = kivi && (p - first + 1) % together != 0 ? n_held : 0;
+    }
+    // rows for slots to come are seen
+    if (head.n() % KVL_PAGE_SLOTS != 0) {
+        head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS;
+    }
     return "";
 }
 
 } // namespace
 
 void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (no_alloc()) {
+        refuse("the model was loaded without its weights, so that there is nothing to save");
+    }
     if (!valid_seq(seq_id) || flags != 0) {
         refuse("a paged cache is saved sequence by sequence, whole: use llama_state_seq_get_data without flags");
     }
@@ -199,6 +219,9 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
 }
 
 void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (no_alloc()) {
+        refuse("the model was loaded without its weights, so that there is no place for what was saved");
+    }
     if (!valid_seq(seq_id) || flags != 0) {
         refuse("a paged cache is restored sequence by sequence, whole: use llama_state_seq_set_data without flags");
     }
@@ -213,7 +236,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         header.kivi_bits != want.kivi_bits || header.kivi_group != want.kivi_group || header.mass != want.mass) {
         refuse("the saved sequence is of a cache with other settings");
     }
-    if (seq.n_seen < 0 || seq.n_seen > INT32_MAX - 1 || n_rows > uint32_t(params.n_window) ||
+    if (seq.n_seen < 0 || seq.n_seen > INT32_MAX / 2 || n_rows > uint32_t(params.n_window) ||
         n_rows > uint32_t(seq.n_seen)) {
         refuse("the saved sequence claims " + std::to_string(seq.n_seen) + " tokens and " + std::to_string(n_rows) +
                " window queries; this context remembers " + std::to_string(params.n_window));
