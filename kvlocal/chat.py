@@ -89,6 +89,7 @@ class Chat:
             except BaseException:
                 self.messages += answer
                 raise
+            self.reread = True
             self._turns = [self._mark(_Turn(i, 0, ""))]
         yield from self._answer(n_predict, sampling)
 
