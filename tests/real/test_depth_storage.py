@@ -32,7 +32,7 @@ def test_every_storage_is_measured_at_depths_past_the_training_context(tiny_path
     assert done.returncode == 0, done.stderr
     printed = json.loads(file.read_text("utf-8"))
     assert printed["machine"]["threads"] == 1
-    rows: list[dict[str, Any]] = printed["results"]
+    rows: list[dict[str, Any]] = printed["results"]["rows"]
     assert [(r["depth"], r["cache"], r["storage"]) for r in rows] == [(d, *lane) for d in (320, deep) for lane in LANES]
     by = {(r["depth"], r["cache"], r["storage"]): r for r in rows}
     for row in rows:
