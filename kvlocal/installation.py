@@ -146,7 +146,7 @@ def vector_code(build: dict[str, str]) -> str:
 
 def list_devices() -> list[Device]:
     """What ggml can compute on; the library must be one that loads."""
-    registry, base = native.library("ggml"), native.library("ggml-base")
+    registry, base = native.open_library("ggml"), native.open_library("ggml-base")
     count, get = registry.ggml_backend_dev_count, registry.ggml_backend_dev_get
     count.restype, get.restype, get.argtypes = ctypes.c_size_t, ctypes.c_void_p, [ctypes.c_size_t]
 

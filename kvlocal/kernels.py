@@ -130,7 +130,7 @@ def _decode_affine(row: str, stored: npt.NDArray[np.uint8], d: int) -> Floats:
 @functools.cache
 def _libraries() -> tuple[Any, Any]:
     """ggml-base and ggml-cpu, as loaded by :func:`kvlocal.native.load`."""
-    base, cpu = native.library("ggml-base"), native.library("ggml-cpu")
+    base, cpu = native.open_library("ggml-base"), native.open_library("ggml-cpu")
     ptr, i64, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     functions: tuple[tuple[Any, str, Any, list[Any]], ...] = (
         (base, "ggml_init", ptr, [_InitParams]),

@@ -273,7 +273,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_header(path: Path) -> Header:
-    lib = native.library("ggml-base")
+    lib = native.open_library("ggml-base")
     ptr, text, i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
     for name, result, arguments in (
         ("gguf_init_from_file", ptr, [text, _GgufParams]),

@@ -242,7 +242,7 @@ def load() -> Native:
     return Native()
 
 
-def library(name: str) -> Any:
+def open_library(name: str) -> Any:
     """The installed library of this name, such as ``ggml-base``, as :func:`load` loaded it; functions are undeclared.
 
     Raises:

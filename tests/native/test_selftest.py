@@ -139,9 +139,9 @@ def test_the_processor_is_a_device() -> None:
 
 
 def test_libraries_are_found_by_their_whole_name() -> None:
-    assert native.library("ggml")._name != native.library("ggml-base")._name
+    assert native.open_library("ggml")._name != native.open_library("ggml-base")._name
     with pytest.raises(KVError, match="There is no library ggm in "):
-        native.library("ggm")
+        native.open_library("ggm")
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class Fake:
     """An installation where all is well."""
 
     def __init__(self) -> None:
-        self.library, self.fault = LIBRARY, ""
+        self.opened, self.fault = LIBRARY, ""
         self.has = {"AVX2": True, "FMA": True, "F16C": True, "AVX512": False}
         self.devices = [CPU_DEVICE]
         self.tests = [Comparison("rows", 0.0, 0.0)]
@@ -47,7 +47,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     fake = Fake()
-    monkeypatch.setattr(doctor, "find_library", lambda: (fake.library, fake.fault))
+    monkeypatch.setattr(doctor, "find_library", lambda: (fake.opened, fake.fault))
     monkeypatch.setattr(doctor, "cpu_features", lambda: fake.has)
     monkeypatch.setattr(doctor, "list_devices", lambda: fake.devices)
     monkeypatch.setattr(doctor, "self_test", fake.self_test)
@@ -76,7 +76,7 @@ def test_a_failed_comparison_is_not_ok(error: float | None, fake: Fake) -> None:
 
 
 def test_a_library_that_does_not_load_ends_it(fake: Fake) -> None:
-    fake.library, fake.fault = Library(folder="/lib"), "The library is gone."
+    fake.opened, fake.fault = Library(folder="/lib"), "The library is gone."
     report = examine(Path("m.gguf"), failures=["The network is down."])
     assert not report.ok and report.failures == ["The network is down.", "The library is gone."]
     assert (report.tests, report.model, report.devices, fake.tested) == ([], None, [], 0)
@@ -84,7 +84,7 @@ def test_a_library_that_does_not_load_ends_it(fake: Fake) -> None:
 
 
 def test_code_for_another_processor_is_not_run(fake: Fake) -> None:
-    fake.library = replace(LIBRARY, system_info={"CPU": BUILD | {"AVX512": "1"}})
+    fake.opened = replace(LIBRARY, system_info={"CPU": BUILD | {"AVX512": "1"}})
     report = examine(Path("m.gguf"))
     assert not report.ok and fake.tested == 0 and report.model is None
     assert report.failures[0].startswith("The library was built for a processor with AVX512, which this one lacks")
@@ -99,7 +99,7 @@ def test_instructions_that_lie_idle_are_a_warning(fake: Fake) -> None:
 
 
 def test_plain_loops_are_a_warning(fake: Fake) -> None:
-    fake.library = replace(LIBRARY, kernels="plain loops")
+    fake.opened = replace(LIBRARY, kernels="plain loops")
     assert "compiled to plain loops" in examine(None).warnings[0]
 
 
