@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +37,14 @@ class Document:
     text: str = ""
     question: str = ""
     fault: str | None = None
+
+    def asked(self, question: str, *, needed: bool = False) -> Document:
+        """With this question if it has none; where one is ``needed`` and missing, that is its fault."""
+        out = replace(self, question=self.question or question)
+        if not needed or out.question or out.fault:
+            return out
+        fault = "There is no question: give the line a field 'question', or --question TEXT."
+        return replace(out, fault=f"{self.source}: {fault}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .backend import engine_config
@@ -26,15 +25,6 @@ def read_documents(inputs: Sequence[str], output: Path, *, text: str, id: str, q
     from kvlocal.documents import Fields, read_documents
 
     return read_documents(inputs, Fields(text, id, question), output)
-
-
-def with_question(documents: Sequence[Document], question: str, *, needed: bool) -> list[Document]:
-    """`question` for all that have none; where one is needed and missing, that is the document's fault."""
-    out = [replace(document, question=document.question or question) for document in documents]
-    if not needed:
-        return out
-    fault = "There is no question: give the line a field 'question', or --question TEXT."
-    return [d if d.question or d.fault else replace(d, fault=f"{d.source}: {fault}") for d in out]
 
 
 def open_results(path: Path, resume: bool) -> Results:

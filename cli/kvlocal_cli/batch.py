@@ -113,15 +113,10 @@ def batch(
     """
     from .render_batch import batch_bar, summary
 
-    if system is not None and raw and twins.overruled("system", by="raw"):
-        system = None
-    if system is not None:
-        prompt.check_text(system, "the text of -sys")
-        if raw:
-            raise UsageError("-sys needs the chat template; leave out --no-chat-template.")
+    system = prompt.system_text(system, raw=raw)
     drawing = backend.new_sampling(sampling)
     documents = backend_batch.read_documents(inputs, Path(output), text=field, id=id_field, question=question_field)
-    documents = backend_batch.with_question(documents, question or "", needed=needs_question)
+    documents = [document.asked(question or "", needed=needs_question) for document in documents]
     with ExitStack() as stack:
         results = stack.enter_context(backend_batch.open_results(Path(output), resume))
         waiting = [document for document in documents if document.id not in results.done]

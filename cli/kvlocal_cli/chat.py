@@ -71,8 +71,7 @@ def chat(
     """
     from .render import Screen
 
-    if system is not None:
-        prompt.check_text(system, "the text of -sys")
+    system = prompt.system_text(system)
     interactive = prompt.stdin_is_terminal()
     drawing = backend.new_sampling(sampling)
     screen = Screen()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from kvlocal.errors import UsageError
 
+from . import twins
+
 HOW = "give one with -p TEXT, with -f FILE, or through a pipe"
 
 
@@ -77,6 +79,16 @@ def decode(data: bytes, source: str, offset: int = 0) -> str:
             f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
             "convert it to UTF-8 first."
         ) from None
+
+
+def system_text(system: str | None, *, raw: bool = False) -> str | None:
+    """The text of -sys; None without one, or where --no-chat-template was given nearer to the command line."""
+    if system is None or (raw and twins.overruled("system", by="raw")):
+        return None
+    check_text(system, "the text of -sys")
+    if raw:
+        raise UsageError("-sys needs the chat template; leave out --no-chat-template, or put the text into the prompt.")
+    return system
 
 
 def check_text(text: str, source: str) -> None:

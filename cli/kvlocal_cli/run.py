@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvlocal.errors import UsageError
-
-from . import backend, completers, prompt, twins
+from . import backend, completers, prompt
 from .options import (
     GroupedCommand,
     SamplingSettings,
@@ -78,12 +76,7 @@ def run(
     """
     from .render import Screen, figures
 
-    if system is not None and raw and twins.overruled("system", by="raw"):
-        system = None
-    if system is not None:
-        prompt.check_text(system, "the text of -sys")
-        if raw:
-            raise UsageError("-sys needs the chat template; leave out --no-chat-template, or put the text into -p.")
+    system = prompt.system_text(system, raw=raw)
     question = prompt.gather(text, file)
     drawing = backend.new_sampling(sampling)
     screen = Screen()
