@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from common import kl_divergence, model_path, parser, table, write_json
 
-from kvlocal.context import Context, ContextConfig
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 
 VARIANTS = {
     "reference": {"paged": False, "type_kv": "f32", "flash_attn": False},

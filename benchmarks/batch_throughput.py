@@ -17,9 +17,9 @@ from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.documents import Document
 from kvlocal.engine import Engine
-from kvlocal.model import Model
+from kvlocal.native.model import Model
+from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.sampling import Sampling
 
 INSTRUCTION = "Summarize the following text in a few sentences."
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kvlocal.context import Context, n_cores
 from kvlocal.models import resolve_model
+from kvlocal.native.context import Context, n_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("KVLOCAL_DATA", ROOT.parent / "shared" / "data"))

@@ -12,9 +12,9 @@ import time
 
 from common import model_path, parser, write_json
 
-from kvlocal.context import Context, ContextConfig
 from kvlocal.evict import evict
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 
 

@@ -27,8 +27,8 @@ from performance import decode_ms, fill
 
 from kvlocal.bench import random_tokens
 from kvlocal.budget import PAGE_SLOTS
-from kvlocal.context import Context, ContextConfig
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.storage import MIN_MEAN, STORAGES, Storage
 from kvlocal.sweep import STOCK_STORAGES
 

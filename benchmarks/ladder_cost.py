@@ -13,9 +13,9 @@ from performance import fill
 
 from kvlocal.bench import random_tokens
 from kvlocal.budget import Budget
-from kvlocal.context import Context, ContextConfig
 from kvlocal.evict import evict
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 
 

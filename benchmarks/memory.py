@@ -12,8 +12,8 @@ from common import model_path, parser, write_json
 
 from kvlocal.budget import Budget
 from kvlocal.engine import Engine, EngineConfig
+from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.sampling import Sampling
 
 MIB = 1 << 20
 

@@ -22,13 +22,13 @@ from common import ROOT, command, model_path, parser, table, write_json
 from quality import NOVELS
 
 from kvlocal.budget import Budget, format_bytes
-from kvlocal.cache import PagedCache
-from kvlocal.context import Context, ContextConfig
 from kvlocal.dequantize import f32_copy
 from kvlocal.errors import UsageError
 from kvlocal.eval.text import Distribution, Excerpt, excerpts
 from kvlocal.evict import evict, size
-from kvlocal.model import Model
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
 from kvlocal.sweep import PAGED, Variant

@@ -19,11 +19,11 @@ from common import ROOT, model_path, parser
 from performance_page import page
 
 from kvlocal.bench import BenchConfig, Step, bench, random_tokens
-from kvlocal.context import Context, ContextConfig
 from kvlocal.evict import evict
 from kvlocal.kernels import attend_pages, attend_stock, reference
 from kvlocal.machine import describe_machine
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.random_model import random_model
 from kvlocal.sweep import expand

@@ -17,9 +17,9 @@ from common import ROOT, command, model_path, parser, table, write_json
 from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine
+from kvlocal.native.sampling import Sampling
 from kvlocal.plan import Planner
 from kvlocal.policies import make_policy
-from kvlocal.sampling import Sampling
 from kvlocal.storage import Storage
 
 MIB = 1 << 20

@@ -34,10 +34,10 @@ from kvlocal.eval.scores import contains, rouge
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.summarize import summary_cases
 from kvlocal.eval.text import Kld, Ppl, excerpts
-from kvlocal.model import Model
 from kvlocal.models import resolve_model
+from kvlocal.native.model import Model
+from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY, make_policy
-from kvlocal.sampling import Sampling
 from kvlocal.sweep import PAGED, Variant, expand
 
 BUDGETS = ("50%", "25%", "12.5%")

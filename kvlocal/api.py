@@ -20,10 +20,10 @@ from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine, Progress
 from kvlocal.errors import UsageError
 from kvlocal.models import resolve_model
+from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
 from kvlocal.policies.base import Policy
 from kvlocal.report import Report
-from kvlocal.sampling import Sampling
 from kvlocal.storage import Storage
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are drawn: the fields of :class:`kvlocal.sampling.Sampling`."""
+    """How tokens are drawn: the fields of :class:`kvlocal.native.sampling.Sampling`."""
 
     temp: float
     top_k: int

@@ -14,8 +14,8 @@ from kvlocal.config import EngineConfig
 from kvlocal.documents import Document
 from kvlocal.engine import Engine, Mode
 from kvlocal.errors import EvictionError, KVError, UsageError
-from kvlocal.model import Model
-from kvlocal.sampling import Sampler, Sampling
+from kvlocal.native.model import Model
+from kvlocal.native.sampling import Sampler, Sampling
 from kvlocal.session import prefill_cached
 
 PREFIX = 0

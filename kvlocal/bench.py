@@ -18,10 +18,10 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from kvlocal.context import Context, ContextConfig
 from kvlocal.errors import UsageError
 from kvlocal.evict import evict
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.sweep import Variant
 
 _SLACK = 64  # tokens of room beyond what is ever decoded

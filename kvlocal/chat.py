@@ -11,7 +11,7 @@ import numpy as np
 from kvlocal import session
 from kvlocal.engine import Engine, Progress
 from kvlocal.errors import KVError, UsageError
-from kvlocal.sampling import Sampling
+from kvlocal.native.sampling import Sampling
 
 
 @dataclass

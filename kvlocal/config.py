@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from kvlocal.budget import Budget
-from kvlocal.context import ContextConfig
 from kvlocal.errors import UsageError
-from kvlocal.model import Model
+from kvlocal.native.context import ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.storage import Storage
 

@@ -10,15 +10,15 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import numpy as np
 import psutil
 
-from kvlocal import native
 from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig, check_chunk, context_config
-from kvlocal.context import Context
 from kvlocal.keeper import Keeper
-from kvlocal.model import Model
+from kvlocal.native import library
+from kvlocal.native.context import Context
+from kvlocal.native.model import Model
+from kvlocal.native.sampling import Sampler, Sampling
 from kvlocal.policies.base import Policy
 from kvlocal.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
-from kvlocal.sampling import Sampler, Sampling
 from kvlocal.sequences import Mode, Progress, Sequences
 
 __all__ = ["Engine", "EngineConfig", "Mode", "Progress"]
@@ -59,7 +59,7 @@ class Engine(Sequences):
         self.keeper = Keeper(self.context, config, self.n_ctx)
         self._hook_errors: list[BaseException] = []
         if self.cache is not None:
-            self.context.set_evict_hook(native.evict_hook(self._on_event, self._hook_errors))
+            self.context.set_evict_hook(library.evict_hook(self._on_event, self._hook_errors))
 
     def _on_event(self, seq: int, event: int) -> None:
         self._hook_seq = seq
@@ -178,7 +178,7 @@ class Engine(Sequences):
                     break
                 n += 1
                 # the token enters the cache before its text is shown, so that an interruption loses neither
-                self._decode([token], seq, outputs="last", event=native.EVENT_NONE)
+                self._decode([token], seq, outputs="last", event=library.EVENT_NONE)
                 piece = decoder.decode(self.model.piece(token))
                 self._text += piece
                 if piece:

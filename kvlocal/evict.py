@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from kvlocal.cache import PagedCache
-from kvlocal.context import Context
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
 from kvlocal.policies.base import Policy
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from kvlocal import native
 from kvlocal.errors import KVError
+from kvlocal.native import library
 
 _DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # ggml_backend_dev_type
 _PROBE_SECONDS = 60
@@ -56,12 +56,12 @@ class Device:
 
 def find_library() -> tuple[Library, str]:
     """The library, and one sentence on what is wrong with it, empty if nothing is."""
-    folder = native.installed("lib")
+    folder = library.installed("lib")
     fault = _probe()
     if fault:
         return Library(folder=str(folder)), fault
     try:
-        loaded = native.load()
+        loaded = library.load()
     except KVError as error:
         return Library(folder=str(folder)), str(error)
     strangers = [path for path in _mapped() if not Path(path).resolve().is_relative_to(folder.resolve())]
@@ -90,7 +90,7 @@ def find_library() -> tuple[Library, str]:
 
 def _probe() -> str:
     """What happens to another process that loads the library: instructions that a processor lacks end it."""
-    code = "from kvlocal.native import load; load()"
+    code = "from kvlocal.native.library import load; load()"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=_PROBE_SECONDS)
@@ -146,7 +146,7 @@ def vector_code(build: dict[str, str]) -> str:
 
 def list_devices() -> list[Device]:
     """What ggml can compute on; the library must be one that loads."""
-    registry, base = native.open_library("ggml"), native.open_library("ggml-base")
+    registry, base = library.open_library("ggml"), library.open_library("ggml-base")
     count, get = registry.ggml_backend_dev_count, registry.ggml_backend_dev_get
     count.restype, get.restype, get.argtypes = ctypes.c_size_t, ctypes.c_void_p, [ctypes.c_size_t]
 

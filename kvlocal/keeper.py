@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from kvlocal import native
 from kvlocal.budget import PAGE_SLOTS
-from kvlocal.cache import PagedCache
 from kvlocal.config import EngineConfig
-from kvlocal.context import Context
 from kvlocal.evict import evict, guided_scores, size
+from kvlocal.native import library
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
 from kvlocal.report import RSS, rss_bytes
 
 
@@ -70,9 +70,9 @@ class Keeper:
     def on_event(self, seq: int, event: int) -> None:
         """The evict hook: see ``kvl.h``."""
         # what comes next must find room in the cache, whatever the budget allows
-        rooms = {native.EVENT_CHUNK: self.chunk_room, native.EVENT_LIMIT: self.n_ctx - self.config.evict_every}
+        rooms = {library.EVENT_CHUNK: self.chunk_room, library.EVENT_LIMIT: self.n_ctx - self.config.evict_every}
         # a step while decoding never waits for more than one page of each head
-        self.evict(seq, room=rooms.get(event), n_pages=int(event == native.EVENT_LIMIT))
+        self.evict(seq, room=rooms.get(event), n_pages=int(event == library.EVENT_LIMIT))
 
     def evict(self, seq: int = 0, *, room: int | None = None, guide: Sequence[int] = (), n_pages: int = 0) -> bool:
         """Bring a sequence down to its budget, or to ``room`` tokens per head if that is less, and demote what is due.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal import native
+from kvlocal.native import library
 
 Floats = npt.NDArray[np.float32]
 
@@ -129,8 +129,8 @@ def _decode_affine(row: str, stored: npt.NDArray[np.uint8], d: int) -> Floats:
 
 @functools.cache
 def _libraries() -> tuple[Any, Any]:
-    """ggml-base and ggml-cpu, as loaded by :func:`kvlocal.native.load`."""
-    base, cpu = native.open_library("ggml-base"), native.open_library("ggml-cpu")
+    """ggml-base and ggml-cpu, as loaded by :func:`kvlocal.native.library.load`."""
+    base, cpu = library.open_library("ggml-base"), library.open_library("ggml-cpu")
     ptr, i64, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     functions: tuple[tuple[Any, str, Any, list[Any]], ...] = (
         (base, "ggml_init", ptr, [_InitParams]),
@@ -152,8 +152,8 @@ def _libraries() -> tuple[Any, Any]:
         (cpu, "kvl_rows_decode", None, [ctypes.c_int, ptr, *[ctypes.c_int] * 3, ptr, ctypes.c_int]),
         (cpu, "kvl_row_decode_ref", None, [ctypes.c_int, ptr, ctypes.c_int, ptr]),
     )
-    for library, name, result, arguments in functions:
-        function = getattr(library, name)
+    for where, name, result, arguments in functions:
+        function = getattr(where, name)
         function.restype, function.argtypes = result, arguments
     return base, cpu
 

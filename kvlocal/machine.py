@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from kvlocal.context import n_cores
+from kvlocal.native.context import n_cores
 
 _MIN_BYTES = 512 << 20
 _REPEATS = 5

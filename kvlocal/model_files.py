@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kvlocal import native
 from kvlocal.errors import KVError, UsageError
 from kvlocal.models import cache_dir, fetched_default, hub_cache, import_hub
+from kvlocal.native import library
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
 _GGUF_UINT32, _GGUF_STRING = 4, 8  # gguf_type
@@ -273,7 +273,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_header(path: Path) -> Header:
-    lib = native.open_library("ggml-base")
+    lib = library.open_library("ggml-base")
     ptr, text, i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
     for name, result, arguments in (
         ("gguf_init_from_file", ptr, [text, _GgufParams]),

@@ -17,7 +17,7 @@ import psutil
 from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
-from kvlocal.model import Model
+from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.rehearsal import Rehearsal
 from kvlocal.storage import STORAGES, Storage

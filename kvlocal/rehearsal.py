@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvlocal import native
-from kvlocal.cache import PagedCache
 from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine
-from kvlocal.model import Model
+from kvlocal.native import library
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.model import Model
 
 _TABLE = 65_521
 """Length of the tables. A prime, so that positions of different heads walk through the table out of step."""
@@ -139,11 +139,11 @@ class Rehearsal(Engine):
             if self._left_of(last) + n_generate * self.config.n_seq_max <= n_prompt:
                 return
             self._stay = False
-            self._on_event(last, native.EVENT_PROMPT)
+            self._on_event(last, library.EVENT_PROMPT)
         for _ in range(n_generate):
             for seq in range(self.config.n_seq_max):
                 if len(self.tokens[seq]) < self.n_max:
-                    self._decode([0], seq, outputs="last", event=native.EVENT_NONE)
+                    self._decode([0], seq, outputs="last", event=library.EVENT_NONE)
         self._note_tables()
 
     def _left_of(self, seq: int) -> float:

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal import kernels
-from kvlocal.cache import FORMATS
-from kvlocal.context import Context, ContextConfig, n_cores
 from kvlocal.dequantize import to_f32
 from kvlocal.errors import KVError
 from kvlocal.kernels import PAGE_SLOTS
-from kvlocal.model import Model
+from kvlocal.native.cache import FORMATS
+from kvlocal.native.context import Context, ContextConfig, n_cores
+from kvlocal.native.model import Model
 from kvlocal.random_model import Shape, write_random_model
 
 LOGITS_TOLERANCE = 2e-4

@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from kvlocal import native
-from kvlocal.cache import PagedCache
 from kvlocal.config import EngineConfig, check_chunk
-from kvlocal.context import Context
 from kvlocal.errors import ContextFullError, EvictionError, KVError, UsageError
 from kvlocal.keeper import Keeper
-from kvlocal.model import Model
+from kvlocal.native import library
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
+from kvlocal.native.model import Model
 from kvlocal.policies.base import Policy
 from kvlocal.report import Timing
 
@@ -98,13 +98,13 @@ class Sequences:
             for i in range(0, len(tokens), step):
                 part = tokens[i : i + step]
                 last = i + len(part) == len(tokens)
-                event = native.EVENT_PROMPT if last else native.EVENT_CHUNK
+                event = library.EVENT_PROMPT if last else library.EVENT_CHUNK
                 if mode == "whole" or not (chunked or last):
-                    event = native.EVENT_NONE
+                    event = library.EVENT_NONE
                     self.keeper.set_limit(seq, 0)  # an exact prompt is seen whole, whatever the budget
                 guide = tokens[-self.config.guide :] if chunked and self.config.guide and not last else ()
                 if guide:
-                    event = native.EVENT_NONE  # the eviction follows below
+                    event = library.EVENT_NONE  # the eviction follows below
                     self.keeper.set_limit(seq, 0)
                 self._decode(part, seq, outputs="last" if last else "none", event=event)
                 if guide:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from kvlocal import __version__, native
+from kvlocal import __version__
 from kvlocal.config import context_config
 from kvlocal.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
+from kvlocal.native import library
 
 MAGIC = b"KVLSESS1"
 _SAMPLES = 16
@@ -62,7 +63,7 @@ def settings(engine: Engine) -> dict[str, Any]:
         "policy": policy.name,
         "policy_args": asdict(policy) if is_dataclass(policy) else {},
         "kv": asdict(config.storage),
-        "library": native.build_info()["llama_cpp_commit"],
+        "library": library.build_info()["llama_cpp_commit"],
     }
 
 

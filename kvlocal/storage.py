@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvlocal.budget import PAGE_SLOTS, Budget
-from kvlocal.cache import BITS, Layer, PagedCache
 from kvlocal.errors import UsageError
+from kvlocal.native.cache import BITS, Layer, PagedCache
 from kvlocal.policies.base import Policy
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
@@ -103,7 +103,7 @@ class Storage:
 
     @property
     def format(self) -> str:
-        """What is demoted gets this one of :data:`kvlocal.cache.FORMATS`."""
+        """What is demoted gets this one of :data:`kvlocal.native.cache.FORMATS`."""
         if self.name == "logquant" and self.quantizer == "token":
             return "token2"
         return "kivi" if self._published else self.name

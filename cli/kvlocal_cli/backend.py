@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kvlocal.eval.records import Record, Store
     from kvlocal.eval.stage import StageConfig
     from kvlocal.eval.text import Kld, Ppl
-    from kvlocal.model import Model
-    from kvlocal.sampling import Sampling
+    from kvlocal.native.model import Model
+    from kvlocal.native.sampling import Sampling
     from kvlocal.sweep import Variant
 
     from .options import SamplingSettings, Settings
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def versions() -> tuple[str, dict[str, Any]]:
     """The version of the package, and what its native libraries were built from."""
     from kvlocal import __version__
-    from kvlocal.native import build_info
+    from kvlocal.native.library import build_info
 
     return __version__, build_info()
 
@@ -128,7 +128,7 @@ def change_budget(engine: Engine, text: str) -> bool:
 
 def new_sampling(sampling: SamplingSettings) -> Sampling:
     """The settings of the command line as the engine takes them."""
-    from kvlocal.sampling import Sampling
+    from kvlocal.native.sampling import Sampling
 
     return Sampling(**asdict(sampling))
 
@@ -196,7 +196,7 @@ def run_bench(
 ) -> Iterator[dict[str, Any]]:
     """The results as they come."""
     from kvlocal.bench import bench
-    from kvlocal.model import Model
+    from kvlocal.native.model import Model
 
     model = Model(path, n_gpu_layers=n_gpu_layers)
     try:
@@ -300,7 +300,7 @@ def f32_model(path: Path, screen: Screen) -> Path:
 def open_eval(path: Path, plan: EvalPlan, n_gpu_layers: int, fresh: bool, screen: Screen) -> Iterator[Evaluation]:
     """The model loaded, the cases made, the records of earlier runs read."""
     from kvlocal.eval.records import Store, store_path
-    from kvlocal.model import Model
+    from kvlocal.native.model import Model
 
     with ExitStack() as stack:
         with screen.status(f"Loading {path.name}"):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kvlocal.batch import Batch
     from kvlocal.documents import Document, Results
-    from kvlocal.sampling import Sampling
+    from kvlocal.native.sampling import Sampling
 
     from .options import Settings
     from .render import Screen
@@ -50,7 +50,7 @@ def open_batch(
     """An engine for as many documents at a time, and what works through them."""
     from kvlocal.batch import Batch, Prompt, batch_config
     from kvlocal.engine import Engine
-    from kvlocal.model import Model
+    from kvlocal.native.model import Model
 
     config = engine_config(settings, screen)
     prompt = Prompt(system, instruction, raw)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from kvlocal.chat import Chat
     from kvlocal.engine import Engine
-    from kvlocal.sampling import Sampling
+    from kvlocal.native.sampling import Sampling
 
     from .render import Screen
 

@@ -22,7 +22,7 @@ from .stream import INTERRUPTED, Answer, Interrupt, stream
 
 if TYPE_CHECKING:
     from kvlocal.engine import Engine
-    from kvlocal.sampling import Sampling
+    from kvlocal.native.sampling import Sampling
 
     from .render import Screen
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import platformdirs
 
-from kvlocal import __version__, native
+from kvlocal import __version__
 from kvlocal.eval.bootstrap import interval
+from kvlocal.native import library
 from kvlocal.sweep import Variant
 
 MEASURES = {"kld": "kl", "ppl": "ppl_ratio"}
@@ -113,8 +114,8 @@ def store_path(model: Path, metric: str, settings: Mapping[str, Any]) -> Path:
     The name changes with the model file, the version of this package and its library.
     """
     stat = model.stat()
-    library = sorted((path.name, path.stat().st_size) for path in native.installed("lib").iterdir())
-    name = digest(str(model.resolve()), stat.st_size, stat.st_mtime_ns, metric, settings, __version__, library)
+    sizes = sorted((path.name, path.stat().st_size) for path in library.installed("lib").iterdir())
+    name = digest(str(model.resolve()), stat.st_size, stat.st_mtime_ns, metric, settings, __version__, sizes)
     return Path(platformdirs.user_cache_dir("kvlocal")) / "eval" / f"{metric}-{name}.jsonl"
 
 

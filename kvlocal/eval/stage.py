@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from kvlocal.cache import BITS
-from kvlocal.context import Context, ContextConfig
 from kvlocal.evict import evict, guided_scores, size
-from kvlocal.model import Model
+from kvlocal.native.cache import BITS
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.sweep import Variant
 
 

@@ -10,8 +10,8 @@ import pytest
 import tinygguf
 from contexts import OpenContext, OpenModel
 
-from kvlocal.context import Context, ContextConfig
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvlocal.context import Context
-from kvlocal.model import Model
+from kvlocal.native.context import Context
+from kvlocal.native.model import Model
 
 OpenModel = Callable[..., Model]
 OpenContext = Callable[..., Context]

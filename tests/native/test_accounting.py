@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvlocal.context import Context, ContextConfig
-from kvlocal.model import Model
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 
 SEQS = st.integers(0, 2)
 SLOT_BYTES = 64 * 2 * 2

@@ -7,8 +7,8 @@ import pytest
 import tinygguf
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.context import Context
-from kvlocal.model import Model
+from kvlocal.native.context import Context
+from kvlocal.native.model import Model
 
 N = 300
 

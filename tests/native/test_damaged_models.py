@@ -15,9 +15,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from kvlocal.context import Context, ContextConfig
+from kvlocal.native.context import Context, ContextConfig
 from kvlocal.errors import KVError
-from kvlocal.model import Model
+from kvlocal.native.model import Model
 
 source, path = Path(sys.argv[1]), Path(sys.argv[2])
 whole, n_header = source.read_bytes(), gguf.GGUFReader(source).data_offset

@@ -10,10 +10,10 @@ from contexts import OpenContext, OpenModel, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvlocal.cache import FORMATS, PagedCache
-from kvlocal.context import Context
 from kvlocal.errors import KVError
 from kvlocal.kernels import decode_rows, encode_rows
+from kvlocal.native.cache import FORMATS, PagedCache
+from kvlocal.native.context import Context
 
 SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
 GROUP = 3

@@ -10,9 +10,9 @@ import pytest
 import tinygguf
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal import native
 from kvlocal.errors import KVError, UsageError
-from kvlocal.model import Model
+from kvlocal.native import library
+from kvlocal.native.model import Model
 
 
 @pytest.mark.parametrize("arch", tinygguf.refused_archs())
@@ -98,7 +98,7 @@ def test_too_many_outputs_or_tokens(open_model: OpenModel, open_context: OpenCon
     with pytest.raises(KVError, match="asks for 20 outputs, the context has room for 1"):
         context.decode(random_tokens(model, 20), 0, 0, outputs="all")
     context._batch.n_tokens = 65
-    assert context._native.lib.kvl_decode(context.handle, context._batch, 0) == native.ERR_ARGUMENT
+    assert context._native.lib.kvl_decode(context.handle, context._batch, 0) == library.ERR_ARGUMENT
     assert "exceeds n_batch = 64" in context._native.last_error()
 
 
@@ -126,10 +126,10 @@ def test_a_stock_context_is_told_apart(open_model: OpenModel, open_context: Open
     context = open_context(open_model("llama"), paged=False)
     lib = context._native.lib
     assert not lib.kvl_is_paged(context.handle)
-    assert lib.kvl_n_layer(context.handle) == native.ERR_ARGUMENT
+    assert lib.kvl_n_layer(context.handle) == library.ERR_ARGUMENT
     assert "no paged memory" in context._native.last_error()
-    assert lib.kvl_n_layer(None) == native.ERR_ARGUMENT
-    assert lib.kvl_model_check(None) == native.ERR_ARGUMENT
+    assert lib.kvl_n_layer(None) == library.ERR_ARGUMENT
+    assert lib.kvl_model_check(None) == library.ERR_ARGUMENT
 
 
 def test_truncated_and_foreign_files(tmp_path: Path, model_dir: Path, open_model: OpenModel) -> None:

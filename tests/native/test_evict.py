@@ -7,9 +7,9 @@ import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 from dense_llama import DenseLlama
 
-from kvlocal import native
-from kvlocal.context import Context
 from kvlocal.errors import KVError
+from kvlocal.native import library
+from kvlocal.native.context import Context
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "head_dim": 64}
 
@@ -208,20 +208,20 @@ def test_hook_events(open_model: OpenModel, open_context: OpenContext) -> None:
     assert cache is not None
     seen: list[tuple[int, int, int]] = []
     errors: list[BaseException] = []
-    hook = native.evict_hook(lambda seq, event: seen.append((seq, event, context.n_seen(seq))), errors)
+    hook = library.evict_hook(lambda seq, event: seen.append((seq, event, context.n_seen(seq))), errors)
     context.set_evict_hook(hook)
     tokens = random_tokens(model, 50)
-    context.decode(tokens, 0, 0, event=native.EVENT_CHUNK)
-    context.decode(tokens, 50, 0, event=native.EVENT_PROMPT)
+    context.decode(tokens, 0, 0, event=library.EVENT_CHUNK)
+    context.decode(tokens, 50, 0, event=library.EVENT_PROMPT)
     context.decode(tokens, 0, 1)
     cache.set_limit(0, 102)
     for i in range(100, 104):
         context.decode(tokens[:1], i, 0)
     assert seen == [
-        (0, native.EVENT_CHUNK, 50),
-        (0, native.EVENT_PROMPT, 100),
-        (0, native.EVENT_LIMIT, 103),
-        (0, native.EVENT_LIMIT, 104),
+        (0, library.EVENT_CHUNK, 50),
+        (0, library.EVENT_PROMPT, 100),
+        (0, library.EVENT_LIMIT, 103),
+        (0, library.EVENT_LIMIT, 104),
     ]
     assert not errors
 
@@ -234,8 +234,8 @@ def test_a_failing_hook_is_an_error_and_the_step_is_kept(open_model: OpenModel, 
     def fail(seq: int, event: int) -> None:
         raise ValueError("no")
 
-    context.set_evict_hook(native.evict_hook(fail, errors))
+    context.set_evict_hook(library.evict_hook(fail, errors))
     with pytest.raises(KVError, match="hook failed"):
-        context.decode(random_tokens(model, 10), 0, 0, event=native.EVENT_PROMPT)
+        context.decode(random_tokens(model, 10), 0, 0, event=library.EVENT_PROMPT)
     assert isinstance(errors[0], ValueError)
     assert context.n_seen(0) == 10

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.context import Context
+from kvlocal.native.context import Context
 
 
 def keep_ragged(context: Context, seq: int) -> None:

@@ -11,10 +11,10 @@ from dense_llama import DenseLlama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvlocal.cache import FORMATS, PagedCache
-from kvlocal.context import Context
 from kvlocal.errors import KVError, UsageError
 from kvlocal.kernels import decode_rows, encode_rows
+from kvlocal.native.cache import FORMATS, PagedCache
+from kvlocal.native.context import Context
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "head_dim": 64}
 HEADS = [(layer, head) for layer in range(2) for head in range(2)]

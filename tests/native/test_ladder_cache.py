@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.cache import PagedCache
-from kvlocal.context import Context
 from kvlocal.evict import evict
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
 from kvlocal.policies import make_policy
 
 SHAPE = {"n_layer": 3, "n_head": 6, "n_head_kv": 2, "head_dim": 64}

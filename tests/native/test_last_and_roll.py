@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.cache import PagedCache
-from kvlocal.context import Context
 from kvlocal.errors import KVError
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
 
 SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
 GROUP = 3

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal import native
-from kvlocal.context import Context
 from kvlocal.errors import KVError
-from kvlocal.model import Model
+from kvlocal.native import library
+from kvlocal.native.context import Context
+from kvlocal.native.model import Model
 
 COUNTED = ("used_bytes", "allocated_bytes", "peak_bytes", "full_bytes", "reserved_bytes", "table_bytes", "query_bytes")
 
@@ -139,18 +139,18 @@ def test_a_full_cache_is_full_without_weights_too(pair: tuple[Model, Model], ope
 def test_a_model_with_weights_does_not_only_count(pair: tuple[Model, Model], open_context: OpenContext) -> None:
     context = open_context(pair[0])
     context.decode(random_tokens(pair[0], 8), 0)
-    lib = native.load().lib
-    assert lib.kvl_append(context.handle, context._batch) == native.ERR_ARGUMENT
-    assert "the model has its weights" in native.load().last_error()
+    lib = library.load().lib
+    assert lib.kvl_append(context.handle, context._batch) == library.ERR_ARGUMENT
+    assert "the model has its weights" in library.load().last_error()
 
 
 def test_the_evict_hook_is_called_as_ever(pair: tuple[Model, Model], open_context: OpenContext) -> None:
     events: list[tuple[int, int]] = []
     errors: list[BaseException] = []
     context = open_context(pair[1])
-    context.set_evict_hook(native.evict_hook(lambda seq, event: events.append((seq, event)), errors))
+    context.set_evict_hook(library.evict_hook(lambda seq, event: events.append((seq, event)), errors))
     assert context.cache is not None
-    context.decode(random_tokens(pair[1], 64), 0, event=native.EVENT_PROMPT)
+    context.decode(random_tokens(pair[1], 64), 0, event=library.EVENT_PROMPT)
     context.cache.set_limit(0, 64)
     context.decode([5], 64)
-    assert (events, errors) == ([(0, native.EVENT_PROMPT), (0, native.EVENT_LIMIT)], [])
+    assert (events, errors) == ([(0, library.EVENT_PROMPT), (0, library.EVENT_LIMIT)], [])

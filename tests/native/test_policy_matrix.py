@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.cache import PagedCache
-from kvlocal.context import Context
 from kvlocal.evict import evict
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
 from kvlocal.policies import REGISTRY, Policy, make_policy
 from kvlocal.policies.buzz import Buzz
 from kvlocal.policies.expected_attention import mean_rotation

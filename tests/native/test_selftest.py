@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from contexts import OpenModel
 
-from kvlocal import installation, kernels, native, selftest
-from kvlocal.cache import FORMATS
+from kvlocal import installation, kernels, selftest
 from kvlocal.doctor import _model
 from kvlocal.errors import KVError
 from kvlocal.installation import find_library, list_devices
-from kvlocal.model import Model
+from kvlocal.native import library
+from kvlocal.native.cache import FORMATS
+from kvlocal.native.model import Model
 from kvlocal.selftest import Comparison, self_test
 
 
@@ -110,10 +111,10 @@ def test_the_kernels_must_be_what_runs(open_model: OpenModel, monkeypatch: pytes
 
 def test_the_library_is_ours_and_says_what_it_is() -> None:
     library, fault = find_library()
-    folder = native.installed("lib")
+    folder = library.installed("lib")
     assert fault == "" and library.ours is True
     assert library.path is not None and Path(library.path).parent == folder
-    assert (library.abi, library.llama_cpp_commit) == (native.ABI_VERSION, native.load().commit)
+    assert (library.abi, library.llama_cpp_commit) == (library.ABI_VERSION, library.load().commit)
     assert "CPU" in library.system_info and library.binding not in (None, "unknown")
 
 
@@ -126,22 +127,22 @@ def test_a_second_ggml_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_mapped_is_found() -> None:
     """As far as the system tells at all."""
-    native.load()
+    library.load()
     mapped = installation._mapped()
     assert not mapped or {"libllama", "libggml-base"} <= {Path(path).stem for path in mapped}
 
 
 def test_the_processor_is_a_device() -> None:
-    native.load()
+    library.load()
     devices = list_devices()
     assert [(each.name, each.backend) for each in devices if each.kind == "cpu"] == [("CPU", "CPU")]
     assert all(0 <= each.free_bytes <= each.total_bytes for each in devices)
 
 
 def test_libraries_are_found_by_their_whole_name() -> None:
-    assert native.open_library("ggml")._name != native.open_library("ggml-base")._name
+    assert library.open_library("ggml")._name != library.open_library("ggml-base")._name
     with pytest.raises(KVError, match="There is no library ggm in "):
-        native.open_library("ggm")
+        library.open_library("ggm")
 
 
 # --- models -------------------------------------------------------------------------------------------------------

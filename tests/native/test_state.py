@@ -10,9 +10,9 @@ from contexts import OpenContext, OpenModel, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.cache import FORMATS, PagedCache
-from kvlocal.context import Context
 from kvlocal.errors import KVError
+from kvlocal.native.cache import FORMATS, PagedCache
+from kvlocal.native.context import Context
 
 SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
 N = 300

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvlocal.engine import Engine
-from kvlocal.sampling import Sampling
+from kvlocal.native.sampling import Sampling
 
 OpenEngine = Callable[..., Engine]
 

@@ -17,7 +17,7 @@ from processes import COMMAND, TIMEOUT_S, call, environment
 from kvlocal.batch import Batch, Prompt
 from kvlocal.documents import Document
 from kvlocal.errors import KVError
-from kvlocal.sampling import Sampling
+from kvlocal.native.sampling import Sampling
 
 STORY = "The lighthouse keeper Ada counted ships at dusk and wrote their names into a blue book. "
 TEXTS = {f"d{i}": STORY * (3 + 5 * i) + f"On day {i} there were {i + 2} ships." for i in range(5)}

@@ -11,9 +11,9 @@ import pytest
 from kvlocal_cli.main import main
 
 from kvlocal.bench import BenchConfig, Result, bench
-from kvlocal.cache import BITS
-from kvlocal.context import Context, ContextConfig
-from kvlocal.model import Model
+from kvlocal.native.cache import BITS
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.random_model import Shape, write_random_model
 from kvlocal.storage import STORAGES, Storage
 from kvlocal.sweep import Prefill, expand

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvlocal.model import Model
+from kvlocal.native.model import Model
 from kvlocal.storage import STORAGES
 from kvlocal.sweep import STOCK_STORAGES
 

@@ -12,10 +12,11 @@ from click.testing import CliRunner, Result
 from kvlocal_cli.main import main
 from processes import call
 
-from kvlocal import kernels, native, selftest
-from kvlocal.cache import FORMATS
-from kvlocal.model import Model
+from kvlocal import kernels, selftest
 from kvlocal.models import cache_dir
+from kvlocal.native import library
+from kvlocal.native.cache import FORMATS
+from kvlocal.native.model import Model
 
 
 def doctor_here(*arguments: str) -> Result:
@@ -31,7 +32,7 @@ def test_all_passes_on_the_default_model(default_path: Path) -> None:
     assert report["ok"] is True and report["failures"] == []
     assert len(report["tests"]) == 4 + 2 * len(FORMATS) and all(test["passed"] for test in report["tests"])
     assert report["library"]["ours"] is True
-    assert report["library"]["llama_cpp_commit"] == native.load().commit
+    assert report["library"]["llama_cpp_commit"] == library.load().commit
     model = report["model"]
     assert (model["path"], model["architecture"], model["refused"]) == (str(default_path), "llama", None)
     assert model["formats"] == dict.fromkeys(FORMATS)

@@ -19,12 +19,12 @@ from needles import (
     prompt,
 )
 
-from kvlocal import native
 from kvlocal.engine import Engine
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native import library
+from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY
 from kvlocal.policies.params import declared_rules
-from kvlocal.sampling import Sampling
 
 SCORING = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
 EVICTING = [name for name in REGISTRY if name not in ("full", "buzz", "ladder")]
@@ -376,11 +376,11 @@ def test_the_hook_reports_why_it_was_called(open_engine: OpenEngine) -> None:
         events.append(event)
         engine.evict(seq)
 
-    hook = native.evict_hook(on_event, engine._hook_errors)
+    hook = library.evict_hook(on_event, engine._hook_errors)
     engine.context.set_evict_hook(hook)
     engine.prefill(engine.tokenize(FILLER * 10)[:300])
     list(engine.generate(23, GREEDY))
-    assert events == [native.EVENT_CHUNK] * 2 + [native.EVENT_PROMPT] + [native.EVENT_LIMIT] * 2
+    assert events == [library.EVENT_CHUNK] * 2 + [library.EVENT_PROMPT] + [library.EVENT_LIMIT] * 2
 
 
 def test_an_answer_that_must_not_end_goes_on_to_its_limit(open_engine: OpenEngine) -> None:

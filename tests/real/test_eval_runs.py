@@ -17,7 +17,7 @@ from kvlocal.eval.records import Record, Store, rows
 from kvlocal.eval.scores import contains
 from kvlocal.eval.stage import Stage, StageConfig
 from kvlocal.eval.text import Distribution, Kld, Ppl, excerpts
-from kvlocal.model import Model
+from kvlocal.native.model import Model
 from kvlocal.sweep import Variant, expand
 
 CONFIG = StageConfig(n_ctx=1024, parallel=3, n_ubatch=128, n_threads=1, chunk=128)

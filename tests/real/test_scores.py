@@ -13,11 +13,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from kvlocal import native
 from kvlocal.budget import Budget
-from kvlocal.cache import PagedCache
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.evict import evict
+from kvlocal.native import library
+from kvlocal.native.cache import PagedCache
 from kvlocal.policies import make_policy
 from kvlocal.policies.base import Policy
 
@@ -47,12 +47,12 @@ class Run:
         def on_event(seq: int, event: int) -> None:
             evict(self.cache, seq, policies[seq], BUDGET)
 
-        hook = native.evict_hook(on_event, errors)
+        hook = library.evict_hook(on_event, errors)
         engine.context.set_evict_hook(hook)
         for name, seq in self.seq.items():
             policies[seq] = make_policy(name)
             engine.context.branch(0, seq)
-            engine.context.decode(tokens[-1:], N_TOKENS - 1, seq, event=native.EVENT_PROMPT)
+            engine.context.decode(tokens[-1:], N_TOKENS - 1, seq, event=library.EVENT_PROMPT)
             self.logits[name] = engine.context.logits()[0]
         engine.context.decode(tokens[-1:], N_TOKENS - 1, 0)
         self.logits["full"] = engine.context.logits()[0]

@@ -15,8 +15,8 @@ from kvlocal.budget import Budget
 from kvlocal.chat import Chat
 from kvlocal.engine import Engine
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.sampling import Sampling
 from kvlocal.session import MAGIC, Session, load, prefill_cached, save
 from kvlocal.storage import Storage
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
-from kvlocal.cache import FORMATS
-from kvlocal.context import Context, ContextConfig
 from kvlocal.engine import Engine
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Kld, excerpts
-from kvlocal.model import Model
+from kvlocal.native.cache import FORMATS
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
 from kvlocal.storage import Storage, log_positions
 from kvlocal.sweep import expand
 

@@ -83,7 +83,7 @@ def test_texts_that_all_fit_are_said_to_be_too_few(claims: ModuleType, tiny_path
     from parallel_sequences import bound, fill, open_context, variants
 
     from kvlocal.eval.text import excerpts
-    from kvlocal.model import Model
+    from kvlocal.native.model import Model
 
     model = Model(tiny_path)
     found = excerpts(model, [data / "text" / name for name in NOVELS], 128, 8, 1)

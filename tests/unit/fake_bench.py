@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kvlocal import bench
-from kvlocal.cache import Layer
-from kvlocal.context import ContextConfig
+from kvlocal.native.cache import Layer
+from kvlocal.native.context import ContextConfig
 
 LAYERS = [Layer(0, 4, 2, 8, 8, 1.0), Layer(1, 4, 2, 16, 8, 1.0)]
 HEADS = [(layer, head) for layer in range(2) for head in range(2)]

@@ -84,7 +84,7 @@ def test_model_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_completing_loads_nothing_heavy() -> None:
     code = (
         "import atexit, sys\n"
-        "heavy = ('numpy', 'rich', 'prompt_toolkit', 'llama_cpp', 'kvlocal.native', 'kvlocal.policies')\n"
+        "heavy = ('numpy', 'rich', 'prompt_toolkit', 'llama_cpp', 'kvlocal.native.library', 'kvlocal.policies')\n"
         "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
         "from kvlocal_cli.main import main\n"
         "main(prog_name='kvlocal')\n"

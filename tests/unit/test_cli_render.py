@@ -170,7 +170,7 @@ def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_sampling_defaults_are_the_engines() -> None:
-    sampling = pytest.importorskip("kvlocal.sampling")
+    sampling = pytest.importorskip("kvlocal.native.sampling")
     assert backend.new_sampling(SamplingSettings()) == sampling.Sampling()
 
 

@@ -16,7 +16,7 @@ from gguf.quants import dequantize, quantize
 from kvlocal import dequantize as module
 from kvlocal.dequantize import f32_copy, to_f32
 from kvlocal.errors import KVError, UsageError
-from kvlocal.model import Model
+from kvlocal.native.model import Model
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "kvlocal-tiny-q8_0.gguf"
 TEXT = "Who is the owner of the mill?\n The owner … of the mill is Belka. 48213"

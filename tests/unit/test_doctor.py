@@ -174,7 +174,7 @@ def interpreter(folder: Path, code: str) -> str:
 def test_a_library_that_kills_is_tried_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
     monkeypatch.setattr(sys, "executable", interpreter(tmp_path, code))
-    monkeypatch.setattr("kvlocal.native.load", lambda: pytest.fail("it was loaded here"))
+    monkeypatch.setattr("kvlocal.native.library.load", lambda: pytest.fail("it was loaded here"))
     library, fault = find_library()
     assert library.path is None
     assert fault.startswith(f"The native library ends the process that loads it ({signal.SIGILL.name}): it was built")
@@ -185,7 +185,7 @@ def test_a_library_that_cannot_be_loaded_says_why(tmp_path: Path, monkeypatch: p
         raise KVError("The native library has ABI version 4.")
 
     monkeypatch.setattr(sys, "executable", interpreter(tmp_path, "raise SystemExit(1)"))
-    monkeypatch.setattr("kvlocal.native.load", refuse)
+    monkeypatch.setattr("kvlocal.native.library.load", refuse)
     assert find_library()[1] == "The native library has ABI version 4."
 
 

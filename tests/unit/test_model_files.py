@@ -177,7 +177,7 @@ def test_a_library_that_cannot_be_loaded_leaves_the_list(own: Path, monkeypatch:
         raise KVError("it is broken")
 
     write_gguf(own / "a.gguf")
-    monkeypatch.setattr("kvlocal.native.open_library", broken)
+    monkeypatch.setattr("kvlocal.native.library.open_library", broken)
     assert list_models()[0].architecture is None
 
 

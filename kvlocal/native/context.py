@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvlocal import native
-from kvlocal.cache import FORMATS, MassKind, PagedCache
 from kvlocal.errors import KVError
-from kvlocal.model import Model
-from kvlocal.native import KvlBreakdown, KvlParams, KvlStats
+from kvlocal.native import library
+from kvlocal.native.cache import FORMATS, MassKind, PagedCache
+from kvlocal.native.library import KvlBreakdown, KvlParams, KvlStats
+from kvlocal.native.model import Model
 
 _GGML_TYPES = {"f32": 0, "f16": 1, "q4": 2, "q8": 8}  # upstream's ggml_type
 
@@ -40,7 +40,7 @@ class ContextConfig:
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
         type_kv: storage of the stock cache; ``q8`` and ``q4`` are upstream's q8_0 and q4_0.
         flash_attn: flash attention over the stock cache.
-        formats: storage that slots may be demoted to, of :data:`kvlocal.cache.FORMATS` (paged).
+        formats: storage that slots may be demoted to, of :data:`kvlocal.native.cache.FORMATS` (paged).
         rotate: keys and values are rotated before they are stored: q4, kv3 and kv2 need it (paged).
         kivi_bits: bits per code of the storage kivi, 2 or 4; kivi_group: how many slots (of keys) and channels (of
             values) share a scale there, 32 or 64 (paged).
@@ -81,7 +81,7 @@ class Context:
     """Owns a llama_context. ``cache`` is its :class:`PagedCache`, ``None`` over the stock cache."""
 
     def __init__(self, model: Model, config: ContextConfig) -> None:
-        self._native = native.load()
+        self._native = library.load()
         self._llama = self._native.llama
         self.model = model
         self.config = config
@@ -102,7 +102,7 @@ class Context:
             )  # fmt: skip
             self.handle: Any = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
             if not self.handle:
-                self._native.check(native.ERR_UNSUPPORTED)
+                self._native.check(library.ERR_UNSUPPORTED)
         else:
             params.type_k = params.type_v = _GGML_TYPES[config.type_kv]
             params.flash_attn_type = 1 if config.flash_attn else 0
@@ -166,7 +166,7 @@ class Context:
         seq: int | np.ndarray = 0,
         *,
         outputs: Literal["last", "all", "none"] = "last",
-        event: int = native.EVENT_NONE,
+        event: int = library.EVENT_NONE,
     ) -> None:
         """Run one batch. ``pos`` and ``seq`` are per token, or the first position and the sequence of all of them.
 
@@ -185,7 +185,7 @@ class Context:
         self._batch.n_tokens = n
         if self.cache is not None:
             status = self._native.lib.kvl_decode(self.handle, self._batch, event)
-            if status == native.ERR_HOOK:
+            if status == library.ERR_HOOK:
                 raise KVError(self._native.last_error())
             if status != 0:
                 reason = self._native.last_error() or f"the batch of {n} tokens could not be computed (code {status})"
@@ -280,6 +280,6 @@ class Context:
         return out
 
     def set_evict_hook(self, hook: Any) -> None:
-        """Register a callback made by :func:`kvlocal.native.evict_hook`; keeps it alive."""
+        """Register a callback made by :func:`kvlocal.native.library.evict_hook`; keeps it alive."""
         self._hook = hook
         self._native.check(self._native.lib.kvl_set_evict_hook(self.handle, hook, None))

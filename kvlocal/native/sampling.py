@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kvlocal import native
 from kvlocal.errors import UsageError
+from kvlocal.native import library
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, n_vocab: int, ends: Sequence[int] = ()) -> None:
-        self._llama = native.load().llama
+        self._llama = library.load().llama
         self._chain: Any = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
         if sampling.ignore_eos and ends:
             bias = (self._llama.llama_logit_bias * len(ends))(*((token, -math.inf) for token in ends))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlocal import native
-from kvlocal.cache import FORMATS
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native import library
+from kvlocal.native.cache import FORMATS
 
 
 class Model:
@@ -24,7 +24,7 @@ class Model:
     """
 
     def __init__(self, path: Path, *, n_gpu_layers: int = 0, no_alloc: bool = False) -> None:
-        self.native = native.load()
+        self.native = library.load()
         self.llama = self.native.llama
         self.path = path
         self.no_alloc = no_alloc

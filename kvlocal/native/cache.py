@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvlocal import native
 from kvlocal.budget import PAGE_SLOTS
-from kvlocal.native import KvlLayerInfo, KvlSeqStats, KvlStats
+from kvlocal.native import library
+from kvlocal.native.library import KvlLayerInfo, KvlSeqStats, KvlStats
 from kvlocal.policies.base import CacheView, LayerView
 
 MassKind = Literal["none", "sum", "last"]
@@ -73,7 +73,7 @@ class PagedCache:
 
     def __init__(self, ctx: Any, formats: Sequence[str] = (), kivi_group: int = 32) -> None:
         self.kivi_group = kivi_group
-        self._native = native.load()
+        self._native = library.load()
         self._lib = self._native.lib
         self._ctx = ctx
         self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)

@@ -93,7 +93,7 @@ EVICT_HOOK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, c
 
 def installed(part: str) -> Path:
     """Where ``part`` ("lib", "binding") of the package is; an editable install keeps it apart from the code."""
-    beside = Path(__file__).parent / part
+    beside = Path(__file__).parents[1] / part
     if beside.exists():
         return beside
     try:
