@@ -26,10 +26,10 @@ from common import command, model_path, parser, table, write_json
 from performance import decode_ms, fill
 
 from kvlocal.bench import random_tokens
-from kvlocal.budget import PAGE_SLOTS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.storage import MIN_MEAN, STORAGES, Storage
+from kvlocal.storage.budget import PAGE_SLOTS
+from kvlocal.storage.storage import MIN_MEAN, STORAGES, Storage
 from kvlocal.sweep import STOCK_STORAGES
 
 STRIDE = 2048  # tokens between two lines of progress

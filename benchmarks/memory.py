@@ -10,10 +10,10 @@ import json
 
 from common import model_path, parser, write_json
 
-from kvlocal.budget import Budget
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
+from kvlocal.storage.budget import Budget
 
 MIB = 1 << 20
 

@@ -21,7 +21,6 @@ import numpy as np
 from common import ROOT, command, model_path, parser, table, write_json
 from quality import NOVELS
 
-from kvlocal.budget import Budget, format_bytes
 from kvlocal.dequantize import f32_copy
 from kvlocal.errors import UsageError
 from kvlocal.eval.text import Distribution, Excerpt, excerpts
@@ -31,6 +30,7 @@ from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
+from kvlocal.storage.budget import Budget, format_bytes
 from kvlocal.sweep import PAGED, Variant
 
 Row = dict[str, Any]

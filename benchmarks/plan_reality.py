@@ -14,13 +14,13 @@ from typing import Any
 
 from common import ROOT, command, model_path, parser, table, write_json
 
-from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine
 from kvlocal.native.sampling import Sampling
 from kvlocal.plan import Planner
 from kvlocal.policies import make_policy
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 MIB = 1 << 20
 CHUNK = 256

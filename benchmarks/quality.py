@@ -21,7 +21,6 @@ from common import ROOT, parser
 from quality_page import write_page
 from quality_storage import MORE, all_kept, at_equal_bytes
 
-from kvlocal.budget import Budget
 from kvlocal.dequantize import f32_copy
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.eval.ask import Ask
@@ -38,6 +37,7 @@ from kvlocal.models import resolve_model
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY, make_policy
+from kvlocal.storage.budget import Budget
 from kvlocal.sweep import PAGED, Variant, expand
 
 BUDGETS = ("50%", "25%", "12.5%")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from kvlocal.budget import Budget
 from kvlocal.native.cache import BITS
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 from kvlocal.sweep import PAGED, Variant
 
 SHARES = ("6%", "12.5%", "19%", "25%")

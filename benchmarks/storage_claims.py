@@ -38,7 +38,7 @@ from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.random_model import OffsetShape, write_random_model
-from kvlocal.storage import Storage
+from kvlocal.storage.storage import Storage
 
 Floats = np.ndarray
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from kvlocal.budget import Budget
 from kvlocal.chat import Chat
 from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine, Progress
@@ -24,7 +23,8 @@ from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
 from kvlocal.policies.base import Policy
 from kvlocal.report import Report
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on

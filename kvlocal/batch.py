@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.documents import Document
 from kvlocal.engine import Engine, Mode
@@ -17,6 +16,7 @@ from kvlocal.errors import EvictionError, KVError, UsageError
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampler, Sampling
 from kvlocal.session import prefill_cached
+from kvlocal.storage.budget import Budget
 
 PREFIX = 0
 """The sequence that holds what all documents begin with."""

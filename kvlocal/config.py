@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kvlocal.budget import Budget
 from kvlocal.errors import UsageError
 from kvlocal.native.context import ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies.base import Policy
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import numpy as np
 import psutil
 
-from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig, check_chunk, context_config
 from kvlocal.keeper import Keeper
 from kvlocal.native import library
@@ -20,6 +19,7 @@ from kvlocal.native.sampling import Sampler, Sampling
 from kvlocal.policies.base import Policy
 from kvlocal.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
 from kvlocal.sequences import Mode, Progress, Sequences
+from kvlocal.storage.budget import Budget
 
 __all__ = ["Engine", "EngineConfig", "Mode", "Progress"]
 

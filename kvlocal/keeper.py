@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from kvlocal.budget import PAGE_SLOTS
 from kvlocal.config import EngineConfig
 from kvlocal.evict import evict, guided_scores, size
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.report import RSS, rss_bytes
+from kvlocal.storage.budget import PAGE_SLOTS
 
 
 class Keeper:

@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 
-from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.rehearsal import Rehearsal
-from kvlocal.storage import STORAGES, Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import STORAGES, Storage
 
 STEP = 256
 """Contexts are suggested in multiples of so many tokens."""

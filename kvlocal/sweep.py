@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvlocal.budget import Budget
 from kvlocal.errors import UsageError
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
 from kvlocal.policies.params import declared_rules
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 Prefill = Literal["exact", "chunked"]
 

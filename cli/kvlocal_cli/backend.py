@@ -40,11 +40,11 @@ def versions() -> tuple[str, dict[str, Any]]:
 
 def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> EngineConfig:
     """The settings as the engine takes them; the model is fetched if need be, its download shown on `screen`."""
-    from kvlocal.budget import Budget
     from kvlocal.config import EngineConfig
     from kvlocal.models import resolve_model
     from kvlocal.policies import make_policy
-    from kvlocal.storage import Storage
+    from kvlocal.storage.budget import Budget
+    from kvlocal.storage.storage import Storage
 
     # First what can be wrong on the command line: nobody should wait for a download to learn of a typing error.
     policy = make_policy(settings.policy, dict(settings.policy_args))
@@ -121,7 +121,7 @@ def change_policy(engine: Engine, name: str, pairs: Sequence[str]) -> bool:
 
 def change_budget(engine: Engine, text: str) -> bool:
     """Another budget from now on; True if the cache was made anew."""
-    from kvlocal.budget import Budget
+    from kvlocal.storage.budget import Budget
 
     return engine.change(budget=Budget.parse(text))
 

@@ -31,7 +31,7 @@ POLICIES = (
 """The names of `kvlocal.policies.REGISTRY`."""
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
-"""Those of `kvlocal.storage.STORAGES`."""
+"""Those of `kvlocal.storage.storage.STORAGES`."""
 
 BUDGETS = ("12.5%", "25%", "50%", "512", "1024", "2048", "4096", "256MiB", "512MiB", "1GiB")
 """Usual ones."""

@@ -124,7 +124,7 @@ def suggested(settings: Settings, changes: Mapping[str, Any], figures: Mapping[s
 
 def memory_bytes(text: str) -> int:
     """What --memory says, in bytes."""
-    from kvlocal.budget import Budget
+    from kvlocal.storage.budget import Budget
 
     budget = Budget.parse(text)
     if budget.unit != "bytes":

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvlocal.budget import PAGE_SLOTS
 from kvlocal.native import library
 from kvlocal.native.library import KvlLayerInfo, KvlSeqStats, KvlStats
 from kvlocal.policies.base import CacheView, LayerView
+from kvlocal.storage.budget import PAGE_SLOTS
 
 MassKind = Literal["none", "sum", "last"]
 MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")

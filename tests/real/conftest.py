@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from needles import OpenEngine
 
-from kvlocal.budget import Budget
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.errors import KVError
 from kvlocal.models import resolve_model
 from kvlocal.policies import make_policy
+from kvlocal.storage.budget import Budget
 
 # Read by OpenMP when the library is loaded, here and in the processes that tests start: threads that wait for each
 # other sleep. Spinning on cores that other programs use makes two threads many times slower than one.

@@ -15,7 +15,7 @@ from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.random_model import Shape, write_random_model
-from kvlocal.storage import STORAGES, Storage
+from kvlocal.storage.storage import STORAGES, Storage
 from kvlocal.sweep import Prefill, expand
 
 LLAMA = Shape("tiny", "llama", 2, 256, 4, 2, 32, 512, 300, 10000.0, 64, tied=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvlocal.native.model import Model
-from kvlocal.storage import STORAGES
+from kvlocal.storage.storage import STORAGES
 from kvlocal.sweep import STOCK_STORAGES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "depth_storage.py"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
-from kvlocal.budget import Budget
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 
 def rungs(engine: Engine) -> np.ndarray:

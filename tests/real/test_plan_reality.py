@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from processes import call
 
-from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine
 from kvlocal.native.sampling import Sampling
 from kvlocal.plan import Plan, Planner
 from kvlocal.policies import make_policy
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 N_PROMPT, N_GENERATE = 1000, 40
 SETTINGS = [

@@ -13,13 +13,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from kvlocal.budget import Budget
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.evict import evict
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.policies import make_policy
 from kvlocal.policies.base import Policy
+from kvlocal.storage.budget import Budget
 
 N_TOKENS = 700
 WINDOW, KERNEL, ALPHA, BETA = 32, 7, 0.2, 20

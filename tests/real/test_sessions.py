@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from needles import OpenEngine
 
-from kvlocal.budget import Budget
 from kvlocal.chat import Chat
 from kvlocal.engine import Engine
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
 from kvlocal.session import MAGIC, Session, load, prefill_cached, save
-from kvlocal.storage import Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import Storage
 
 GREEDY = Sampling(temp=0)
 STORY = "The lighthouse keeper Ada counted ships at dusk and wrote their names into a blue book. " * 30

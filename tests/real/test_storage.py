@@ -16,7 +16,7 @@ from kvlocal.eval.text import Kld, excerpts
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.storage import Storage, log_positions
+from kvlocal.storage.storage import Storage, log_positions
 from kvlocal.sweep import expand
 
 BITS = {"q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from needles import LANTERN, document
 
-from kvlocal.storage import Storage
+from kvlocal.storage.storage import Storage
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOVELS = ("Burnett_Garden_1911.txt", "Doyle_Hound_1902.txt")

@@ -9,7 +9,7 @@ from fake_bench import DEMOTE_S, EVICT_S, TOKEN_BYTES, Event, World, install, ru
 
 from kvlocal.bench import BenchConfig, Result
 from kvlocal.errors import UsageError
-from kvlocal.storage import STORAGES, Storage
+from kvlocal.storage.storage import STORAGES, Storage
 from kvlocal.sweep import PAGED, Prefill, expand
 
 SINK, TAIL = Storage().sink, Storage().tail

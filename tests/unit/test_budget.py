@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.budget import Budget, format_bytes
 from kvlocal.errors import UsageError
+from kvlocal.storage.budget import Budget, format_bytes
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ import pytest
 from fake_engine import ANSWER, Fake, call, fail, install, sentence
 
 from kvlocal.errors import KVError
-from kvlocal.storage import STORAGES
+from kvlocal.storage.storage import STORAGES
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kvlocal.bench import BenchConfig, Result, Step
 from kvlocal.errors import KVError
 from kvlocal.plot import lines
 from kvlocal.random_model import SHAPES
-from kvlocal.storage import STORAGES
+from kvlocal.storage.storage import STORAGES
 
 MIB = 2**20
 MACHINE = {"cpu": "Fast Chip 9", "cores": 4, "threads": 1, "read_bytes_per_s": 12.34e9}

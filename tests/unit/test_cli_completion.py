@@ -14,7 +14,7 @@ from kvlocal_cli import completers
 from kvlocal_cli.main import main
 
 from kvlocal.policies import REGISTRY
-from kvlocal.storage import STORAGES
+from kvlocal.storage.storage import STORAGES
 
 
 def complete(*words: str) -> list[str]:

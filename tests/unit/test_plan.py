@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlocal.budget import Budget
 from kvlocal.config import EngineConfig
 from kvlocal.errors import UsageError
 from kvlocal.plan import STEP, KVPlan, Need, Planner, alternatives
 from kvlocal.policies import make_policy
-from kvlocal.storage import STORAGES, Storage
+from kvlocal.storage.budget import Budget
+from kvlocal.storage.storage import STORAGES, Storage
 
 
 def make_config(policy: str = "ladder", budget: str = "2048", storage: str = "f16", **settings: Any) -> EngineConfig:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlocal.errors import UsageError
-from kvlocal.storage import STORAGES, Storage, log_positions
+from kvlocal.storage.storage import STORAGES, Storage, log_positions
 
 
 def algorithm_1(n_seen: int, window: int) -> list[int]:

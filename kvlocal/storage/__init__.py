@@ -1,0 +1,1 @@
+"""How kept tokens are stored, and how much they may take."""
