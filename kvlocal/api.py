@@ -21,7 +21,7 @@ from kvlocal.errors import UsageError
 from kvlocal.models import resolve_model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.policies.base import Policy
+from kvlocal.policies.parts.base import Policy
 from kvlocal.report import Report
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage

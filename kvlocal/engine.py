@@ -16,7 +16,7 @@ from kvlocal.native import library
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampler, Sampling
-from kvlocal.policies.base import Policy
+from kvlocal.policies.parts.base import Policy
 from kvlocal.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
 from kvlocal.sequences import Mode, Progress, Sequences
 from kvlocal.storage.budget import Budget

@@ -10,7 +10,7 @@ from threadpoolctl import ThreadpoolController
 
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
-from kvlocal.policies.base import Policy
+from kvlocal.policies.parts.base import Policy
 
 
 @functools.cache

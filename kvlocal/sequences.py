@@ -15,7 +15,7 @@ from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
-from kvlocal.policies.base import Policy
+from kvlocal.policies.parts.base import Policy
 from kvlocal.report import Timing
 
 Progress = Callable[[int, int], None]

@@ -10,7 +10,7 @@ from typing import Literal
 from kvlocal.errors import UsageError
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
-from kvlocal.policies.params import declared_rules
+from kvlocal.policies.parts.params import declared_rules
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 

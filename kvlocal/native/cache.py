@@ -12,7 +12,7 @@ import numpy as np
 
 from kvlocal.native import library
 from kvlocal.native.library import KvlLayerInfo, KvlSeqStats, KvlStats
-from kvlocal.policies.base import CacheView, LayerView
+from kvlocal.policies.parts.base import CacheView, LayerView
 from kvlocal.storage.budget import PAGE_SLOTS
 
 MassKind = Literal["none", "sum", "last"]

@@ -14,7 +14,6 @@ from importlib.metadata import entry_points
 from kvlocal.errors import UsageError
 from kvlocal.policies.ada_pyramid import AdaPyramid
 from kvlocal.policies.ada_snapkv import AdaSnapKV
-from kvlocal.policies.base import CacheView, Decision, LayerView, Policy
 from kvlocal.policies.buzz import Buzz
 from kvlocal.policies.cascading import Cascading
 from kvlocal.policies.chunkkv import ChunkKV
@@ -26,7 +25,8 @@ from kvlocal.policies.keydiff import KeyDiff
 from kvlocal.policies.knorm import Knorm
 from kvlocal.policies.ladder import Ladder
 from kvlocal.policies.observed import Observed
-from kvlocal.policies.params import Parameter, declared_rules, parameters, refusal
+from kvlocal.policies.parts.base import CacheView, Decision, LayerView, Policy
+from kvlocal.policies.parts.params import Parameter, declared_rules, parameters, refusal
 from kvlocal.policies.pyramidkv import PyramidKV
 from kvlocal.policies.random import Random
 from kvlocal.policies.snapkv import SnapKV

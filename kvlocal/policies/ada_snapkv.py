@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.errors import UsageError
-from kvlocal.policies.allocation import mix, mix_adakv, safe_counts, spread, top_counts
-from kvlocal.policies.base import LayerView
-from kvlocal.policies.params import choice, real
-from kvlocal.policies.ranked import Ranked
-from kvlocal.policies.scoring import Ints
+from kvlocal.policies.parts.allocation import mix, mix_adakv, safe_counts, spread, top_counts
+from kvlocal.policies.parts.base import LayerView
+from kvlocal.policies.parts.params import choice, real
+from kvlocal.policies.parts.ranked import Ranked
+from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.snapkv import SnapKV
 
 

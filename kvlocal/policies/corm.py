@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.policies.ada_snapkv import AdaHeads
-from kvlocal.policies.allocation import require_budget
-from kvlocal.policies.base import CacheView, LayerView
-from kvlocal.policies.params import choice, real, whole
-from kvlocal.policies.scoring import Floats, Ints, Region, competing, per_head, reduce_groups
+from kvlocal.policies.parts.allocation import require_budget
+from kvlocal.policies.parts.base import CacheView, LayerView
+from kvlocal.policies.parts.params import choice, real, whole
+from kvlocal.policies.parts.scoring import Floats, Ints, Region, competing, per_head, reduce_groups
 
 
 @dataclass(frozen=True, kw_only=True)

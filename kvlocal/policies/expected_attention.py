@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.errors import KVError
-from kvlocal.policies.allocated import Allocated
-from kvlocal.policies.base import LayerView
-from kvlocal.policies.params import choice, real, whole
-from kvlocal.policies.scoring import Floats, Region, competing, per_head
+from kvlocal.policies.parts.allocated import Allocated
+from kvlocal.policies.parts.base import LayerView
+from kvlocal.policies.parts.params import choice, real, whole
+from kvlocal.policies.parts.scoring import Floats, Region, competing, per_head
 
 Rotate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

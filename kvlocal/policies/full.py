@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.scoring import Ints
+from kvlocal.policies.parts.base import CacheView, LayerView, Policy
+from kvlocal.policies.parts.scoring import Ints
 
 
 @dataclass(frozen=True, kw_only=True)

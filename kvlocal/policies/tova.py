@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.base import LayerView
-from kvlocal.policies.params import choice
-from kvlocal.policies.scoring import Floats, Ints, reduce_groups, top
-from kvlocal.policies.uniform import Uniform
+from kvlocal.policies.parts.base import LayerView
+from kvlocal.policies.parts.params import choice
+from kvlocal.policies.parts.scoring import Floats, Ints, reduce_groups, top
+from kvlocal.policies.parts.uniform import Uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvlocal.errors import UsageError
 from kvlocal.native.cache import BITS, Layer, PagedCache
-from kvlocal.policies.base import Policy
+from kvlocal.policies.parts.base import Policy
 from kvlocal.storage.budget import PAGE_SLOTS, Budget
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")

@@ -14,7 +14,7 @@ from kvlocal.native.context import Context
 from kvlocal.policies import REGISTRY, Policy, make_policy
 from kvlocal.policies.buzz import Buzz
 from kvlocal.policies.expected_attention import mean_rotation
-from kvlocal.policies.params import declared_rules
+from kvlocal.policies.parts.params import declared_rules
 
 POLICIES = [name for name, cls in REGISTRY.items() if cls.evicts and name != "ladder"]  # which counts bytes
 SMALL = {"window": 8, "chunk": 4, "queries": 16, "n_future": 16, "sink": 2}

@@ -24,7 +24,7 @@ from kvlocal.errors import KVError, UsageError
 from kvlocal.native import library
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY
-from kvlocal.policies.params import declared_rules
+from kvlocal.policies.parts.params import declared_rules
 
 SCORING = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
 EVICTING = [name for name in REGISTRY if name not in ("full", "buzz", "ladder")]

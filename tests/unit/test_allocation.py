@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_views import mass
 
-from kvlocal.policies.allocation import (
+from kvlocal.policies.parts.allocation import (
     largest_remainder,
     mix,
     mix_adakv,

@@ -12,8 +12,8 @@ from policy_views import cache_view, layer_view
 
 from kvlocal.errors import UsageError
 from kvlocal.policies import CacheView, Decision, LayerView, make_policy
-from kvlocal.policies.allocation import top_counts
 from kvlocal.policies.ladder import ERRORS
+from kvlocal.policies.parts.allocation import top_counts
 
 SEEDS = st.integers(0, 2**32 - 1)
 SLOT_BYTES = {"f16": 256.0, "q8": 136.0, "q4": 72.0, "kv3": 44.0, "kv2": 36.0}

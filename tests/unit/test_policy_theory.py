@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from policy_views import cache_view, evict, layer_view, mass
 
 from kvlocal.policies import make_policy
-from kvlocal.policies.allocation import mix, safe_counts, top_counts
-from kvlocal.policies.scoring import reduce_groups, top
+from kvlocal.policies.parts.allocation import mix, safe_counts, top_counts
+from kvlocal.policies.parts.scoring import reduce_groups, top
 
 SEEDS = st.integers(0, 2**32 - 1)
 ALPHAS = st.one_of(st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.floats(0, 1))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.policies.allocation import top_counts
-from kvlocal.policies.rungs import GONE, Pages, climb, hull
+from kvlocal.policies.parts.allocation import top_counts
+from kvlocal.policies.parts.rungs import GONE, Pages, climb, hull
 
 SEEDS = st.integers(0, 2**32 - 1)
 COST, ERROR = (16.0, 5.0, 2.0), (0.0, 0.1, 0.3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from policy_views import layer_view, random_layer
 
 from kvlocal.errors import KVError
-from kvlocal.policies.scoring import pool, prefix_scores, reduce_groups, region, top
+from kvlocal.policies.parts.scoring import pool, prefix_scores, reduce_groups, region, top
 
 GROUP = np.array([[0.60, 0.10, 0.25, 0.05], [0.02, 0.38, 0.35, 0.25]])
 GROUP_6 = np.array([[0.50, 0.10, 0.10, 0.05, 0.20, 0.05], [0.05, 0.05, 0.40, 0.30, 0.10, 0.10]])

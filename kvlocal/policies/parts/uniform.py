@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvlocal.policies.allocation import check_counts, uniform_counts
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.params import validate, whole
-from kvlocal.policies.scoring import Ints
+from kvlocal.policies.parts.allocation import check_counts, uniform_counts
+from kvlocal.policies.parts.base import CacheView, LayerView, Policy
+from kvlocal.policies.parts.params import validate, whole
+from kvlocal.policies.parts.scoring import Ints
 
 
 @dataclass(frozen=True, kw_only=True)

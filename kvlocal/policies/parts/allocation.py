@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import UsageError
-from kvlocal.policies.base import CacheView, LayerView, Policy
-from kvlocal.policies.scoring import top
+from kvlocal.policies.parts.base import CacheView, LayerView, Policy
+from kvlocal.policies.parts.scoring import top
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvlocal.policies.ada_snapkv import AdaHeads
-from kvlocal.policies.allocation import spread, uniform_totals
-from kvlocal.policies.base import CacheView, LayerView
-from kvlocal.policies.params import choice
+from kvlocal.policies.parts.allocation import spread, uniform_totals
+from kvlocal.policies.parts.base import CacheView, LayerView
+from kvlocal.policies.parts.params import choice
+from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.pyramidkv import PyramidLayers
-from kvlocal.policies.scoring import Ints
 
 
 @dataclass(frozen=True, kw_only=True)
