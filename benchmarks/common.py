@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlocal.models import resolve_model
+from kvlocal.models.resolve import resolve_model
 from kvlocal.native.context import Context, n_cores
 
 ROOT = Path(__file__).resolve().parent.parent

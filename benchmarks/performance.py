@@ -22,10 +22,10 @@ from kvlocal.bench import BenchConfig, Step, bench, random_tokens
 from kvlocal.evict import evict
 from kvlocal.kernels import attend_pages, attend_stock, reference
 from kvlocal.machine import describe_machine
+from kvlocal.models.random import random_model
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
-from kvlocal.random_model import random_model
 from kvlocal.sweep import expand
 
 DEPTHS = (0, 1024, 2048, 4096, 7168, 8192, 32768)

@@ -21,7 +21,6 @@ from common import ROOT, parser
 from quality_page import write_page
 from quality_storage import MORE, all_kept, at_equal_bytes
 
-from kvlocal.dequantize import f32_copy
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.eval.ask import Ask
 from kvlocal.eval.cases import Case, Score
@@ -33,7 +32,8 @@ from kvlocal.eval.scores import contains, rouge
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.summarize import summary_cases
 from kvlocal.eval.text import Kld, Ppl, excerpts
-from kvlocal.models import resolve_model
+from kvlocal.models.f32 import f32_copy
+from kvlocal.models.resolve import resolve_model
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY, make_policy

@@ -28,16 +28,16 @@ from quality_storage import all_kept
 from threadpoolctl import threadpool_limits
 
 from kvlocal.bench import random_tokens
-from kvlocal.dequantize import f32_copy, to_f32
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Excerpt, Kld, excerpts
 from kvlocal.kernels import decode_rows, encode_rows, group_slots
+from kvlocal.models.f32 import f32_copy, to_f32
+from kvlocal.models.random import OffsetShape, write_random_model
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.random_model import OffsetShape, write_random_model
 from kvlocal.storage.storage import Storage
 
 Floats = np.ndarray

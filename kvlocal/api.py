@@ -18,7 +18,7 @@ from kvlocal.chat import Chat
 from kvlocal.config import EngineConfig
 from kvlocal.engine import Engine, Progress
 from kvlocal.errors import UsageError
-from kvlocal.models import resolve_model
+from kvlocal.models.resolve import resolve_model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.base import Policy

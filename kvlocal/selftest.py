@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal import kernels
-from kvlocal.dequantize import to_f32
 from kvlocal.errors import KVError
 from kvlocal.kernels import PAGE_SLOTS
+from kvlocal.models.f32 import to_f32
+from kvlocal.models.random import Shape, write_random_model
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig, n_cores
 from kvlocal.native.model import Model
-from kvlocal.random_model import Shape, write_random_model
 
 LOGITS_TOLERANCE = 2e-4
 """Largest difference of a logit over the range of all logits. Weights are F32, so that f32 sums in another order are

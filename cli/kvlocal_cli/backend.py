@@ -41,7 +41,7 @@ def versions() -> tuple[str, dict[str, Any]]:
 def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> EngineConfig:
     """The settings as the engine takes them; the model is fetched if need be, its download shown on `screen`."""
     from kvlocal.config import EngineConfig
-    from kvlocal.models import resolve_model
+    from kvlocal.models.resolve import resolve_model
     from kvlocal.policies import make_policy
     from kvlocal.storage.budget import Budget
     from kvlocal.storage.storage import Storage
@@ -173,10 +173,10 @@ def plan_bench(
 
 def find_model(settings: Settings, random: str | None, screen: Screen) -> Path:
     """The file to measure, fetched or written first if need be."""
-    from kvlocal.models import resolve_model
+    from kvlocal.models.resolve import resolve_model
 
     if random is not None:
-        from kvlocal.random_model import random_model
+        from kvlocal.models.random import random_model
 
         with screen.status(f"Writing random weights: {random}"):
             return random_model(random)
@@ -290,7 +290,7 @@ def _read_cases(metric: str, source: Mapping[str, Any]) -> Sequence[Case]:
 
 def f32_model(path: Path, screen: Screen) -> Path:
     """The model with F32 weights, written first if need be."""
-    from kvlocal.dequantize import f32_copy
+    from kvlocal.models.f32 import f32_copy
 
     with screen.download() as on_progress:
         return f32_copy(path, lambda done, total: on_progress(done, total, f"F32 copy of {path.name}"))

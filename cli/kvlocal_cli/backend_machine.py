@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from kvlocal.model_files import ModelFile
+    from kvlocal.models.listing import ModelFile
 
     from .options import Settings
     from .render import Screen
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def fetch_model(spec: str | None, screen: Screen) -> Path:
     """The file of a Hugging Face repository, or of the default model, fetched if it is not there or damaged."""
-    from kvlocal.models import hub_spec, resolve_model
+    from kvlocal.models.resolve import hub_spec, resolve_model
 
     named = None if spec is None else hub_spec(spec)
     with screen.download() as on_progress:
@@ -27,8 +27,8 @@ def fetch_model(spec: str | None, screen: Screen) -> Path:
 
 def model_caches() -> dict[str, str | None]:
     """Where :func:`list_models` looks, by the name of the cache."""
-    from kvlocal.model_files import models_dir
-    from kvlocal.models import hub_cache
+    from kvlocal.models.listing import models_dir
+    from kvlocal.models.resolve import hub_cache
 
     hub = hub_cache()
     return {"kvlocal": str(models_dir()), "huggingface": None if hub is None else str(hub)}
@@ -36,21 +36,21 @@ def model_caches() -> dict[str, str | None]:
 
 def list_models() -> Sequence[ModelFile]:
     """The models on disk."""
-    from kvlocal.model_files import list_models
+    from kvlocal.models.listing import list_models
 
     return list_models()
 
 
 def find_model_file(spec: str) -> ModelFile:
     """The one that is meant."""
-    from kvlocal.model_files import find_model
+    from kvlocal.models.listing import find_model
 
     return find_model(spec)
 
 
 def remove_model(model: ModelFile) -> int:
     """Remove it; bytes freed."""
-    from kvlocal.model_files import remove_model
+    from kvlocal.models.listing import remove_model
 
     return remove_model(model)
 
@@ -58,7 +58,7 @@ def remove_model(model: ModelFile) -> int:
 def examine(settings: Settings, screen: Screen) -> dict[str, Any]:
     """Everything `kvlocal doctor` says; the model is the default one if none is named and that is on disk."""
     from kvlocal.doctor import examine
-    from kvlocal.models import fetched_default, resolve_model
+    from kvlocal.models.resolve import fetched_default, resolve_model
 
     from .render_doctor import steps
 

@@ -18,7 +18,7 @@ from . import backend_machine as backend
 from .options import GroupedCommand
 
 if TYPE_CHECKING:
-    from kvlocal.model_files import ModelFile
+    from kvlocal.models.listing import ModelFile
 
 
 class Models(click.Group):

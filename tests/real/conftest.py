@@ -14,7 +14,7 @@ from needles import OpenEngine
 
 from kvlocal.engine import Engine, EngineConfig
 from kvlocal.errors import KVError
-from kvlocal.models import resolve_model
+from kvlocal.models.resolve import resolve_model
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 

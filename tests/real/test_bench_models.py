@@ -11,10 +11,10 @@ import pytest
 from kvlocal_cli.main import main
 
 from kvlocal.bench import BenchConfig, Result, bench
+from kvlocal.models.random import Shape, write_random_model
 from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.random_model import Shape, write_random_model
 from kvlocal.storage.storage import STORAGES, Storage
 from kvlocal.sweep import Prefill, expand
 

@@ -13,7 +13,7 @@ from kvlocal_cli.main import main
 from processes import call
 
 from kvlocal import kernels, selftest
-from kvlocal.models import cache_dir
+from kvlocal.models.resolve import cache_dir
 from kvlocal.native import library
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.model import Model

@@ -19,8 +19,8 @@ from kvlocal_cli.render import step_text
 
 from kvlocal.bench import BenchConfig, Result, Step
 from kvlocal.errors import KVError
+from kvlocal.models.random import SHAPES
 from kvlocal.plot import lines
-from kvlocal.random_model import SHAPES
 from kvlocal.storage.storage import STORAGES
 
 MIB = 2**20

@@ -231,8 +231,8 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
 def test_without_a_model_nothing_is_fetched(
     default: Path | None, examined: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvlocal.models.fetched_default", lambda: default)
-    monkeypatch.setattr("kvlocal.models.resolve_model", fail(AssertionError("fetched")))
+    monkeypatch.setattr("kvlocal.models.resolve.fetched_default", lambda: default)
+    monkeypatch.setattr("kvlocal.models.resolve.resolve_model", fail(AssertionError("fetched")))
     screen: Any = Screen()
     backend_machine.examine(Settings(n_gpu_layers=5, n_threads=2), screen)
     assert examined == [(default, {"n_gpu_layers": 5, "n_threads": 2, "failures": []})]
@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_fetched_is_a_failure_among_others(
     def resolve(_spec: str, **_: Any) -> Path:
         raise KVError("The network is down.")
 
-    monkeypatch.setattr("kvlocal.models.resolve_model", resolve)
+    monkeypatch.setattr("kvlocal.models.resolve.resolve_model", resolve)
     screen: Any = Screen()
     backend_machine.examine(Settings(model="hf:u/r"), screen)
     assert examined[0][0] is None and examined[0][1]["failures"] == ["The network is down."]

@@ -13,7 +13,7 @@ from fake_engine import call, sentence
 from kvlocal_cli import backend_machine
 
 from kvlocal.errors import KVError, UsageError
-from kvlocal.model_files import ModelFile
+from kvlocal.models.listing import ModelFile
 
 MIB = 2**20
 NOON = time.mktime((2025, 11, 21, 12, 0, 0, 0, 0, 0))
@@ -176,7 +176,7 @@ class Pulled:
 @pytest.fixture
 def pulled(monkeypatch: pytest.MonkeyPatch) -> Pulled:
     pulled = Pulled()
-    monkeypatch.setattr("kvlocal.models.resolve_model", pulled)
+    monkeypatch.setattr("kvlocal.models.resolve.resolve_model", pulled)
     return pulled
 
 

@@ -13,9 +13,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from kvlocal import dequantize as module
-from kvlocal.dequantize import f32_copy, to_f32
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models import f32 as module
+from kvlocal.models.f32 import f32_copy, to_f32
 from kvlocal.native.model import Model
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "kvlocal-tiny-q8_0.gguf"

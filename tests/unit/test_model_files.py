@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, LlamaFileType
 
-from kvlocal import model_files, models
 from kvlocal.errors import KVError, UsageError
-from kvlocal.model_files import find_model, list_models, read_header, remove_model
+from kvlocal.models import listing as model_files
+from kvlocal.models import resolve as models
+from kvlocal.models.listing import find_model, list_models, read_header, remove_model
 
 SHARDS = ["big-00001-of-00002.gguf", "big-00002-of-00002.gguf"]
 

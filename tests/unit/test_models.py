@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from kvlocal import models
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models import resolve as models
 
 GGUF = b"GGUF" + bytes(range(200))
 MEMBER = "some_package/tiny.gguf"

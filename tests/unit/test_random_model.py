@@ -13,9 +13,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from kvlocal import random_model
 from kvlocal.errors import KVError, UsageError
-from kvlocal.random_model import SHAPES, OffsetShape, Shape, write_random_model
+from kvlocal.models import random as random_model
+from kvlocal.models.random import SHAPES, OffsetShape, Shape, write_random_model
 
 TINY = Shape("tiny", "llama", 2, 256, 4, 2, 32, 512, 300, 10000.0, 4096, tied=True)
 QWEN = replace(TINY, name="tiny-qwen", arch="qwen2", n_head=8, tied=False, rms_eps=1e-6)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvlocal.errors import KVError, UsageError
-from kvlocal.models import cache_dir, fetched_default, hub_cache, import_hub
+from kvlocal.models.resolve import cache_dir, fetched_default, hub_cache, import_hub
 from kvlocal.native import library
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")

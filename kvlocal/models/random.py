@@ -23,7 +23,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from kvlocal.errors import KVError, UsageError
-from kvlocal.models import cache_dir
+from kvlocal.models.resolve import cache_dir
 
 Bytes = npt.NDArray[np.uint8]
 

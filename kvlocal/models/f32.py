@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Ll
 from gguf.quants import dequantize
 
 from kvlocal.errors import KVError, UsageError
-from kvlocal.models import cache_dir
+from kvlocal.models.resolve import cache_dir
 
 Progress = Callable[[int, int], None]
 """Called as (bytes written, bytes in all) after each tensor."""
