@@ -13,9 +13,9 @@ from typing import Any
 from common import command, model_path, parser, table, write_json
 
 from kvlocal.batch import Batch, Prompt, Step, batch_config
-from kvlocal.config import EngineConfig
 from kvlocal.documents import Document
-from kvlocal.engine import Engine
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.engine import Engine
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy

@@ -12,7 +12,7 @@ import time
 
 from common import model_path, parser, write_json
 
-from kvlocal.evict import evict
+from kvlocal.engine.evict import evict
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy

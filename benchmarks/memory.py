@@ -10,7 +10,7 @@ import json
 
 from common import model_path, parser, write_json
 
-from kvlocal.engine import Engine, EngineConfig
+from kvlocal.engine.engine import Engine, EngineConfig
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget

@@ -21,9 +21,9 @@ import numpy as np
 from common import ROOT, command, model_path, parser, table, write_json
 from quality import NOVELS
 
+from kvlocal.engine.evict import evict, size
 from kvlocal.errors import UsageError
 from kvlocal.eval.text import Distribution, Excerpt, excerpts
-from kvlocal.evict import evict, size
 from kvlocal.models.f32 import f32_copy
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context, ContextConfig

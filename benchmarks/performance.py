@@ -19,7 +19,7 @@ from common import ROOT, model_path, parser
 from performance_page import page
 
 from kvlocal.bench import BenchConfig, Step, bench, random_tokens
-from kvlocal.evict import evict
+from kvlocal.engine.evict import evict
 from kvlocal.kernels import attend_pages, attend_stock, reference
 from kvlocal.machine import describe_machine
 from kvlocal.models.random import random_model

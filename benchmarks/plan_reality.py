@@ -14,8 +14,8 @@ from typing import Any
 
 from common import ROOT, command, model_path, parser, table, write_json
 
-from kvlocal.config import EngineConfig
-from kvlocal.engine import Engine
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.engine import Engine
 from kvlocal.native.sampling import Sampling
 from kvlocal.plan import Planner
 from kvlocal.policies import make_policy

@@ -21,7 +21,7 @@ from common import ROOT, parser
 from quality_page import write_page
 from quality_storage import MORE, all_kept, at_equal_bytes
 
-from kvlocal.engine import Engine, EngineConfig
+from kvlocal.engine.engine import Engine, EngineConfig
 from kvlocal.eval.ask import Ask
 from kvlocal.eval.cases import Case, Score
 from kvlocal.eval.evaluation import Step

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from kvlocal.chat import Chat
-from kvlocal.config import EngineConfig
-from kvlocal.engine import Engine, Progress
+from kvlocal.engine.chat import Chat
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.engine import Engine, Progress
+from kvlocal.engine.report import Report
 from kvlocal.errors import UsageError
 from kvlocal.models.resolve import resolve_model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.base import Policy
-from kvlocal.report import Report
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -70,7 +70,7 @@ def load(
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
         n_ctx: tokens the context has room for; 0: what the model was trained for.
         n_threads: 0: all cores. n_gpu_layers: layers on the accelerator.
-        prefill, chunk, guide, evict_every: as of :class:`kvlocal.config.EngineConfig`.
+        prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
         on_download: called with bytes done, bytes in all, and a name.
 
     Raises:
@@ -117,7 +117,7 @@ class LLM:
 
     @property
     def kv(self) -> Report:
-        """What was measured since the last prompt began: bytes, tokens held, times; see :mod:`kvlocal.report`."""
+        """What was measured since the last prompt began: bytes, tokens held, times; see :class:`Report`."""
         return self.engine.report()
 
     def generate(

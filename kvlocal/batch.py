@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvlocal.config import EngineConfig
 from kvlocal.documents import Document
-from kvlocal.engine import Engine, Mode
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.engine import Engine, Mode
+from kvlocal.engine.session import prefill_cached
 from kvlocal.errors import EvictionError, KVError, UsageError
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampler, Sampling
-from kvlocal.session import prefill_cached
 from kvlocal.storage.budget import Budget
 
 PREFIX = 0
@@ -152,7 +152,7 @@ class Batch:
         self, engine: Engine, prompt: Prompt, n_predict: int, sampling: Sampling, prompt_cache: Path | None = None
     ) -> None:
         """``n_predict`` < 0: until the model ends or the context is full. ``prompt_cache``: a file for what documents
-        have in common; see :func:`kvlocal.session.prefill_cached`."""
+        have in common; see :func:`kvlocal.engine.session.prefill_cached`."""
         if engine.config.n_seq_max < 2:
             raise UsageError(f"A batch needs at least 2 sequences, the engine has {engine.config.n_seq_max}.")
         self.engine = engine

@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 import psutil
 
+from kvlocal.engine.evict import evict
 from kvlocal.errors import UsageError
-from kvlocal.evict import evict
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.sweep import Variant

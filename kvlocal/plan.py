@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from kvlocal.config import EngineConfig
+from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvlocal.config import EngineConfig
-from kvlocal.engine import Engine
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.engine import Engine
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.model import Model

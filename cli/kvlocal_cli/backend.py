@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvlocal.bench import BenchConfig, Step
-    from kvlocal.chat import Chat
-    from kvlocal.config import EngineConfig
-    from kvlocal.engine import Engine
+    from kvlocal.engine.chat import Chat
+    from kvlocal.engine.config import EngineConfig
+    from kvlocal.engine.engine import Engine
     from kvlocal.eval.ask import Ask
     from kvlocal.eval.cases import Case
     from kvlocal.eval.evaluation import OnStep
@@ -40,7 +40,7 @@ def versions() -> tuple[str, dict[str, Any]]:
 
 def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> EngineConfig:
     """The settings as the engine takes them; the model is fetched if need be, its download shown on `screen`."""
-    from kvlocal.config import EngineConfig
+    from kvlocal.engine.config import EngineConfig
     from kvlocal.models.resolve import resolve_model
     from kvlocal.policies import make_policy
     from kvlocal.storage.budget import Budget
@@ -71,7 +71,7 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
 
 def open_engine(settings: Settings, screen: Screen) -> Engine:
     """Load the model and make its cache, showing a download and the loading on `screen`."""
-    from kvlocal.engine import Engine
+    from kvlocal.engine.engine import Engine
 
     config = engine_config(settings, screen)
     with screen.status(f"Loading {config.model.name}"):
@@ -82,7 +82,7 @@ def prefill_cached(
     name: str, engine: Engine, tokens: Sequence[int], on_progress: Callable[[int, int], None] | None
 ) -> int:
     """Read a prompt, but for what a prompt cache on disk has of it; how many tokens that is."""
-    from kvlocal.session import prefill_cached
+    from kvlocal.engine.session import prefill_cached
 
     from .prompt import file_path
 
@@ -105,7 +105,7 @@ def plan_run(
 
 def new_chat(engine: Engine, system: str | None) -> Chat:
     """An empty conversation on `engine`."""
-    from kvlocal.chat import Chat
+    from kvlocal.engine.chat import Chat
 
     return Chat(engine, system)
 

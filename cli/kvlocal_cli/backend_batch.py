@@ -49,7 +49,7 @@ def open_batch(
 ) -> Iterator[Batch]:
     """An engine for as many documents at a time, and what works through them."""
     from kvlocal.batch import Batch, Prompt, batch_config
-    from kvlocal.engine import Engine
+    from kvlocal.engine.engine import Engine
     from kvlocal.native.model import Model
 
     config = engine_config(settings, screen)

@@ -28,8 +28,8 @@ from .stream import Answer, Interrupt, stream
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-    from kvlocal.chat import Chat
-    from kvlocal.engine import Engine
+    from kvlocal.engine.chat import Chat
+    from kvlocal.engine.engine import Engine
     from kvlocal.native.sampling import Sampling
 
     from .render import Screen

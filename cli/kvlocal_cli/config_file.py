@@ -24,7 +24,7 @@ else:
 DEFAULTS = "defaults"
 """The table whose keys all commands take."""
 
-META = "kvlocal.config"
+META = "kvlocal.engine.config"
 """Where a context keeps the :class:`ConfigFile` of this run."""
 
 

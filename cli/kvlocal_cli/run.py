@@ -21,7 +21,7 @@ from .options import (
 from .stream import INTERRUPTED, Answer, Interrupt, stream
 
 if TYPE_CHECKING:
-    from kvlocal.engine import Engine
+    from kvlocal.engine.engine import Engine
     from kvlocal.native.sampling import Sampling
 
     from .render import Screen

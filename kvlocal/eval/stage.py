@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from kvlocal.evict import evict, guided_scores, size
+from kvlocal.engine.evict import evict, guided_scores, size
 from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model

@@ -178,7 +178,7 @@ def test_positions_are_the_true_ones(open_model: OpenModel, open_context: OpenCo
 
 def test_resident_memory_falls(open_model: OpenModel, open_context: OpenContext) -> None:
     """Freed pages go back to the operating system, also where a page of ours is no multiple of one of its."""
-    from kvlocal.report import rss_bytes
+    from kvlocal.engine.report import rss_bytes
 
     for head_dim in (64, 80):
         model = open_model("llama", n_layer=4, n_head=8, n_head_kv=8, head_dim=head_dim)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.evict import evict
+from kvlocal.engine.evict import evict
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.policies import REGISTRY, Policy, make_policy

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from needles import OpenEngine
 
-from kvlocal.engine import Engine, EngineConfig
+from kvlocal.engine.engine import Engine, EngineConfig
 from kvlocal.errors import KVError
 from kvlocal.models.resolve import resolve_model
 from kvlocal.policies import make_policy

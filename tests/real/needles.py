@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvlocal.engine import Engine
+from kvlocal.engine.engine import Engine
 from kvlocal.native.sampling import Sampling
 
 OpenEngine = Callable[..., Engine]

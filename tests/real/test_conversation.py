@@ -22,8 +22,8 @@ from needles import (
     prompt,
 )
 
-from kvlocal.chat import Chat
-from kvlocal.engine import Engine
+from kvlocal.engine.chat import Chat
+from kvlocal.engine.engine import Engine
 from kvlocal.errors import UsageError
 
 LAMP = FACTS[8]

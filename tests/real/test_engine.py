@@ -19,7 +19,7 @@ from needles import (
     prompt,
 )
 
-from kvlocal.engine import Engine
+from kvlocal.engine.engine import Engine
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native import library
 from kvlocal.native.sampling import Sampling

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from needles import FILLER, GREEDY, LANTERN, OpenEngine, answer, document, prompt
 
-from kvlocal.engine import Engine, EngineConfig
+from kvlocal.engine.engine import Engine, EngineConfig
 from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget

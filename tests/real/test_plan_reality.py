@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from processes import call
 
-from kvlocal.config import EngineConfig
-from kvlocal.engine import Engine
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.engine import Engine
 from kvlocal.native.sampling import Sampling
 from kvlocal.plan import Plan, Planner
 from kvlocal.policies import make_policy

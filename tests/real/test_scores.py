@@ -13,8 +13,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from kvlocal.engine import Engine, EngineConfig
-from kvlocal.evict import evict
+from kvlocal.engine.engine import Engine, EngineConfig
+from kvlocal.engine.evict import evict
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.policies import make_policy

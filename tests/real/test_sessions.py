@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from needles import OpenEngine
 
-from kvlocal.chat import Chat
-from kvlocal.engine import Engine
+from kvlocal.engine.chat import Chat
+from kvlocal.engine.engine import Engine
+from kvlocal.engine.session import MAGIC, Session, load, prefill_cached, save
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.session import MAGIC, Session, load, prefill_cached, save
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 

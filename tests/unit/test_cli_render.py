@@ -144,7 +144,7 @@ def test_the_sentences_of_a_model_are_no_markup() -> None:
 
 
 def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = pytest.importorskip("kvlocal.engine")
+    engine = pytest.importorskip("kvlocal.engine.engine")
     models = pytest.importorskip("kvlocal.models.resolve")
     seen: dict[str, Any] = {}
 

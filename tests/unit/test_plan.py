@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlocal.config import EngineConfig
+from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import UsageError
 from kvlocal.plan import STEP, KVPlan, Need, Planner, alternatives
 from kvlocal.policies import make_policy

@@ -10,15 +10,15 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import numpy as np
 import psutil
 
-from kvlocal.config import EngineConfig, check_chunk, context_config
-from kvlocal.keeper import Keeper
+from kvlocal.engine.config import EngineConfig, check_chunk, context_config
+from kvlocal.engine.keeper import Keeper
+from kvlocal.engine.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
+from kvlocal.engine.sequences import Mode, Progress, Sequences
 from kvlocal.native import library
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampler, Sampling
 from kvlocal.policies.parts.base import Policy
-from kvlocal.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
-from kvlocal.sequences import Mode, Progress, Sequences
 from kvlocal.storage.budget import Budget
 
 __all__ = ["Engine", "EngineConfig", "Mode", "Progress"]

@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from kvlocal.config import EngineConfig
-from kvlocal.evict import evict, guided_scores, size
+from kvlocal.engine.config import EngineConfig
+from kvlocal.engine.evict import evict, guided_scores, size
+from kvlocal.engine.report import RSS, rss_bytes
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
-from kvlocal.report import RSS, rss_bytes
 from kvlocal.storage.budget import PAGE_SLOTS
 
 
@@ -60,7 +60,7 @@ class Keeper:
         return self.config.storage.tokens(self.config.budget, self.n_seen(seq), self.cache, self.config.policy)
 
     def held(self, seq: int, n_seen: int) -> int:
-        """What the policy counts per head, rounded up (:func:`kvlocal.evict.size`); ``n_seen`` over the stock cache."""
+        """What the policy counts per head, rounded up (:func:`size`); ``n_seen`` over the stock cache."""
         return math.ceil(size(self.cache, seq, self.config.policy)) if self.cache is not None else n_seen
 
     def evicted_at(self, seq: int) -> int:

@@ -8,15 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from kvlocal.config import EngineConfig, check_chunk
+from kvlocal.engine.config import EngineConfig, check_chunk
+from kvlocal.engine.keeper import Keeper
+from kvlocal.engine.report import Timing
 from kvlocal.errors import ContextFullError, EvictionError, KVError, UsageError
-from kvlocal.keeper import Keeper
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 from kvlocal.policies.parts.base import Policy
-from kvlocal.report import Timing
 
 Progress = Callable[[int, int], None]
 Mode = Literal["exact", "chunked", "whole"]
@@ -24,7 +24,7 @@ Mode = Literal["exact", "chunked", "whole"]
 
 
 class Sequences:
-    """The ledger of tokens and positions; :class:`kvlocal.engine.Engine` opens and closes what it stands on."""
+    """The ledger of tokens and positions; :class:`kvlocal.engine.engine.Engine` opens and closes what it stands on."""
 
     model: Model
     config: EngineConfig
@@ -239,7 +239,7 @@ class Sequences:
     def restore(
         self, saved: bytes, tokens: Sequence[int], *, rolled: int, evicted_at: int, logits: np.ndarray | None
     ) -> None:
-        """Put a saved cache in the place of sequence 0; see :mod:`kvlocal.session`.
+        """Put a saved cache in the place of sequence 0; see :mod:`kvlocal.engine.session`.
 
         Raises:
             KVError: it does not fit or is damaged; the sequence is as before, or empty.

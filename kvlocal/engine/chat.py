@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlocal import session
-from kvlocal.engine import Engine, Progress
+from kvlocal.engine import session
+from kvlocal.engine.engine import Engine, Progress
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.sampling import Sampling
 
@@ -130,12 +130,12 @@ class Chat:
         self.engine.reset()
 
     def save(self, path: Path) -> int:
-        """Write the conversation and its cache; see :func:`kvlocal.session.save`."""
+        """Write the conversation and its cache; see :func:`kvlocal.engine.session.save`."""
         self._own()
         return session.save(path, self.engine, session.Session(self.messages, self._in_cache))
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation; see :func:`kvlocal.session.load`."""
+        """Go on with a saved conversation; see :func:`kvlocal.engine.session.load`."""
         try:
             found = session.load(path, self.engine)
         except KVError:

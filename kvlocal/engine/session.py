@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from kvlocal import __version__
-from kvlocal.config import context_config
-from kvlocal.engine import Engine, Mode, Progress
+from kvlocal.engine.config import context_config
+from kvlocal.engine.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
 from kvlocal.native import library
@@ -32,7 +32,7 @@ class Session:
     """What a file holds beside the cache.
 
     Attributes:
-        messages: the conversation, as :class:`kvlocal.chat.Chat` has it; empty for a prompt.
+        messages: the conversation, as :class:`kvlocal.engine.chat.Chat` has it; empty for a prompt.
         in_cache: template text that the cache has seen; empty without a cache, where all is to be read again.
         budget: of the cache.
     """

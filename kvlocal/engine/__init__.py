@@ -1,0 +1,1 @@
+"""A model, its cache and its policy together: when to read, evict and decode."""
