@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from kvlocal.batch import Batch
-    from kvlocal.documents import Document, Results
+    from kvlocal.batch.batch import Batch
+    from kvlocal.batch.documents import Document, Results
     from kvlocal.native.sampling import Sampling
 
     from .options import Settings
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 def read_documents(inputs: Sequence[str], output: Path, *, text: str, id: str, question: str) -> list[Document]:
     """The documents of a batch, not its `output`; `text`, `id` and `question` name fields of .jsonl files."""
-    from kvlocal.documents import Fields, read_documents
+    from kvlocal.batch.documents import Fields, read_documents
 
     return read_documents(inputs, Fields(text, id, question), output)
 
 
 def open_results(path: Path, resume: bool) -> Results:
     """The file that the results of a batch go to."""
-    from kvlocal.documents import Results
+    from kvlocal.batch.documents import Results
 
     return Results(path, resume=resume)
 
@@ -48,7 +48,7 @@ def open_batch(
     screen: Screen,
 ) -> Iterator[Batch]:
     """An engine for as many documents at a time, and what works through them."""
-    from kvlocal.batch import Batch, Prompt, batch_config
+    from kvlocal.batch.batch import Batch, Prompt, batch_config
     from kvlocal.engine.engine import Engine
     from kvlocal.native.model import Model
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from .render import rate, size
 
 if TYPE_CHECKING:
-    from kvlocal.batch import Step
+    from kvlocal.batch.batch import Step
 
 
 class BatchBar:

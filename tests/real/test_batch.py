@@ -14,8 +14,8 @@ import pytest
 from needles import OpenEngine
 from processes import COMMAND, TIMEOUT_S, call, environment
 
-from kvlocal.batch import Batch, Prompt
-from kvlocal.documents import Document
+from kvlocal.batch.batch import Batch, Prompt
+from kvlocal.batch.documents import Document
 from kvlocal.errors import KVError
 from kvlocal.native.sampling import Sampling
 

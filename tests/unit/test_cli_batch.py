@@ -14,8 +14,8 @@ import pytest
 from fake_engine import call, install, press_ctrl_c, sentence
 from kvlocal_cli import backend_batch
 
-from kvlocal.batch import Result, Step
-from kvlocal.documents import Document
+from kvlocal.batch.batch import Result, Step
+from kvlocal.batch.documents import Document
 
 MIB = 2**20
 USAGE = ["-o", "out.jsonl", "--task", "summarize"]

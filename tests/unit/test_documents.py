@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.documents import Document, Fields, Results, read_documents
+from kvlocal.batch.documents import Document, Fields, Results, read_documents
 from kvlocal.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvlocal.documents import Document
+from kvlocal.batch.documents import Document
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine, Mode
 from kvlocal.engine.session import prefill_cached
