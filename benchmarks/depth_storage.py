@@ -25,12 +25,12 @@ import numpy as np
 from common import command, model_path, parser, table, write_json
 from performance import decode_ms, fill
 
-from kvlocal.bench import random_tokens
+from kvlocal.measure.bench import random_tokens
+from kvlocal.measure.variants import STOCK_STORAGES
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.storage.budget import PAGE_SLOTS
 from kvlocal.storage.storage import MIN_MEAN, STORAGES, Storage
-from kvlocal.sweep import STOCK_STORAGES
 
 STRIDE = 2048  # tokens between two lines of progress
 PIECE = 256  # tokens that llama.cpp's contexts read at once

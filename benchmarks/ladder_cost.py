@@ -11,8 +11,8 @@ import time
 from common import command, model_path, parser, write_json
 from performance import fill
 
-from kvlocal.bench import random_tokens
 from kvlocal.engine.evict import evict
+from kvlocal.measure.bench import random_tokens
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy

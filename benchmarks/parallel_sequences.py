@@ -24,6 +24,7 @@ from quality import NOVELS
 from kvlocal.engine.evict import evict, size
 from kvlocal.errors import UsageError
 from kvlocal.eval.text import Distribution, Excerpt, excerpts
+from kvlocal.measure.variants import PAGED, Variant
 from kvlocal.models.f32 import f32_copy
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context, ContextConfig
@@ -31,7 +32,6 @@ from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
 from kvlocal.storage.budget import Budget, format_bytes
-from kvlocal.sweep import PAGED, Variant
 
 Row = dict[str, Any]
 

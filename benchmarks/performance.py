@@ -18,15 +18,15 @@ import numpy as np
 from common import ROOT, model_path, parser
 from performance_page import page
 
-from kvlocal.bench import BenchConfig, Step, bench, random_tokens
 from kvlocal.engine.evict import evict
 from kvlocal.kernels import attend_pages, attend_stock, reference
-from kvlocal.machine import describe_machine
+from kvlocal.measure.bench import BenchConfig, Step, bench, random_tokens
+from kvlocal.measure.machine import describe_machine
+from kvlocal.measure.variants import expand
 from kvlocal.models.random import random_model
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
-from kvlocal.sweep import expand
 
 DEPTHS = (0, 1024, 2048, 4096, 7168, 8192, 32768)
 BUDGET = 1024

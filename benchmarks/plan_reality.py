@@ -16,8 +16,8 @@ from common import ROOT, command, model_path, parser, table, write_json
 
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
+from kvlocal.measure.plan import Planner
 from kvlocal.native.sampling import Sampling
-from kvlocal.plan import Planner
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage

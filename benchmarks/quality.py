@@ -32,13 +32,13 @@ from kvlocal.eval.scores import contains, rouge
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.summarize import summary_cases
 from kvlocal.eval.text import Kld, Ppl, excerpts
+from kvlocal.measure.variants import PAGED, Variant, expand
 from kvlocal.models.f32 import f32_copy
 from kvlocal.models.resolve import resolve_model
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY, make_policy
 from kvlocal.storage.budget import Budget
-from kvlocal.sweep import PAGED, Variant, expand
 
 BUDGETS = ("50%", "25%", "12.5%")
 NOVELS = ("Burnett_Garden_1911.txt", "Doyle_Hound_1902.txt")

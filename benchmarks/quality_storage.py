@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from decimal import Decimal
 
+from kvlocal.measure.variants import PAGED, Variant
 from kvlocal.native.cache import BITS
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
-from kvlocal.sweep import PAGED, Variant
 
 SHARES = ("6%", "12.5%", "19%", "25%")
 """Of the bytes of a full f16 cache."""

@@ -27,12 +27,12 @@ from quality import NOVELS
 from quality_storage import all_kept
 from threadpoolctl import threadpool_limits
 
-from kvlocal.bench import random_tokens
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Excerpt, Kld, excerpts
 from kvlocal.kernels import decode_rows, encode_rows, group_slots
+from kvlocal.measure.bench import random_tokens
 from kvlocal.models.f32 import f32_copy, to_f32
 from kvlocal.models.random import OffsetShape, write_random_model
 from kvlocal.native.cache import PagedCache

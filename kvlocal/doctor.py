@@ -21,7 +21,7 @@ import psutil
 import kvlocal
 from kvlocal.errors import KVError
 from kvlocal.installation import Device, Library, find_library, list_devices
-from kvlocal.machine import cpu_features, cpu_name
+from kvlocal.measure.machine import cpu_features, cpu_name
 from kvlocal.models.resolve import cache_dir, hub_cache
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig, n_cores

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from kvlocal.bench import BenchConfig, Step
     from kvlocal.engine.chat import Chat
     from kvlocal.engine.config import EngineConfig
     from kvlocal.engine.engine import Engine
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
     from kvlocal.eval.records import Record, Store
     from kvlocal.eval.stage import StageConfig
     from kvlocal.eval.text import Kld, Ppl
+    from kvlocal.measure.bench import BenchConfig, Step
+    from kvlocal.measure.variants import Variant
     from kvlocal.native.model import Model
     from kvlocal.native.sampling import Sampling
-    from kvlocal.sweep import Variant
 
     from .options import SamplingSettings, Settings
     from .render import Screen
@@ -92,8 +92,8 @@ def prefill_cached(
 def plan_run(
     settings: Settings, *, n_prompt: int, n_generate: int | None, parallel: int, memory: int | None, screen: Screen
 ) -> dict[str, Any]:
-    """What a run will take (`kvlocal.plan.Plan`); `memory`: bytes to plan for, None for what this machine has free."""
-    from kvlocal.plan import Planner
+    """What a run will take (a `Plan`); `memory`: bytes to plan for, None for what this machine has free."""
+    from kvlocal.measure.plan import Planner
 
     config = engine_config(settings, screen, parallel)
     with (
@@ -154,8 +154,8 @@ def plan_bench(
     chunk: int,
 ) -> BenchConfig:
     """What to measure; everything that can be wrong on the command line is found here, before a model is loaded."""
-    from kvlocal.bench import BenchConfig
-    from kvlocal.sweep import expand
+    from kvlocal.measure.bench import BenchConfig
+    from kvlocal.measure.variants import expand
 
     return BenchConfig(
         variants=expand(policies, settings.policy_args, budgets, storages, prefills),
@@ -186,7 +186,7 @@ def find_model(settings: Settings, random: str | None, screen: Screen) -> Path:
 
 def describe_machine(n_threads: int) -> dict[str, Any]:
     """Processor, cores, threads and measured memory bandwidth."""
-    from kvlocal.machine import describe_machine
+    from kvlocal.measure.machine import describe_machine
 
     return asdict(describe_machine(n_threads))
 
@@ -195,7 +195,7 @@ def run_bench(
     path: Path, config: BenchConfig, n_gpu_layers: int, on_step: Callable[[Step], None]
 ) -> Iterator[dict[str, Any]]:
     """The results as they come."""
-    from kvlocal.bench import bench
+    from kvlocal.measure.bench import bench
     from kvlocal.native.model import Model
 
     model = Model(path, n_gpu_layers=n_gpu_layers)
@@ -249,7 +249,7 @@ def plan_eval(
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
     from kvlocal.eval.stage import StageConfig
-    from kvlocal.sweep import expand
+    from kvlocal.measure.variants import expand
 
     return EvalPlan(
         metric=metric,
@@ -390,13 +390,13 @@ def write_eval_plot(records: Sequence[Record], path: Path) -> None:
 
 def check_plot(path: Path) -> None:
     """Refuse a plot that could not be written after a long run."""
-    from kvlocal.plot import check_plot
+    from kvlocal.measure.bench_plot import check_plot
 
     check_plot(path)
 
 
 def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the results over depth."""
-    from kvlocal.plot import write_plot
+    from kvlocal.measure.bench_plot import write_plot
 
     write_plot(rows, path)

@@ -27,8 +27,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     import numpy as np
 
-    from kvlocal.bench import Step
     from kvlocal.eval.evaluation import Step as Case
+    from kvlocal.measure.bench import Step
 
 ReportDict = Mapping[str, Any]
 

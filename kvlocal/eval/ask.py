@@ -14,8 +14,8 @@ from kvlocal.eval.evaluation import Evaluation
 from kvlocal.eval.records import Record, Store, digest, identity
 from kvlocal.eval.scores import measure
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
+from kvlocal.measure.variants import Variant
 from kvlocal.native.model import Model
-from kvlocal.sweep import Variant
 
 _ANSWER = "\x02answer\x03"  # stands for an answer while a template is rendered
 

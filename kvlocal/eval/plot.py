@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvlocal.eval.records import MEASURES, Record, rows
-from kvlocal.plot import check_plot
+from kvlocal.measure.bench_plot import check_plot
 
 _TITLES = {"kl": "KL divergence, nats", "ppl_ratio": "perplexity ratio", "score": "score"}
 _COLUMNS = 4  # heat maps side by side

@@ -13,8 +13,8 @@ import platformdirs
 
 from kvlocal import __version__
 from kvlocal.eval.bootstrap import interval
+from kvlocal.measure.variants import Variant
 from kvlocal.native import library
-from kvlocal.sweep import Variant
 
 MEASURES = {"kld": "kl", "ppl": "ppl_ratio"}
 """The measure of each metric that has a confidence interval; ``score`` for all others."""

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 
 from kvlocal.engine.evict import evict, guided_scores, size
+from kvlocal.measure.variants import Variant
 from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.sweep import Variant
 
 
 @dataclass(frozen=True)

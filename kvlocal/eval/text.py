@@ -13,8 +13,8 @@ from kvlocal.errors import KVError, UsageError
 from kvlocal.eval.evaluation import Evaluation
 from kvlocal.eval.records import Record, Store, digest, identity
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
+from kvlocal.measure.variants import PAGED, Variant, expand
 from kvlocal.native.model import Model
-from kvlocal.sweep import PAGED, Variant, expand
 
 FLOOR_SPLIT = 3 / 4
 """Prefill steps of the run for the noise floor, relative to the first run's."""

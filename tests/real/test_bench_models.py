@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from kvlocal_cli.main import main
 
-from kvlocal.bench import BenchConfig, Result, bench
+from kvlocal.measure.bench import BenchConfig, Result, bench
+from kvlocal.measure.variants import Prefill, expand
 from kvlocal.models.random import Shape, write_random_model
 from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.storage.storage import STORAGES, Storage
-from kvlocal.sweep import Prefill, expand
 
 LLAMA = Shape("tiny", "llama", 2, 256, 4, 2, 32, 512, 300, 10000.0, 64, tied=True)
 QWEN = Shape("tiny-qwen", "qwen2", 2, 256, 4, 1, 64, 512, 300, 10000.0, 64, tied=False)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from kvlocal.measure.variants import STOCK_STORAGES
 from kvlocal.native.model import Model
 from kvlocal.storage.storage import STORAGES
-from kvlocal.sweep import STOCK_STORAGES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "depth_storage.py"
 LANES = [*(("ours", storage) for storage in STORAGES), *(("stock", storage) for storage in STOCK_STORAGES)]

@@ -16,7 +16,7 @@ from kvlocal_cli.main import main
 from needles import FACTS, document
 
 from kvlocal.eval.stage import Stage
-from kvlocal.sweep import Variant
+from kvlocal.measure.variants import Variant
 
 NEEDLE = "needle --kind words --lengths 400,600 --depths 0,0.5 --budget 25%"
 KLD = "kld --context 192 --continue 48 --contexts 2 --budget 50%,25%"

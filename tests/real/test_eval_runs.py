@@ -17,8 +17,8 @@ from kvlocal.eval.records import Record, Store, rows
 from kvlocal.eval.scores import contains
 from kvlocal.eval.stage import Stage, StageConfig
 from kvlocal.eval.text import Distribution, Kld, Ppl, excerpts
+from kvlocal.measure.variants import Variant, expand
 from kvlocal.native.model import Model
-from kvlocal.sweep import Variant, expand
 
 CONFIG = StageConfig(n_ctx=1024, parallel=3, n_ubatch=128, n_threads=1, chunk=128)
 N_ANSWER = 16

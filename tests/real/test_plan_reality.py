@@ -11,8 +11,8 @@ from processes import call
 
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
+from kvlocal.measure.plan import Plan, Planner
 from kvlocal.native.sampling import Sampling
-from kvlocal.plan import Plan, Planner
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage

@@ -13,11 +13,11 @@ from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Kld, excerpts
+from kvlocal.measure.variants import expand
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.storage.storage import Storage, log_positions
-from kvlocal.sweep import expand
 
 BITS = {"q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvlocal import bench
+from kvlocal.measure import bench
 from kvlocal.native.cache import Layer
 from kvlocal.native.context import ContextConfig
 

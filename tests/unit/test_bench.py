@@ -12,10 +12,10 @@ from fake_bench import EVICT_S, TOKEN_BYTES, FakeModel, World, install, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal import bench
-from kvlocal.bench import BenchConfig, Result, Step, random_tokens
 from kvlocal.errors import UsageError
-from kvlocal.sweep import PAGED, Prefill, expand
+from kvlocal.measure import bench
+from kvlocal.measure.bench import BenchConfig, Result, Step, random_tokens
+from kvlocal.measure.variants import PAGED, Prefill, expand
 
 
 @pytest.fixture

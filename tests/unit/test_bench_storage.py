@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from fake_bench import DEMOTE_S, EVICT_S, TOKEN_BYTES, Event, World, install, run
 
-from kvlocal.bench import BenchConfig, Result
 from kvlocal.errors import UsageError
+from kvlocal.measure.bench import BenchConfig, Result
+from kvlocal.measure.variants import PAGED, Prefill, expand
 from kvlocal.storage.storage import STORAGES, Storage
-from kvlocal.sweep import PAGED, Prefill, expand
 
 SINK, TAIL = Storage().sink, Storage().tail
 

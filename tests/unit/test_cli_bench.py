@@ -17,10 +17,10 @@ from kvlocal_cli import backend
 from kvlocal_cli.bench import RANDOM_MODELS
 from kvlocal_cli.render import step_text
 
-from kvlocal.bench import BenchConfig, Result, Step
 from kvlocal.errors import KVError
+from kvlocal.measure.bench import BenchConfig, Result, Step
+from kvlocal.measure.bench_plot import lines
 from kvlocal.models.random import SHAPES
-from kvlocal.plot import lines
 from kvlocal.storage.storage import STORAGES
 
 MIB = 2**20

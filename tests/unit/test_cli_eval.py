@@ -23,7 +23,7 @@ from kvlocal.eval import records
 from kvlocal.eval.evaluation import Step
 from kvlocal.eval.records import Record
 from kvlocal.eval.stage import StageConfig
-from kvlocal.sweep import expand
+from kvlocal.measure.variants import expand
 
 MIB = 2**20
 MACHINE = {"cpu": "Fast Chip 9", "cores": 4, "threads": 1, "read_bytes_per_s": 12.34e9}

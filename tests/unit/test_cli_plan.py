@@ -12,7 +12,7 @@ from kvlocal_cli import backend
 from kvlocal_cli.options import Settings
 from kvlocal_cli.plan import suggested
 
-from kvlocal.plan import KVPlan, Need, Plan
+from kvlocal.measure.plan import KVPlan, Need, Plan
 
 GIB = 2**30
 

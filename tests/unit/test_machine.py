@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal import machine
+from kvlocal.measure import machine
 
 
 def test_the_processor_is_named_as_it_names_itself(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import UsageError
-from kvlocal.plan import STEP, KVPlan, Need, Planner, alternatives
+from kvlocal.measure.plan import STEP, KVPlan, Need, Planner, alternatives
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage

@@ -16,9 +16,9 @@ import psutil
 
 from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
+from kvlocal.measure.rehearsal import Rehearsal
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
-from kvlocal.rehearsal import Rehearsal
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage
 

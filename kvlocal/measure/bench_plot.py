@@ -37,7 +37,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     The band of a line runs from the slowest round to the fastest.
 
     Args:
-        rows: fields of :class:`kvlocal.bench.Result`.
+        rows: fields of :class:`kvlocal.measure.bench.Result`.
     """
     from matplotlib.figure import Figure
 

@@ -20,9 +20,9 @@ import psutil
 
 from kvlocal.engine.evict import evict
 from kvlocal.errors import UsageError
+from kvlocal.measure.variants import Variant
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.sweep import Variant
 
 _SLACK = 64  # tokens of room beyond what is ever decoded
 

@@ -1,0 +1,1 @@
+"""Speed and memory: measured, or planned before a run."""
