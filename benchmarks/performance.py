@@ -18,8 +18,8 @@ import numpy as np
 from common import ROOT, model_path, parser
 from performance_page import page
 
+from kvlocal.doctor.kernels import attend_pages, attend_stock, reference
 from kvlocal.engine.evict import evict
-from kvlocal.kernels import attend_pages, attend_stock, reference
 from kvlocal.measure.bench import BenchConfig, Step, bench, random_tokens
 from kvlocal.measure.machine import describe_machine
 from kvlocal.measure.variants import expand

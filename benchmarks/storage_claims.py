@@ -27,11 +27,11 @@ from quality import NOVELS
 from quality_storage import all_kept
 from threadpoolctl import threadpool_limits
 
+from kvlocal.doctor.kernels import decode_rows, encode_rows, group_slots
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.text import Excerpt, Kld, excerpts
-from kvlocal.kernels import decode_rows, encode_rows, group_slots
 from kvlocal.measure.bench import random_tokens
 from kvlocal.models.f32 import f32_copy, to_f32
 from kvlocal.models.random import OffsetShape, write_random_model
@@ -65,7 +65,7 @@ CHUNK = 512  # tokens of one pass
 
 @dataclass(frozen=True)
 class Scheme:
-    """How keys and values are stored: rows of :data:`kvlocal.kernels.ROWS`; rotated before, without their mean."""
+    """How keys and values are stored: rows of :data:`ROWS`; rotated before, without their mean."""
 
     name: str
     k_row: str

@@ -57,7 +57,7 @@ def remove_model(model: ModelFile) -> int:
 
 def examine(settings: Settings, screen: Screen) -> dict[str, Any]:
     """Everything `kvlocal doctor` says; the model is the default one if none is named and that is on disk."""
-    from kvlocal.doctor import examine
+    from kvlocal.doctor.report import examine
     from kvlocal.models.resolve import fetched_default, resolve_model
 
     from .render_doctor import steps

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.kernels import attend_pages, attend_stock, reference
+from kvlocal.doctor.kernels import attend_pages, attend_stock, reference
 
 GRID = [
     (d, group, n_tokens)

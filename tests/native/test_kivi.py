@@ -11,8 +11,8 @@ from dense_llama import DenseLlama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvlocal.doctor.kernels import decode_rows, encode_rows
 from kvlocal.errors import KVError, UsageError
-from kvlocal.kernels import decode_rows, encode_rows
 from kvlocal.native.cache import FORMATS, PagedCache
 from kvlocal.native.context import Context
 

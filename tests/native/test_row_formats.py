@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.kernels import PAGE_SLOTS, ROWS, attend_pages, decode_rows, encode_rows, group_slots, reference
+from kvlocal.doctor.kernels import PAGE_SLOTS, ROWS, attend_pages, decode_rows, encode_rows, group_slots, reference
 
 Floats = npt.NDArray[np.float32]
 

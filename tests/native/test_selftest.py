@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from contexts import OpenModel
 
-from kvlocal import installation, kernels, selftest
-from kvlocal.doctor import _model
+from kvlocal.doctor import installation, kernels, selftest
+from kvlocal.doctor.installation import find_library, list_devices
+from kvlocal.doctor.report import _model
+from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError
-from kvlocal.installation import find_library, list_devices
 from kvlocal.native import library
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.model import Model
-from kvlocal.selftest import Comparison, self_test
 
 
 def failed(found: list[Comparison]) -> list[str]:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from kvlocal_cli.main import main
 from processes import call
 
-from kvlocal import kernels, selftest
+from kvlocal.doctor import kernels, selftest
 from kvlocal.models.resolve import cache_dir
 from kvlocal.native import library
 from kvlocal.native.cache import FORMATS

@@ -13,11 +13,11 @@ from fake_engine import call, fail, sentence
 from kvlocal_cli import backend_machine
 from kvlocal_cli.options import Settings
 
-from kvlocal import doctor
-from kvlocal.doctor import Cpu, Memory, ModelInfo, Place, Report
+from kvlocal.doctor import report as doctor
+from kvlocal.doctor.installation import Device, Library
+from kvlocal.doctor.report import Cpu, Memory, ModelInfo, Place, Report
+from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError, UsageError
-from kvlocal.installation import Device, Library
-from kvlocal.selftest import Comparison
 
 GIB = 2**30
 REPORT = Report(
@@ -215,7 +215,7 @@ class Screen:
 
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """What `kvlocal.doctor.examine` was given."""
+    """What `kvlocal.doctor.report.examine` was given."""
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     def examine(model: Any, **options: Any) -> Report:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from kvlocal import doctor, installation
-from kvlocal.doctor import ModelInfo, examine
+from kvlocal.doctor import installation
+from kvlocal.doctor import report as doctor
+from kvlocal.doctor.installation import Device, Library, find_library, read_system_info, vector_code
+from kvlocal.doctor.report import ModelInfo, examine
+from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError
-from kvlocal.installation import Device, Library, find_library, read_system_info, vector_code
-from kvlocal.selftest import Comparison
 
 BUILD = {"AVX2": "1", "FMA": "1", "F16C": "1", "OPENMP": "1"}
 LIBRARY = Library(path="/lib/libllama.so", folder="/lib", ours=True, kernels="AVX2", system_info={"CPU": BUILD})

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal import kernels
+from kvlocal.doctor import kernels
+from kvlocal.doctor.kernels import PAGE_SLOTS
 from kvlocal.errors import KVError
-from kvlocal.kernels import PAGE_SLOTS
 from kvlocal.models.f32 import to_f32
 from kvlocal.models.random import Shape, write_random_model
 from kvlocal.native.cache import FORMATS

@@ -19,15 +19,15 @@ import platformdirs
 import psutil
 
 import kvlocal
+from kvlocal.doctor.installation import Device, Library, find_library, list_devices
+from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError
-from kvlocal.installation import Device, Library, find_library, list_devices
 from kvlocal.measure.machine import cpu_features, cpu_name
 from kvlocal.models.resolve import cache_dir, hub_cache
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig, n_cores
 from kvlocal.native.library import KvlLayerInfo
 from kvlocal.native.model import Model
-from kvlocal.selftest import Comparison, self_test
 
 _PACKAGES = ("numpy", "gguf", "huggingface_hub")
 
