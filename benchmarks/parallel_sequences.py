@@ -23,7 +23,7 @@ from quality import NOVELS
 
 from kvlocal.engine.evict import evict, size
 from kvlocal.errors import UsageError
-from kvlocal.eval.text import Distribution, Excerpt, excerpts
+from kvlocal.eval.texts import Distribution, Excerpt, excerpts
 from kvlocal.measure.variants import PAGED, Variant
 from kvlocal.models.f32 import f32_copy
 from kvlocal.native.cache import PagedCache

@@ -22,16 +22,16 @@ from quality_page import write_page
 from quality_storage import MORE, all_kept, at_equal_bytes
 
 from kvlocal.engine.engine import Engine, EngineConfig
-from kvlocal.eval.ask import Ask
 from kvlocal.eval.cases import Case, Score
 from kvlocal.eval.evaluation import Step
-from kvlocal.eval.kv_retrieval import kv_cases
+from kvlocal.eval.questions import Ask
 from kvlocal.eval.records import Record, Store, rows, store_path
-from kvlocal.eval.ruler import ruler_cases
 from kvlocal.eval.scores import contains, rouge
 from kvlocal.eval.stage import StageConfig
-from kvlocal.eval.summarize import summary_cases
-from kvlocal.eval.text import Kld, Ppl, excerpts
+from kvlocal.eval.tasks.kv_retrieval import kv_cases
+from kvlocal.eval.tasks.ruler import ruler_cases
+from kvlocal.eval.tasks.summarize import summary_cases
+from kvlocal.eval.texts import Kld, Ppl, excerpts
 from kvlocal.measure.variants import PAGED, Variant, expand
 from kvlocal.models.f32 import f32_copy
 from kvlocal.models.resolve import resolve_model

@@ -31,7 +31,7 @@ from kvlocal.doctor.kernels import decode_rows, encode_rows, group_slots
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
-from kvlocal.eval.text import Excerpt, Kld, excerpts
+from kvlocal.eval.texts import Excerpt, Kld, excerpts
 from kvlocal.measure.bench import random_tokens
 from kvlocal.models.f32 import f32_copy, to_f32
 from kvlocal.models.random import OffsetShape, write_random_model

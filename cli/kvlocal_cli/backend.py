@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from kvlocal.engine.chat import Chat
     from kvlocal.engine.config import EngineConfig
     from kvlocal.engine.engine import Engine
-    from kvlocal.eval.ask import Ask
     from kvlocal.eval.cases import Case
     from kvlocal.eval.evaluation import OnStep
+    from kvlocal.eval.questions import Ask
     from kvlocal.eval.records import Record, Store
     from kvlocal.eval.stage import StageConfig
-    from kvlocal.eval.text import Kld, Ppl
+    from kvlocal.eval.texts import Kld, Ppl
     from kvlocal.measure.bench import BenchConfig, Step
     from kvlocal.measure.variants import Variant
     from kvlocal.native.model import Model
@@ -271,16 +271,16 @@ def plan_eval(
 def _read_cases(metric: str, source: Mapping[str, Any]) -> Sequence[Case]:
     """The cases of the metrics that have them in files."""
     if metric == "ruler":
-        from kvlocal.eval.ruler import ruler_cases
+        from kvlocal.eval.tasks.ruler import ruler_cases
 
         return ruler_cases(source["data"], tasks=source["tasks"], rows=source["rows"])
     if metric == "kv-retrieval":
-        from kvlocal.eval.kv_retrieval import kv_cases
+        from kvlocal.eval.tasks.kv_retrieval import kv_cases
 
         return kv_cases(source["data"], rows=source["rows"])
     if metric == "summarize":
         from kvlocal.eval.scores import rouge
-        from kvlocal.eval.summarize import summary_cases
+        from kvlocal.eval.tasks.summarize import summary_cases
 
         # says at once if what it needs is not installed
         rouge("", [""])
@@ -343,7 +343,7 @@ Prepared = tuple[int, str, "Callable[[StageConfig, Store], Ask | Kld | Ppl]"]
 
 
 def _prepare_texts(model: Model, plan: EvalPlan) -> Prepared:
-    from kvlocal.eval.text import Kld, Ppl, excerpts
+    from kvlocal.eval.texts import Kld, Ppl, excerpts
 
     source = plan.source
     n_context, n_continue = source["n_context"], source["n_continue"]
@@ -353,9 +353,9 @@ def _prepare_texts(model: Model, plan: EvalPlan) -> Prepared:
 
 
 def _prepare_cases(model: Model, plan: EvalPlan) -> Prepared:
-    from kvlocal.eval.ask import Ask, turns
-    from kvlocal.eval.needle import needle_cases
+    from kvlocal.eval.questions import Ask, turns
     from kvlocal.eval.scores import contains, rouge
+    from kvlocal.eval.tasks.needle import needle_cases
 
     def count(text: str) -> int:
         return len(model.tokenize(text, add_special=False, parse_special=False))

@@ -10,13 +10,13 @@ import pytest
 from needles import FACTS, GREEDY, OpenEngine, document
 
 from kvlocal.errors import UsageError
-from kvlocal.eval import text
-from kvlocal.eval.ask import Ask, turns
+from kvlocal.eval import texts as text
 from kvlocal.eval.cases import Case, Question
+from kvlocal.eval.questions import Ask, turns
 from kvlocal.eval.records import Record, Store, rows
 from kvlocal.eval.scores import contains
 from kvlocal.eval.stage import Stage, StageConfig
-from kvlocal.eval.text import Distribution, Kld, Ppl, excerpts
+from kvlocal.eval.texts import Distribution, Kld, Ppl, excerpts
 from kvlocal.measure.variants import Variant, expand
 from kvlocal.native.model import Model
 

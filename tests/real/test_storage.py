@@ -12,7 +12,7 @@ from kvlocal.engine.engine import Engine
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
-from kvlocal.eval.text import Kld, excerpts
+from kvlocal.eval.texts import Kld, excerpts
 from kvlocal.measure.variants import expand
 from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig

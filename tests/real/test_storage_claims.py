@@ -82,7 +82,7 @@ def test_sequences_fill_the_budget_and_no_more(tiny_path: Path, data: Path, tmp_
 def test_texts_that_all_fit_are_said_to_be_too_few(claims: ModuleType, tiny_path: Path, data: Path) -> None:
     from parallel_sequences import bound, fill, open_context, variants
 
-    from kvlocal.eval.text import excerpts
+    from kvlocal.eval.texts import excerpts
     from kvlocal.native.model import Model
 
     model = Model(tiny_path)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from kvlocal.errors import UsageError
 from kvlocal.eval.cases import Case
-from kvlocal.eval.kv_retrieval import kv_cases
-from kvlocal.eval.needle import FILLER, NAMES, THINGS, needle_cases
-from kvlocal.eval.ruler import ruler_cases
-from kvlocal.eval.summarize import summary_cases
+from kvlocal.eval.tasks.kv_retrieval import kv_cases
+from kvlocal.eval.tasks.needle import FILLER, NAMES, THINGS, needle_cases
+from kvlocal.eval.tasks.ruler import ruler_cases
+from kvlocal.eval.tasks.summarize import summary_cases
 from kvlocal.jsonl import TEXT, read_rows
 
 COUNTERS: dict[str, Callable[[str], int]] = {
@@ -244,7 +244,7 @@ def test_a_ruler_row_is_parted_before_its_last_line(tmp_path: Path) -> None:
 
 @given(st.text(alphabet="ab .\n\u2028\r"))
 def test_document_and_question_of_a_ruler_row_are_its_input(text: str) -> None:
-    from kvlocal.eval.ruler import _case
+    from kvlocal.eval.tasks.ruler import _case
     from kvlocal.jsonl import Row
 
     row = Row("here", 1, ruler_row(input=text))
