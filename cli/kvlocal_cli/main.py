@@ -10,23 +10,23 @@ from typing import Any
 import click
 
 from kvlocal.errors import KVError
-
-from . import backend, config_file, twins
-from .batch import batch
-from .bench import bench
-from .chat import chat
-from .completion import completion
-from .config import config
-from .demo import demo
-from .doctor import doctor
-from .eval import evaluate
-from .models import models
-from .options import GroupedCommand
-from .plan import plan
-from .policies import policies
-from .pull import pull
-from .run import run
-from .stream import INTERRUPTED
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.commands.batch import batch
+from kvlocal_cli.commands.bench import bench
+from kvlocal_cli.commands.chat import chat
+from kvlocal_cli.commands.completion import completion
+from kvlocal_cli.commands.config import config
+from kvlocal_cli.commands.demo import demo
+from kvlocal_cli.commands.doctor import doctor
+from kvlocal_cli.commands.eval import evaluate
+from kvlocal_cli.commands.models import models
+from kvlocal_cli.commands.plan import plan
+from kvlocal_cli.commands.policies import policies
+from kvlocal_cli.commands.pull import pull
+from kvlocal_cli.commands.run import run
+from kvlocal_cli.options import config_file, twins
+from kvlocal_cli.options.settings import GroupedCommand
+from kvlocal_cli.terminal.stream import INTERRUPTED
 
 
 class Cli(click.Group):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from kvlocal_cli import backend
+from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.main import main
-from kvlocal_cli.options import Settings
-from kvlocal_cli.render import Screen
+from kvlocal_cli.options.settings import Settings
+from kvlocal_cli.render.screen import Screen
 
 from kvlocal.errors import UsageError
 

@@ -71,7 +71,7 @@ def test_version(fake: Fake) -> None:
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlocal_cli.backend.versions", fail(KVError("the native library is missing")))
+    monkeypatch.setattr("kvlocal_cli.backend.engine.versions", fail(KVError("the native library is missing")))
     assert sentence("--version", code=1) == "the native library is missing."
 
 

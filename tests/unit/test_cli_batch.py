@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import call, install, press_ctrl_c, sentence
-from kvlocal_cli import backend_batch
+from kvlocal_cli.backend import batch as backend_batch
 
 from kvlocal.batch.batch import Result, Step
 from kvlocal.batch.documents import Document

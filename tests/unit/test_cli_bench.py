@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from fake_engine import call, fail, press_ctrl_c, sentence
-from kvlocal_cli import backend
-from kvlocal_cli.bench import RANDOM_MODELS
-from kvlocal_cli.render import step_text
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.commands.bench import RANDOM_MODELS
+from kvlocal_cli.render.screen import step_text
 
 from kvlocal.errors import KVError
 from kvlocal.measure.bench import BenchConfig, Result, Step

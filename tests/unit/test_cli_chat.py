@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from fake_engine import ANSWER, FIGURES, Fake, call, fail, install, press_ctrl_c
-from kvlocal_cli import chat as chat_module
-from kvlocal_cli import prompt
+from kvlocal_cli.commands import chat as chat_module
+from kvlocal_cli.terminal import prompt
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 from fake_engine import call, sentence
-from kvlocal_cli import completers
 from kvlocal_cli.main import main
+from kvlocal_cli.options import completers
 
 from kvlocal.policies import REGISTRY
 from kvlocal.storage.storage import STORAGES

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from fake_engine import Fake, call, install, sentence
-from kvlocal_cli import config_file
 from kvlocal_cli.main import main
+from kvlocal_cli.options import config_file
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from fake_engine import call, fail, sentence
-from kvlocal_cli import backend_machine
-from kvlocal_cli.options import Settings
+from kvlocal_cli.backend import machine as backend_machine
+from kvlocal_cli.options.settings import Settings
 
 from kvlocal.doctor import report as doctor
 from kvlocal.doctor.installation import Device, Library

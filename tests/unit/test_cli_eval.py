@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from fake_engine import call, fail, press_ctrl_c, sentence
-from kvlocal_cli import backend, eval_output, render
-from kvlocal_cli.render import Screen, case_text
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.render import eval as eval_output
+from kvlocal_cli.render import screen as render
+from kvlocal_cli.render.screen import Screen, case_text
 from rich.console import Console
 
 from kvlocal.errors import KVError, UsageError
@@ -272,7 +274,7 @@ def test_the_table_of_a_terminal_has_the_same_cells() -> None:
 def test_a_terminal_gets_the_drawn_table(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(render, "out", lambda *parts: drawn.extend(parts))
-    monkeypatch.setattr("kvlocal_cli.eval._on_terminal", lambda: True)
+    monkeypatch.setattr("kvlocal_cli.commands.eval._on_terminal", lambda: True)
     assert call("eval", "needle").stdout == "" and len(drawn) == 5
     assert call("eval", "needle", "-o", "json").stdout.startswith("{") and len(drawn) == 5
 

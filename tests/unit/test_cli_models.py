@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_engine import call, sentence
-from kvlocal_cli import backend_machine
+from kvlocal_cli.backend import machine as backend_machine
 
 from kvlocal.errors import KVError, UsageError
 from kvlocal.models.listing import ModelFile

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from fake_engine import MIB, call, sentence
-from kvlocal_cli import backend
-from kvlocal_cli.options import Settings
-from kvlocal_cli.plan import suggested
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.commands.plan import suggested
+from kvlocal_cli.options.settings import Settings
 
 from kvlocal.measure.plan import KVPlan, Need, Plan
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvlocal_cli import backend
-from kvlocal_cli.options import SamplingSettings, Settings
-from kvlocal_cli.render import Screen, comparison_table, figures, held_map, percent, rate, size
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.options.settings import SamplingSettings, Settings
+from kvlocal_cli.render.screen import Screen, comparison_table, figures, held_map, percent, rate, size
 from rich.console import Console
 
 from kvlocal.errors import UsageError
@@ -176,7 +176,7 @@ def test_the_sampling_defaults_are_the_engines() -> None:
 
 def test_the_real_policies_can_be_listed() -> None:
     pytest.importorskip("kvlocal.policies")
-    from kvlocal_cli.render import parameters_table, policies_table
+    from kvlocal_cli.render.screen import parameters_table, policies_table
 
     rows = backend.describe_policies()
     text = io.StringIO()

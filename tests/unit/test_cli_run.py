@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from fake_engine import ANSWER, FIGURES, Fake, call, fail, install, press_ctrl_c, sentence
-from kvlocal_cli import prompt
-from kvlocal_cli.options import SamplingSettings, Settings
+from kvlocal_cli.options.settings import SamplingSettings, Settings
+from kvlocal_cli.terminal import prompt
 
 from kvlocal.errors import KVError
 

@@ -11,8 +11,8 @@ import click
 import pytest
 from click.core import ParameterSource
 from fake_engine import Fake, call, install, sentence
-from kvlocal_cli import config_file, twins
 from kvlocal_cli.main import main
+from kvlocal_cli.options import config_file, twins
 
 COMMANDS = {" ".join(path): command for path, command in twins.walk(main) if path}
 OPTIONS = [

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import click
 
 from kvlocal.errors import UsageError
-
-from . import completers
-from .bench import Names, Sizes, Wholes
-from .options import Callback, Decorator, Settings, Whole, count, option, stack, sweep_options
+from kvlocal_cli.commands.bench import Names, Sizes, Wholes
+from kvlocal_cli.options import completers
+from kvlocal_cli.options.settings import Callback, Decorator, Settings, Whole, count, option, stack, sweep_options
 
 MAX_PARALLEL = 255
 """llama.cpp's most sequences, less the one that holds the text."""

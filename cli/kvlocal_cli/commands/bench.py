@@ -10,10 +10,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvlocal.errors import KVError, UsageError
-
-from . import backend, completers, twins
-from .options import GroupedCommand, Settings, check_chunked, count, option, sweep_options
-from .stream import INTERRUPTED, Interrupt
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.options import completers, twins
+from kvlocal_cli.options.settings import GroupedCommand, Settings, check_chunked, count, option, sweep_options
+from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
 
@@ -147,7 +147,7 @@ def bench(
     kvlocal bench --random-model llama-1b -d 0,16384 --plot speed.svg
     kvlocal bench -d 65536 -p 0 --prefill exact,chunked --budget 2048
     """
-    from .render import Screen
+    from kvlocal_cli.render.screen import Screen
 
     if random_model is not None and settings.model is not None:
         random_model = _pick_random(random_model, settings.model)
@@ -214,7 +214,7 @@ def check_folder(path: Path) -> None:
 
 
 def _write(form: str, file: Path | None, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    from . import bench_output
+    from kvlocal_cli.render import bench as bench_output
 
     text = {"md": bench_output.as_md, "json": bench_output.as_json, "csv": bench_output.as_csv}[form](machine, rows)
     if file is None:

@@ -9,12 +9,19 @@ from typing import Any
 import click
 
 from kvlocal.errors import KVError, UsageError
-
-from . import backend
-from .bench import Names, check_folder
-from .eval_options import Common, Lengths, Shares, common_options, data_options, question_option, text_options
-from .options import GroupedCommand, Settings, check_chunked, count, option
-from .stream import INTERRUPTED, Interrupt
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.commands.bench import Names, check_folder
+from kvlocal_cli.options.eval import (
+    Common,
+    Lengths,
+    Shares,
+    common_options,
+    data_options,
+    question_option,
+    text_options,
+)
+from kvlocal_cli.options.settings import GroupedCommand, Settings, check_chunked, count, option
+from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 
 class Evaluations(click.Group):
@@ -169,7 +176,7 @@ def _n_ubatch(settings: Settings) -> int:
 
 
 def _measure(common: Common, metric: str, source: dict[str, Any], questions: Sequence[str] = ()) -> None:
-    from .render import Screen
+    from kvlocal_cli.render.screen import Screen
 
     settings = common.settings
     if "chunked" not in common.prefills:
@@ -246,7 +253,8 @@ def _on_terminal() -> bool:
 
 
 def _write(common: Common, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    from . import eval_output, render
+    from kvlocal_cli.render import eval as eval_output
+    from kvlocal_cli.render import screen as render
 
     if common.form == "md" and common.output_file is None and _on_terminal():
         render.out(*eval_output.as_rich(about, rows))

@@ -1,12 +1,12 @@
-"""What `kvlocal batch` needs of kvlocal, imported when it is called; see :mod:`kvlocal_cli.backend`."""
+"""What `kvlocal batch` needs of kvlocal, imported when it is called; see :mod:`kvlocal_cli.backend.engine`."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .backend import engine_config
-from .prompt import file_path
+from kvlocal_cli.backend.engine import engine_config
+from kvlocal_cli.terminal.prompt import file_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from kvlocal.batch.batch import Batch
     from kvlocal.batch.documents import Document, Results
     from kvlocal.native.sampling import Sampling
-
-    from .options import Settings
-    from .render import Screen
+    from kvlocal_cli.options.settings import Settings
+    from kvlocal_cli.render.screen import Screen
 
 
 def read_documents(inputs: Sequence[str], output: Path, *, text: str, id: str, question: str) -> list[Document]:

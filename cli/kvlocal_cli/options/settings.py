@@ -11,8 +11,7 @@ import click
 from click.core import ParameterSource
 
 from kvlocal.errors import UsageError
-
-from . import completers, config_file, twins
+from kvlocal_cli.options import completers, config_file, twins
 
 DEFAULT_POLICY = "ladder"
 STORED_POLICY = "ada-snapkv"

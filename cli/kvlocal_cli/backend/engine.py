@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from kvlocal.measure.variants import Variant
     from kvlocal.native.model import Model
     from kvlocal.native.sampling import Sampling
-
-    from .options import SamplingSettings, Settings
-    from .render import Screen
+    from kvlocal_cli.options.settings import SamplingSettings, Settings
+    from kvlocal_cli.render.screen import Screen
 
 
 def versions() -> tuple[str, dict[str, Any]]:
@@ -83,8 +82,7 @@ def prefill_cached(
 ) -> int:
     """Read a prompt, but for what a prompt cache on disk has of it; how many tokens that is."""
     from kvlocal.engine.session import prefill_cached
-
-    from .prompt import file_path
+    from kvlocal_cli.terminal.prompt import file_path
 
     return prefill_cached(file_path(name), engine, tokens, on_progress=on_progress)
 
@@ -113,8 +111,7 @@ def new_chat(engine: Engine, system: str | None) -> Chat:
 def change_policy(engine: Engine, name: str, pairs: Sequence[str]) -> bool:
     """Another policy from now on, with `name=value` pairs; True if the cache was made anew."""
     from kvlocal.policies import make_policy
-
-    from .options import parse_policy_args
+    from kvlocal_cli.options.settings import parse_policy_args
 
     return engine.change(policy=make_policy(name, parse_policy_args(tuple(pairs), sink=None, window=None)))
 

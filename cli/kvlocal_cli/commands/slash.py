@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kvlocal.errors import UsageError
-
-from . import backend, prompt
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.terminal import prompt
 
 if TYPE_CHECKING:
-    from .chat import Conversation
+    from kvlocal_cli.commands.chat import Conversation
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def run(talk: Conversation, line: str) -> None:
 
 
 def _kv(talk: Conversation, _rest: str) -> None:
-    from .render import held_map
+    from kvlocal_cli.render.screen import held_map
 
     held = talk.engine.held()
     if held:
@@ -46,7 +46,7 @@ def _kv(talk: Conversation, _rest: str) -> None:
 
 
 def _stats(talk: Conversation, _rest: str) -> None:
-    from .render import stats_table
+    from kvlocal_cli.render.screen import stats_table
 
     if talk.answered:
         talk.screen.show(stats_table(talk.engine.report().as_dict()))
@@ -140,7 +140,7 @@ def _changed(talk: Conversation, what: str, anew: bool) -> None:
 
 
 def _save(talk: Conversation, rest: str) -> None:
-    from .render import size
+    from kvlocal_cli.render.screen import size
 
     path = _argument(rest, "/save FILE")
     talk.screen.line(f"Saved: {path}, {size(talk.chat.save(prompt.file_path(path)))}.")

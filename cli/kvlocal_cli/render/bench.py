@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .render import size
+from kvlocal_cli.render.screen import size
 
 Row = Mapping[str, Any]
 Machine = Mapping[str, Any]

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from kvlocal.errors import UsageError
-
-from . import backend_machine as backend
-from .options import GroupedCommand
+from kvlocal_cli.backend import machine as backend
+from kvlocal_cli.options.settings import GroupedCommand
 
 
 @click.command(cls=GroupedCommand)
@@ -24,7 +23,7 @@ def pull(spec: str | None) -> None:
     kvlocal pull
     kvlocal pull USER/REPO:Q4_K_M
     """
-    from .render import Screen
+    from kvlocal_cli.render.screen import Screen
 
     if spec is not None and Path(spec).is_file():
         raise UsageError(f"'{spec}' is a file that is here already; pull fetches USER/REPO[:FILE].")

@@ -13,8 +13,7 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
-
-from . import twins
+from kvlocal_cli.options import twins
 
 if sys.version_info >= (3, 11):
     import tomllib

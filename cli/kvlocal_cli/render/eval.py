@@ -63,7 +63,7 @@ def as_md(about: About, rows: Sequence[Row]) -> str:
 
 def as_rich(about: About, rows: Sequence[Row]) -> list[RenderableType]:
     """The same for a terminal."""
-    from . import render
+    from kvlocal_cli.render import screen as render
 
     columns = _columns(about["metric"], rows)
     table = render.results_table([(column.title, column.is_name) for column in columns], _cells(columns, rows))

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvlocal.models.listing import ModelFile
-
-    from .options import Settings
-    from .render import Screen
+    from kvlocal_cli.options.settings import Settings
+    from kvlocal_cli.render.screen import Screen
 
 
 def fetch_model(spec: str | None, screen: Screen) -> Path:
@@ -59,8 +58,7 @@ def examine(settings: Settings, screen: Screen) -> dict[str, Any]:
     """Everything `kvlocal doctor` says; the model is the default one if none is named and that is on disk."""
     from kvlocal.doctor.report import examine
     from kvlocal.models.resolve import fetched_default, resolve_model
-
-    from .render_doctor import steps
+    from kvlocal_cli.render.doctor import steps
 
     model, failures = None, list[str]()
     if settings.model is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from . import backend
-from .options import GroupedCommand
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.options.settings import GroupedCommand
 
 
 @click.command(cls=GroupedCommand)
@@ -16,7 +16,7 @@ def policies() -> None:
     kvlocal policies
     kvlocal run --policy snapkv --policy-arg window=64 -p "Hello"
     """
-    from .render import out, parameters_table, policies_table
+    from kvlocal_cli.render.screen import out, parameters_table, policies_table
 
     rows = backend.describe_policies()
     out(policies_table(rows), parameters_table(rows))

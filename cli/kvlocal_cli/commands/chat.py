@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from kvlocal.errors import ContextFullError, KVError, UsageError
-
-from . import backend, chat_commands, prompt
-from .options import (
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.commands import slash as chat_commands
+from kvlocal_cli.options.settings import (
     GroupedCommand,
     SamplingSettings,
     Settings,
@@ -23,7 +23,8 @@ from .options import (
     sampling_options,
     system_option,
 )
-from .stream import Answer, Interrupt, stream
+from kvlocal_cli.terminal import prompt
+from kvlocal_cli.terminal.stream import Answer, Interrupt, stream
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
     from kvlocal.engine.chat import Chat
     from kvlocal.engine.engine import Engine
     from kvlocal.native.sampling import Sampling
-
-    from .render import Screen
+    from kvlocal_cli.render.screen import Screen
 
 QUOTES = '"""'
 FULL = "Nothing is lost: /undo takes the last turn back, /clear starts anew; with /policy ladder the cache goes on."
@@ -69,7 +69,7 @@ def chat(
     While chatting: /kv draws the cache, /stats shows all figures, /help lists all commands; \"\"\" begins and ends a
     question of several lines.
     """
-    from .render import Screen
+    from kvlocal_cli.render.screen import Screen
 
     system = prompt.system_text(system)
     interactive = prompt.stdin_is_terminal()
@@ -186,7 +186,7 @@ class Conversation:
 
     def turn(self, text: str | None) -> None:
         """Ask, or with ``None`` answer the last question again; write the answer, show its figures."""
-        from .render import figures
+        from kvlocal_cli.render.screen import figures
 
         answer = Answer()
         if text is not None and self.pending:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvlocal.errors import UsageError
-
-from . import backend_machine as backend
-from .options import GroupedCommand
+from kvlocal_cli.backend import machine as backend
+from kvlocal_cli.options.settings import GroupedCommand
 
 if TYPE_CHECKING:
     from kvlocal.models.listing import ModelFile
@@ -88,7 +87,7 @@ def rm(all_json: bool, spec: str, yes: bool, as_json: bool) -> None:
     \b
     kvlocal models rm USER/REPO:Q4_K_M --yes
     """
-    from .render import size
+    from kvlocal_cli.render.screen import size
 
     model = backend.find_model_file(spec)
     if not yes and not _confirm(f"Remove {model.name} ({size(model.size_bytes)}, {model.path})?"):
@@ -130,7 +129,7 @@ def _as_dict(model: ModelFile) -> dict[str, Any]:
 
 def _table(found: Sequence[ModelFile]) -> str:
     """One line per model, however long: paths are there to be copied."""
-    from .render import size
+    from kvlocal_cli.render.screen import size
 
     home = str(Path.home())
     rows = [("model", "size", "type", "architecture", "used", "path")]

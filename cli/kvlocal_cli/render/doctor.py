@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .render import Screen, size
+from kvlocal_cli.render.screen import Screen, size
 
 Report = Mapping[str, Any]
 Rows = Iterator[tuple[str, str]]

@@ -8,11 +8,19 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
-
-from . import backend, completers, prompt
-from .options import GroupedCommand, SamplingSettings, Settings, model_options, option, predict_option
-from .run import complete, messages
-from .stream import INTERRUPTED, Answer
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.commands.run import complete, messages
+from kvlocal_cli.options import completers
+from kvlocal_cli.options.settings import (
+    GroupedCommand,
+    SamplingSettings,
+    Settings,
+    model_options,
+    option,
+    predict_option,
+)
+from kvlocal_cli.terminal import prompt
+from kvlocal_cli.terminal.stream import INTERRUPTED, Answer
 
 CACHES = (("full", "100%"), ("ladder", "25%"))
 
@@ -39,7 +47,7 @@ def demo(settings: Settings, document: str, question: str, n_predict: int) -> No
     \b
     kvlocal demo --document expedition.txt --question question.txt
     """
-    from .render import Screen, comparison_table, out
+    from kvlocal_cli.render.screen import Screen, comparison_table, out
 
     texts = [prompt.read_file(path).strip() for path in (document, question)]
     for path, text in zip((document, question), texts, strict=True):

@@ -11,9 +11,8 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
-
-from . import backend
-from .options import (
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.options.settings import (
     DEFAULT_POLICY,
     STORED_POLICY,
     GroupedCommand,
@@ -78,8 +77,8 @@ def plan(
     kvlocal plan model.gguf -c 32768 --policy ladder --budget 2048 --prefill chunked
     kvlocal plan model.gguf -c 4096 --kv q4 --parallel 8 --memory 16GiB --json
     """
-    from .render import Screen, out
-    from .render_plan import plan_view
+    from kvlocal_cli.render.plan import plan_view
+    from kvlocal_cli.render.screen import Screen, out
 
     figures = backend.plan_run(
         settings,

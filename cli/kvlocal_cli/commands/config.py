@@ -10,9 +10,8 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
-
-from . import config_file, twins
-from .options import GroupedCommand
+from kvlocal_cli.options import config_file, twins
+from kvlocal_cli.options.settings import GroupedCommand
 
 EXAMPLE = """\
 # kvlocal's configuration. A key is the long name of an option without its dashes, and holds where neither the command
@@ -66,8 +65,8 @@ def config(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    from .render import out
-    from .render_config import settings_table
+    from kvlocal_cli.render.config import settings_table
+    from kvlocal_cli.render.screen import out
 
     root = ctx.find_root()
     assert isinstance(root.command, click.Group)

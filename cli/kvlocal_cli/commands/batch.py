@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
-
-from . import backend, backend_batch, prompt, twins
-from .options import (
+from kvlocal_cli.backend import batch as backend_batch
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.options import twins
+from kvlocal_cli.options.settings import (
     Callback,
     GroupedCommand,
     SamplingSettings,
@@ -25,7 +26,8 @@ from .options import (
     sampling_options,
     system_option,
 )
-from .stream import INTERRUPTED, Interrupt
+from kvlocal_cli.terminal import prompt
+from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 SOME_FAILED = 3
 
@@ -111,7 +113,7 @@ def batch(
     kvlocal batch model.gguf "papers/*.txt" -o out.jsonl --instruction "Name the method." --budget 25%
     kvlocal batch questions.jsonl -o answers.jsonl --task qa --field article --resume
     """
-    from .render_batch import batch_bar, summary
+    from kvlocal_cli.render.batch import batch_bar, summary
 
     system = prompt.system_text(system, raw=raw)
     drawing = backend.new_sampling(sampling)
@@ -121,7 +123,7 @@ def batch(
         results = stack.enter_context(backend_batch.open_results(Path(output), resume))
         waiting = [document for document in documents if document.id not in results.done]
         n_skipped = len(documents) - len(waiting)
-        from .render import Screen
+        from kvlocal_cli.render.screen import Screen
 
         screen = Screen()
         if n_skipped:

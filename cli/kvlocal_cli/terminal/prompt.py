@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvlocal.errors import UsageError
-
-from . import twins
+from kvlocal_cli.options import twins
 
 HOW = "give one with -p TEXT, with -f FILE, or through a pipe"
 

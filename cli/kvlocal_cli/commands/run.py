@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import backend, completers, prompt
-from .options import (
+from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.options import completers
+from kvlocal_cli.options.settings import (
     GroupedCommand,
     SamplingSettings,
     Settings,
@@ -18,13 +19,13 @@ from .options import (
     sampling_options,
     system_option,
 )
-from .stream import INTERRUPTED, Answer, Interrupt, stream
+from kvlocal_cli.terminal import prompt
+from kvlocal_cli.terminal.stream import INTERRUPTED, Answer, Interrupt, stream
 
 if TYPE_CHECKING:
     from kvlocal.engine.engine import Engine
     from kvlocal.native.sampling import Sampling
-
-    from .render import Screen
+    from kvlocal_cli.render.screen import Screen
 
 
 @click.command(cls=GroupedCommand)
@@ -74,7 +75,7 @@ def run(
     kvlocal run -f report.txt -p "Who signed it?" --budget 25%
     kvlocal run model.gguf --policy snapkv --kv-window 64 --json < prompt.txt
     """
-    from .render import Screen, figures
+    from kvlocal_cli.render.screen import Screen, figures
 
     system = prompt.system_text(system, raw=raw)
     question = prompt.gather(text, file)

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from . import backend_machine as backend
-from .options import GroupedCommand, Settings, model_options, option
+from kvlocal_cli.backend import machine as backend
+from kvlocal_cli.options.settings import GroupedCommand, Settings, model_options, option
 
 
 @click.command(cls=GroupedCommand)
@@ -28,8 +28,8 @@ def doctor(settings: Settings, as_json: bool) -> None:
     kvlocal doctor
     kvlocal doctor model.gguf -ngl 99 --json
     """
-    from .render import Screen
-    from .render_doctor import show_report
+    from kvlocal_cli.render.doctor import show_report
+    from kvlocal_cli.render.screen import Screen
 
     report = backend.examine(settings, Screen())
     if as_json:

@@ -1,0 +1,1 @@
+"""Options: their types, variables, configuration file and completion."""

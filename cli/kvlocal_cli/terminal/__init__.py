@@ -1,0 +1,1 @@
+"""The terminal: streams of text, prompts."""
