@@ -28,8 +28,8 @@ from performance import decode_ms, fill
 from kvlocal.measure.bench import random_tokens
 from kvlocal.measure.variants import STOCK_STORAGES
 from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.formats import PAGE_SLOTS
 from kvlocal.native.model import Model
-from kvlocal.storage.budget import PAGE_SLOTS
 from kvlocal.storage.storage import MIN_MEAN, STORAGES, Storage
 
 STRIDE = 2048  # tokens between two lines of progress

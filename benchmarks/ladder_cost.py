@@ -12,6 +12,7 @@ from common import command, model_path, parser, write_json
 from performance import fill
 
 from kvlocal.engine.evict import evict
+from kvlocal.engine.view import cache_view
 from kvlocal.measure.bench import random_tokens
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
@@ -44,7 +45,7 @@ def main() -> None:
         for i in range(args.rounds + 1):
             context.branch(0, 1)
             start = time.perf_counter()
-            list(policy.decide(cache.view(1, budget, policy.n_window, rms=policy.rms)))
+            list(policy.decide(cache_view(cache, 1, budget, policy.n_window, rms=policy.rms)))
             decided = time.perf_counter()
             evict(cache, 1, policy, budget)
             if i > 0:  # the first warms up

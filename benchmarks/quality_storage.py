@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 from kvlocal.measure.variants import PAGED, Variant
-from kvlocal.native.cache import BITS
+from kvlocal.native.formats import BITS
 from kvlocal.policies import make_policy
 from kvlocal.policies.full import Full
 from kvlocal.storage.budget import Budget

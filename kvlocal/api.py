@@ -22,7 +22,7 @@ from kvlocal.errors import UsageError
 from kvlocal.models.resolve import resolve_model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.policies.parts.base import Policy
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 

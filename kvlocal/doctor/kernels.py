@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.native import library
+from kvlocal.native.formats import PAGE_SLOTS
 
 Floats = npt.NDArray[np.float32]
 
-PAGE_SLOTS = 32
 FEW_ROWS = 24
 """Rows (tokens x query heads of a group) up to which a stream's pages are split among threads, as in kvl-attn.h."""
 

@@ -24,10 +24,10 @@ from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError
 from kvlocal.measure.machine import cpu_features, cpu_name
 from kvlocal.models.resolve import cache_dir, hub_cache
-from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig, n_cores
-from kvlocal.native.library import KvlLayerInfo
+from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
+from kvlocal.native.structs import KvlLayerInfo
 
 _PACKAGES = ("numpy", "gguf", "huggingface_hub")
 

@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.doctor import kernels
-from kvlocal.doctor.kernels import PAGE_SLOTS
 from kvlocal.errors import KVError
 from kvlocal.models.f32 import to_f32
 from kvlocal.models.random import Shape, write_random_model
-from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig, n_cores
+from kvlocal.native.formats import FORMATS, PAGE_SLOTS
 from kvlocal.native.model import Model
 
 LOGITS_TOLERANCE = 2e-4

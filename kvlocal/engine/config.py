@@ -9,7 +9,7 @@ from typing import Literal
 from kvlocal.errors import UsageError
 from kvlocal.native.context import ContextConfig
 from kvlocal.native.model import Model
-from kvlocal.policies.parts.base import Policy
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 

@@ -18,7 +18,7 @@ from kvlocal.native import library
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampler, Sampling
-from kvlocal.policies.parts.base import Policy
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 
 __all__ = ["Engine", "EngineConfig", "Mode", "Progress"]

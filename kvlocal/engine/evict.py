@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from kvlocal.engine.view import cache_view
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
-from kvlocal.policies.parts.base import Policy
+from kvlocal.policies.parts.policy import Policy
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def evict(
     if not policy.due(size(cache, seq, policy), budget):
         return False
     scores = read_scores() if read_scores else None
-    view = cache.view(seq, budget, policy.n_window, n_room, policy.rms)
+    view = cache_view(cache, seq, budget, policy.n_window, n_room, policy.rms)
     if scores is not None:
         for layer, given in zip(view.layers, scores, strict=True):
             layer.read_scores = lambda given=given: given  # type: ignore[misc]

@@ -13,7 +13,7 @@ from kvlocal.engine.report import RSS, rss_bytes
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
-from kvlocal.storage.budget import PAGE_SLOTS
+from kvlocal.native.formats import PAGE_SLOTS
 
 
 class Keeper:

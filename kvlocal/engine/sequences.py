@@ -16,7 +16,7 @@ from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
-from kvlocal.policies.parts.base import Policy
+from kvlocal.policies.parts.policy import Policy
 
 Progress = Callable[[int, int], None]
 Mode = Literal["exact", "chunked", "whole"]

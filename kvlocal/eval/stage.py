@@ -13,8 +13,8 @@ import numpy as np
 
 from kvlocal.engine.evict import evict, guided_scores, size
 from kvlocal.measure.variants import Variant
-from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.formats import BITS
 from kvlocal.native.model import Model
 
 

@@ -5,33 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from kvlocal.native import library
-from kvlocal.native.library import KvlLayerInfo, KvlSeqStats, KvlStats
-from kvlocal.policies.parts.base import CacheView, LayerView
-from kvlocal.storage.budget import PAGE_SLOTS
+from kvlocal.native.formats import BITS, FORMATS, PAGE_SLOTS
+from kvlocal.native.structs import KvlLayerInfo, KvlSeqStats, KvlStats
 
 MassKind = Literal["none", "sum", "last"]
 MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
 """In the order of ``kvl_mass``."""
-
-
-FORMATS = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "token2")
-"""How pages store their slots, in the order of ``kvl_format``; kv3 has 3-bit keys and 2-bit values.
-
-kivi (arXiv 2402.02750) stores keys per channel over groups of slots, values per slot; token2 is the 2-bit quantizer
-that the code of LogQuant (arXiv 2503.19950) runs.
-"""
-
-BITS = {
-    **{"f16": (16.0, 16.0), "q8": (8.5, 8.5), "q4": (4.5, 4.5), "kv3": (3.25, 2.25), "kv2": (2.25, 2.25)},
-    **{"kivi": (3.0, 3.0), "token2": (2.375, 2.375)},
-}
-"""Per value of K and of V, scales included; kivi: of 2 bits in groups of 32."""
 
 
 def _ints(array: np.ndarray) -> Any:
@@ -204,41 +188,6 @@ class PagedCache:
     def evicted_at(self, seq: int) -> int:
         """Tokens that a sequence had seen at its last eviction, 0 before the first."""
         return self._evicted_at.get(seq, 0)
-
-    def _read_formats(self, seq: int, layer: int) -> list[np.ndarray]:
-        """Slot formats as indices into :attr:`formats`."""
-        known = np.array([self.formats.index(name) if name in self.formats else 0 for name in FORMATS])
-        return [known[f] for f in self.slot_formats(seq, layer)]
-
-    def view(self, seq: int, budget: int, n_window: int, n_room: int = 0, rms: bool = False) -> CacheView:
-        """What a policy sees of a sequence; scores are computed when the policy asks.
-
-        ``n_room``: slots that one head has room for, 0: any number. ``rms``: as in :meth:`window_scores`.
-        """
-        n_seen = int(self.seq_stats(seq).n_seen)
-        views = [
-            LayerView(
-                layer=i,
-                n_head=layer.n_head,
-                n_head_kv=layer.n_head_kv,
-                positions=self.positions(seq, i),
-                n_seen=n_seen,
-                read_scores=partial(self.window_scores, seq, i, n_window, rms) if n_window > 0 else None,
-                n_window=min(n_window, n_seen),
-                read_queries=partial(self.queries, seq, i, n_window),
-                rotate=partial(self.rotate, i),
-                kq_scale=layer.kq_scale,
-                read_mass=partial(self.mass, seq, i),
-                read_kv=partial(self.keys_values, seq, i),
-                read_value_norms=partial(self.value_norms, seq, i),
-                slot_bytes={name: layer.slot_bytes(name) for name in self.formats},
-                read_formats=partial(self._read_formats, seq, i),
-                n_room=n_room,
-                evicted_at=self.evicted_at(seq),
-            )
-            for i, layer in enumerate(self.layers)
-        ]
-        return CacheView(layers=views, budget=budget)
 
     #
     # change

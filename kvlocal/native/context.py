@@ -12,9 +12,10 @@ import numpy as np
 
 from kvlocal.errors import KVError
 from kvlocal.native import library
-from kvlocal.native.cache import FORMATS, MassKind, PagedCache
-from kvlocal.native.library import KvlBreakdown, KvlParams, KvlStats
+from kvlocal.native.cache import MassKind, PagedCache
+from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
+from kvlocal.native.structs import KvlBreakdown, KvlParams, KvlStats
 
 _GGML_TYPES = {"f32": 0, "f16": 1, "q4": 2, "q8": 8}  # upstream's ggml_type
 
@@ -40,7 +41,7 @@ class ContextConfig:
         n_pool_ctx: tokens per head and sequence the pool has room for (paged; 0 = n_ctx).
         type_kv: storage of the stock cache; ``q8`` and ``q4`` are upstream's q8_0 and q4_0.
         flash_attn: flash attention over the stock cache.
-        formats: storage that slots may be demoted to, of :data:`kvlocal.native.cache.FORMATS` (paged).
+        formats: storage that slots may be demoted to, of :data:`kvlocal.native.formats.FORMATS` (paged).
         rotate: keys and values are rotated before they are stored: q4, kv3 and kv2 need it (paged).
         kivi_bits: bits per code of the storage kivi, 2 or 4; kivi_group: how many slots (of keys) and channels (of
             values) share a scale there, 32 or 64 (paged).

@@ -19,73 +19,13 @@ from types import ModuleType
 from typing import Any
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native.structs import KvlBreakdown, KvlLayerInfo, KvlParams, KvlSeqStats, KvlStats
 
 ABI_VERSION = 6
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
 EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
 
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
-
-
-class KvlParams(ctypes.Structure):
-    _fields_ = (
-        ("n_window", ctypes.c_int32),
-        ("n_pool_ctx", ctypes.c_int32),
-        ("score_bytes", ctypes.c_int32),
-        ("portable", ctypes.c_int32),
-        ("formats", ctypes.c_int32),
-        ("rotate", ctypes.c_int32),
-        ("kivi_bits", ctypes.c_int32),
-        ("kivi_group", ctypes.c_int32),
-    )
-
-
-class KvlStats(ctypes.Structure):
-    """Bytes and microseconds, as in ``kvl.h``."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "used_bytes",
-            "allocated_bytes",
-            "peak_bytes",
-            "full_bytes",
-            "reserved_bytes",
-            "table_bytes",
-            "query_bytes",
-            "n_evict",
-            "score_us",
-            "keep_us",
-        )
-    )
-
-
-class KvlSeqStats(ctypes.Structure):
-    _fields_ = (
-        ("n_seen", ctypes.c_int64),
-        ("n_slots", ctypes.c_int64),
-        ("held_min", ctypes.c_int64),
-        ("held_max", ctypes.c_int64),
-        ("n_heads", ctypes.c_int64),
-        ("used_bytes", ctypes.c_uint64),
-        ("page_bytes", ctypes.c_uint64),
-        ("full_bytes", ctypes.c_uint64),
-    )
-
-
-class KvlLayerInfo(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("il", "n_head", "n_head_kv", "d_k", "d_v", "on_device")),
-        ("kq_scale", ctypes.c_float),
-    )
-
-
-class KvlBreakdown(ctypes.Structure):
-    """Bytes, as in ``kvl.h``."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_uint64) for name in ("model_bytes", "context_bytes", "compute_bytes", "free_bytes")
-    )
 
 
 EVICT_HOOK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native import library
-from kvlocal.native.cache import FORMATS
+from kvlocal.native.formats import FORMATS
 
 
 class Model:

@@ -9,10 +9,10 @@ import numpy as np
 
 from kvlocal.errors import UsageError
 from kvlocal.policies.parts.allocation import mix, mix_adakv, safe_counts, spread, top_counts
-from kvlocal.policies.parts.base import LayerView
 from kvlocal.policies.parts.params import choice, real
 from kvlocal.policies.parts.ranked import Ranked
 from kvlocal.policies.parts.scoring import Ints
+from kvlocal.policies.parts.view import LayerView
 from kvlocal.policies.snapkv import SnapKV
 
 

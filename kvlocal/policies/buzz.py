@@ -8,9 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.policies.parts.allocation import require_budget
-from kvlocal.policies.parts.base import CacheView, LayerView, Policy
 from kvlocal.policies.parts.params import choice, validate, whole
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import Floats, Ints
+from kvlocal.policies.parts.view import CacheView, LayerView
 
 
 @dataclass(frozen=True, kw_only=True)

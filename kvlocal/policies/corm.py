@@ -9,9 +9,9 @@ import numpy as np
 
 from kvlocal.policies.ada_snapkv import AdaHeads
 from kvlocal.policies.parts.allocation import require_budget
-from kvlocal.policies.parts.base import CacheView, LayerView
 from kvlocal.policies.parts.params import choice, real, whole
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, competing, per_head, reduce_groups
+from kvlocal.policies.parts.view import CacheView, LayerView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import numpy as np
 
 from kvlocal.errors import KVError
 from kvlocal.policies.parts.allocated import Allocated
-from kvlocal.policies.parts.base import LayerView
 from kvlocal.policies.parts.params import choice, real, whole
 from kvlocal.policies.parts.scoring import Floats, Region, competing, per_head
+from kvlocal.policies.parts.view import LayerView
 
 Rotate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.parts.base import CacheView, LayerView, Policy
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import Ints
+from kvlocal.policies.parts.view import CacheView, LayerView
 
 
 @dataclass(frozen=True, kw_only=True)

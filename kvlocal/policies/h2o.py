@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.parts.base import LayerView
 from kvlocal.policies.parts.params import real
 from kvlocal.policies.parts.scoring import Ints, top
 from kvlocal.policies.parts.uniform import Uniform
+from kvlocal.policies.parts.view import LayerView
 
 
 @dataclass(frozen=True, kw_only=True)

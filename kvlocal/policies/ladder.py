@@ -9,11 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.errors import UsageError
-from kvlocal.policies.parts.base import CacheView, Decision, LayerView, Policy
+from kvlocal.native.formats import PAGE_SLOTS
 from kvlocal.policies.parts.params import choice, real, subset, validate, whole
+from kvlocal.policies.parts.policy import Decision, Policy
 from kvlocal.policies.parts.rungs import GONE, Pages, climb
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, prefix_scores, region
-from kvlocal.storage.budget import PAGE_SLOTS
+from kvlocal.policies.parts.view import CacheView, LayerView
 
 ERRORS = {"f16": 0.0, "q8": 0.003, "q4": 0.03, "kv3": 0.12, "kv2": 0.20}
 """The rungs, and the relative error of attention output of what stands on them; what is dropped has 1."""

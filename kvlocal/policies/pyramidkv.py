@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.policies.parts.allocation import pyramid, pyramid_adakv, pyramid_kvpress, slots_held, spread
-from kvlocal.policies.parts.base import CacheView
 from kvlocal.policies.parts.params import whole
 from kvlocal.policies.parts.ranked import Ranked
 from kvlocal.policies.parts.scoring import Ints
+from kvlocal.policies.parts.view import CacheView
 from kvlocal.policies.snapkv import SnapKV
 
 

@@ -9,8 +9,7 @@ from fractions import Fraction
 from typing import Literal
 
 from kvlocal.errors import UsageError
-
-PAGE_SLOTS = 32
+from kvlocal.native.formats import PAGE_SLOTS
 
 _DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}

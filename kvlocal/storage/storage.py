@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from kvlocal.errors import UsageError
-from kvlocal.native.cache import BITS, Layer, PagedCache
-from kvlocal.policies.parts.base import Policy
-from kvlocal.storage.budget import PAGE_SLOTS, Budget
+from kvlocal.native.cache import Layer, PagedCache
+from kvlocal.native.formats import BITS, PAGE_SLOTS
+from kvlocal.policies.parts.policy import Policy
+from kvlocal.storage.budget import Budget
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
 """What can be named."""
@@ -103,7 +104,7 @@ class Storage:
 
     @property
     def format(self) -> str:
-        """What is demoted gets this one of :data:`kvlocal.native.cache.FORMATS`."""
+        """What is demoted gets this one of :data:`kvlocal.native.formats.FORMATS`."""
         if self.name == "logquant" and self.quantizer == "token":
             return "token2"
         return "kivi" if self._published else self.name

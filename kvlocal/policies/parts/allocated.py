@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from kvlocal.policies.ada_snapkv import AdaHeads
 from kvlocal.policies.parts.allocation import spread, uniform_totals
-from kvlocal.policies.parts.base import CacheView, LayerView
 from kvlocal.policies.parts.params import choice
 from kvlocal.policies.parts.scoring import Ints
+from kvlocal.policies.parts.view import CacheView, LayerView
 from kvlocal.policies.pyramidkv import PyramidLayers
 
 

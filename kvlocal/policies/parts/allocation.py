@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import UsageError
-from kvlocal.policies.parts.base import CacheView, LayerView, Policy
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import top
+from kvlocal.policies.parts.view import CacheView, LayerView
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]

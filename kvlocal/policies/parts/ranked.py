@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvlocal.policies.parts.allocation import require_budget, spread, uniform_totals
-from kvlocal.policies.parts.base import CacheView, LayerView, Policy
 from kvlocal.policies.parts.params import validate, whole
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, region, top
+from kvlocal.policies.parts.view import CacheView, LayerView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KVError
-from kvlocal.policies.parts.base import LayerView
+from kvlocal.policies.parts.view import LayerView
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]

@@ -15,7 +15,7 @@ from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
 from kvlocal.policies.buzz import Buzz
 
-ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "buzz_reference.py"
+ORACLE = Path(__file__).resolve().parents[4] / "shared" / "oracles" / "buzz_reference.py"
 
 
 class Run:

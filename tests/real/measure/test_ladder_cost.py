@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ladder_cost.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "ladder_cost.py"
 
 
 def test_the_decision_is_a_part_of_the_eviction(tiny_path: Path, tmp_path: Path) -> None:

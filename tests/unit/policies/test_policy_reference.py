@@ -13,7 +13,7 @@ from policy_views import cache_view, evict, layer_view, mass
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.allocation import mix, mix_adakv, pyramid_adakv, pyramid_kvpress, top_counts
 
-PATH = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "ada_reference.py"
+PATH = Path(__file__).resolve().parents[4] / "shared" / "oracles" / "ada_reference.py"
 pytestmark = pytest.mark.skipif(not PATH.exists(), reason=f"no reference model at {PATH}")
 
 

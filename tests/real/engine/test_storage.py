@@ -14,8 +14,8 @@ from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig
 from kvlocal.eval.texts import Kld, excerpts
 from kvlocal.measure.variants import expand
-from kvlocal.native.cache import FORMATS
 from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
 from kvlocal.storage.storage import Storage, log_positions
 

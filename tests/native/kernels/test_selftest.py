@@ -17,7 +17,7 @@ from kvlocal.doctor.report import _model
 from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError
 from kvlocal.native import library
-from kvlocal.native.cache import FORMATS
+from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
 
 

@@ -14,7 +14,7 @@ import pytest
 from needles import GATE, LANTERN, MILL, document
 from processes import TIMEOUT_S, environment
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 README = (REPO / "README.md").read_text("utf-8")
 BUILDS = ("make demo", "make test")
 """What runs this test."""

@@ -13,8 +13,8 @@ from kvlocal_cli.main import main
 from kvlocal.measure.bench import BenchConfig, Result, bench
 from kvlocal.measure.variants import Prefill, expand
 from kvlocal.models.random import Shape, write_random_model
-from kvlocal.native.cache import BITS
 from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.formats import BITS
 from kvlocal.native.model import Model
 from kvlocal.storage.storage import STORAGES, Storage
 

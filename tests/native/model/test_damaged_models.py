@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TINY = Path(__file__).resolve().parents[1] / "fixtures" / "kvlocal-tiny-q8_0.gguf"
+TINY = Path(__file__).resolve().parents[2] / "fixtures" / "kvlocal-tiny-q8_0.gguf"
 
 CODE = """
 import sys

@@ -18,7 +18,7 @@ from kvlocal.engine.evict import evict
 from kvlocal.native import library
 from kvlocal.native.cache import PagedCache
 from kvlocal.policies import make_policy
-from kvlocal.policies.parts.base import Policy
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 
 N_TOKENS = 700

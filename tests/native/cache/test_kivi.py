@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from kvlocal.doctor.kernels import decode_rows, encode_rows
 from kvlocal.errors import KVError, UsageError
-from kvlocal.native.cache import FORMATS, PagedCache
+from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
+from kvlocal.native.formats import FORMATS
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "head_dim": 64}
 HEADS = [(layer, head) for layer in range(2) for head in range(2)]

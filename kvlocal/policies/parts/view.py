@@ -1,28 +1,11 @@
-"""The interface between the engine and a policy: numpy in, numpy out, no model and no ctypes."""
+"""What a policy sees: numpy views of one sequence, no model and no ctypes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import numpy as np
-
-
-@dataclass
-class Decision:
-    """What becomes of one layer's slots.
-
-    Attributes:
-        keep: slot indices to keep per KV head, int64, ascending.
-        demote: by format, which of those kept (indices among them, ascending) are to be stored in it, per KV head.
-        centre: what is demoted is stored without the mean of the keys at the positions from the first to before the
-            second, which is taken at the first demotion.
-    """
-
-    keep: list[np.ndarray]
-    demote: Mapping[str, list[np.ndarray]] = field(default_factory=dict)
-    centre: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -138,75 +121,3 @@ class CacheView:
     @property
     def n_layer(self) -> int:
         return len(self.layers)
-
-
-class Policy:
-    """Base of all policies. Subclasses are dataclasses whose fields are their hyper-parameters.
-
-    They define :meth:`allocate` and :meth:`keep`; a policy that also says how slots are stored defines
-    :attr:`formats` and :meth:`decide`, and its budget is in bytes.
-
-    Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set of ``"scores"``,
-    ``"queries"``, and ``"mass"`` or ``"last"``: what the cache must gather for it), and ``evicts`` (False only for
-    ``full``).
-    """
-
-    name: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    evicts: ClassVar[bool] = True
-
-    @property
-    def min_budget(self) -> int:
-        """Smallest budget (tokens per head) that leaves room for what is always kept."""
-        raise NotImplementedError
-
-    @property
-    def mass(self) -> Literal["none", "sum", "last"]:
-        """What the cache accumulates for this policy."""
-        return "sum" if "mass" in self.needs else "last" if "last" in self.needs else "none"
-
-    @property
-    def n_window(self) -> int:
-        """Window queries that the cache must remember for this policy (0: none)."""
-        return 0
-
-    @property
-    def rms(self) -> bool:
-        """Whether the window scores are root mean squares over the queries instead of means."""
-        return False
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """Formats beside f16 that it demotes to."""
-        return ()
-
-    def due(self, held: float, budget: int) -> bool:
-        """Whether a sequence that holds so many tokens per head, on average, must be evicted; of a policy with
-        :attr:`formats`, the f16 tokens that would take the bytes of its pages."""
-        return held > budget
-
-    def limit(self, budget: int, evict_every: int) -> int:
-        """Tokens per head past which a growing sequence is looked at again, to evict every so many tokens."""
-        return budget + evict_every - 1
-
-    @property
-    def rolls(self) -> bool:
-        """Whether an eviction renumbers what stays by its place in the cache (all heads must then keep as many)."""
-        return False
-
-    def decide(self, view: CacheView) -> Iterator[Decision]:
-        """What becomes of every layer, in order; a layer's scores are forgotten when the next one is asked for."""
-        budgets = self.allocate(view)
-        for layer, counts in zip(view.layers, budgets, strict=True):
-            yield Decision(self.keep(layer, counts))
-            layer.release()
-
-    def allocate(self, view: CacheView) -> np.ndarray:
-        """Slots to keep, int64 ``[n_layer, n_head_kv]``, window and sinks included, summing to ``L * H * budget``
-        (less where a head holds fewer slots than that)."""
-        raise NotImplementedError
-
-    def keep(self, layer: LayerView, budgets: np.ndarray) -> list[np.ndarray]:
-        """Slot indices to keep per KV head, int64, ascending; ``len(result[h]) == budgets[h]``."""
-        raise NotImplementedError

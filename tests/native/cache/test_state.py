@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlocal.errors import KVError
-from kvlocal.native.cache import FORMATS, PagedCache
+from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
+from kvlocal.native.formats import FORMATS
 
 SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
 N = 300

@@ -16,7 +16,7 @@ from needles import LANTERN, document
 
 from kvlocal.storage.storage import Storage
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 NOVELS = ("Burnett_Garden_1911.txt", "Doyle_Hound_1902.txt")
 PROTECTIONS = ["nothing", "last 128", "4, last 128", "32, last 128", "LogQuant's"]
 

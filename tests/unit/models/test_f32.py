@@ -18,7 +18,7 @@ from kvlocal.models import f32 as module
 from kvlocal.models.f32 import f32_copy, to_f32
 from kvlocal.native.model import Model
 
-TINY = Path(__file__).resolve().parents[1] / "fixtures" / "kvlocal-tiny-q8_0.gguf"
+TINY = Path(__file__).resolve().parents[2] / "fixtures" / "kvlocal-tiny-q8_0.gguf"
 TEXT = "Who is the owner of the mill?\n The owner … of the mill is Belka. 48213"
 
 

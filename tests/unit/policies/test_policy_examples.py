@@ -45,7 +45,7 @@ from kvlocal.policies import LayerView, Policy, make_policy
 from kvlocal.policies.cascading import Cascading
 from kvlocal.policies.expected_attention import ExpectedAttention, mean_rotation
 
-ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "buzz_reference.py"
+ORACLE = Path(__file__).resolve().parents[4] / "shared" / "oracles" / "buzz_reference.py"
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -15,7 +15,7 @@ from processes import call
 from kvlocal.doctor import kernels, selftest
 from kvlocal.models.resolve import cache_dir
 from kvlocal.native import library
-from kvlocal.native.cache import FORMATS
+from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
 
 

@@ -14,7 +14,7 @@ from kvlocal import policies
 from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "write-a-policy.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "write-a-policy.md"
 
 
 @pytest.fixture

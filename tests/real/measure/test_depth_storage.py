@@ -15,7 +15,7 @@ from kvlocal.measure.variants import STOCK_STORAGES
 from kvlocal.native.model import Model
 from kvlocal.storage.storage import STORAGES
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "depth_storage.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "depth_storage.py"
 LANES = [*(("ours", storage) for storage in STORAGES), *(("stock", storage) for storage in STOCK_STORAGES)]
 
 
