@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from policy_views import cache_view, evict, layer_view
 
-from kvlocal import policies
+from kvlocal.policies import registry as policies
 from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
 
