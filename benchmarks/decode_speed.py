@@ -12,7 +12,8 @@ import time
 
 from common import model_path, parser, write_json
 
-from kvlocal.engine.evict import evict
+from kvlocal.engine.evictor import evict
+from kvlocal.engine.sequence import Sequence
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
@@ -54,7 +55,7 @@ def main() -> None:
         assert ours.cache is not None
         read(ours, tokens)
         start = time.perf_counter()
-        evict(ours.cache, 0, make_policy(args.policy), args.budget)
+        evict(Sequence.adopt(ours, 0), make_policy(args.policy), args.budget)
         evict_s = time.perf_counter() - start
         read(stock, tokens[: args.budget])
         rounds = []

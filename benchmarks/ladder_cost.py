@@ -11,7 +11,8 @@ import time
 from common import command, model_path, parser, write_json
 from performance import fill
 
-from kvlocal.engine.evict import evict
+from kvlocal.engine.evictor import evict
+from kvlocal.engine.sequence import Sequence
 from kvlocal.engine.view import cache_view
 from kvlocal.measure.bench import random_tokens
 from kvlocal.native.context import Context, ContextConfig
@@ -44,10 +45,11 @@ def main() -> None:
         budget = Budget.parse(args.budget).tokens(args.prompt, cache.bytes_per_token, policy.min_budget)
         for i in range(args.rounds + 1):
             context.branch(0, 1)
+            sequence = Sequence.adopt(context, 1)
             start = time.perf_counter()
-            list(policy.decide(cache_view(cache, 1, budget, policy.n_window, rms=policy.rms)))
+            list(policy.decide(cache_view(sequence, policy, budget)))
             decided = time.perf_counter()
-            evict(cache, 1, policy, budget)
+            evict(sequence, policy, budget)
             if i > 0:  # the first warms up
                 decide_s.append(decided - start)
                 whole_s.append(time.perf_counter() - decided)

@@ -21,7 +21,8 @@ import numpy as np
 from common import ROOT, command, model_path, parser, table, write_json
 from quality import NOVELS
 
-from kvlocal.engine.evict import evict, size
+from kvlocal.engine.evictor import evict, size
+from kvlocal.engine.sequence import Sequence as CacheSequence
 from kvlocal.errors import UsageError
 from kvlocal.eval.texts import Distribution, Excerpt, excerpts
 from kvlocal.measure.variants import PAGED, Variant
@@ -95,10 +96,10 @@ def bound(context: Context, seq: int, variant: Variant) -> None:
     cache, policy, store = context.cache, variant.policy, variant.store
     assert cache is not None
     budget = store.tokens(variant.budget, context.n_seen(seq), cache, policy)
-    held = np.inf
+    held, sequence = np.inf, CacheSequence.adopt(context, seq)
     while policy.evicts and size(cache, seq, policy) < held:
         held = size(cache, seq, policy)
-        if not evict(cache, seq, policy, budget, None, context.config.n_ctx):
+        if not evict(sequence, policy, budget, n_room=context.config.n_ctx):
             break
     store.store(cache, seq, policy.n_window)
 

@@ -19,7 +19,8 @@ from common import ROOT, model_path, parser
 from performance_page import page
 
 from kvlocal.doctor.kernels import attend_pages, attend_stock, reference
-from kvlocal.engine.evict import evict
+from kvlocal.engine.evictor import evict
+from kvlocal.engine.sequence import Sequence
 from kvlocal.measure.bench import BenchConfig, Step, bench, random_tokens
 from kvlocal.measure.machine import describe_machine
 from kvlocal.measure.variants import expand
@@ -105,7 +106,7 @@ def eviction(path: Path, n_threads: int, n: int = 8192) -> list[dict[str, Any]]:
             seconds = fill(context, tokens, 0, n)
             before = context.stats()
             start = time.perf_counter()
-            evict(context.cache, 0, make_policy(name, {}), BUDGET)
+            evict(Sequence.adopt(context, 0), make_policy(name, {}), BUDGET)
             spent = time.perf_counter() - start
             after = context.stats()
             out.append(
@@ -170,7 +171,7 @@ def linear(path: Path, n_threads: int) -> list[dict[str, Any]]:
                 for evicted in sorted({0, kept[-1] - n}):
                     context.branch(0, 1)
                     if evicted:
-                        evict(context.cache, 1, policy, n)
+                        evict(Sequence.adopt(context, 1), policy, n)
                     else:
                         context.truncate(1, n)
                     decode_ms(context, tokens, 1, n=1)

@@ -194,7 +194,7 @@ def grow(engine: Engine, prompt: list[int]) -> dict[str, Any]:
     allocated = [
         engine.context.stats().allocated_bytes for _ in engine.generate(N_GENERATED, Sampling(temp=0, ignore_eos=True))
     ]
-    tokens = len(engine.tokens[0]) - len(prompt)
+    tokens = len(engine.sequences[0].tokens) - len(prompt)
     part = len(allocated) // 10
     return {
         "tokens": tokens,

@@ -101,7 +101,11 @@ def load(
 
 
 class LLM:
-    """A model and its cache, for one text or conversation at a time. Use as a context manager, or :meth:`close` it."""
+    """A model and its cache, for one text or conversation at a time. Use as a context manager, or :meth:`close` it.
+
+    Several threads may call it: whole answers queue. A stream whose cache was taken over by another text ends with a
+    :class:`~kvlocal.errors.KVError`.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -130,7 +134,8 @@ class LLM:
         **sampling: Unpack[SamplingOptions],
     ) -> str:
         """The answer to a prompt, as a whole; see :meth:`stream`."""
-        return "".join(self.stream(prompt, n_predict=n_predict, raw=raw, on_progress=on_progress, **sampling))
+        with self.engine.lock:  # other threads wait for their turn
+            return "".join(self.stream(prompt, n_predict=n_predict, raw=raw, on_progress=on_progress, **sampling))
 
     def stream(
         self,
@@ -159,9 +164,14 @@ class LLM:
             tokens = self.engine.tokenize(prompt) if raw else self.engine.chat_tokens([_user(prompt)])
         else:
             tokens = self.engine.chat_tokens([dict(message) for message in prompt])
-        self.engine.reset()
-        self.engine.prefill(tokens, on_progress=on_progress)
-        yield from self.engine.generate(n_predict, drawing)
+        with self.engine.use():
+            self.engine.reset()
+            self.engine.prefill(tokens, on_progress=on_progress)
+            answer = self.engine.generate(n_predict, drawing)
+            first = next(answer, None)  # nobody else's text comes between the prompt and its answer
+        if first is not None:
+            yield first
+            yield from answer
 
     def chat(self, system: str | None = None, *, session: str | os.PathLike[str] | None = None) -> Conversation:
         """A new conversation, which takes the cache over; or one that was saved.
@@ -198,7 +208,8 @@ class Conversation:
 
     def ask(self, text: str, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> str:
         """The answer, as a whole."""
-        return "".join(self.stream(text, n_predict=n_predict, **sampling))
+        with self._chat.engine.lock:  # other threads wait for their turn
+            return "".join(self.stream(text, n_predict=n_predict, **sampling))
 
     def stream(self, text: str, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
         """The answer, piece by piece; closing the iterator early keeps what was said so far.
@@ -210,7 +221,8 @@ class Conversation:
 
     def again(self, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> str:
         """Another answer to the last question, in place of the one there is."""
-        return "".join(self._chat.again(n_predict, Sampling(**sampling)))
+        with self._chat.engine.lock:
+            return "".join(self._chat.again(n_predict, Sampling(**sampling)))
 
     def undo(self) -> str:
         """Take the last question and its answer back; returns the question."""

@@ -14,16 +14,4 @@ class UsageError(KVError, ValueError):
 
 
 class ContextFullError(UsageError):
-    """What was to be read has no room after what is already there."""
-
-
-class EvictionError(KVError):
-    """A step was computed, and the eviction of one sequence after it failed.
-
-    Attributes:
-        seq: which one.
-    """
-
-    def __init__(self, what: str, seq: int) -> None:
-        super().__init__(what)
-        self.seq = seq
+    """The new tokens do not fit behind those already in the sequence."""

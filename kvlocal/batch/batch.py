@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +9,13 @@ from typing import Any
 
 from kvlocal.batch.documents import Document
 from kvlocal.engine.config import EngineConfig
-from kvlocal.engine.engine import Engine, Mode
+from kvlocal.engine.engine import Engine
+from kvlocal.engine.scheduler import Job, Scheduler
 from kvlocal.engine.session import prefill_cached
-from kvlocal.errors import EvictionError, KVError, UsageError
+from kvlocal.engine.stepper import Plain
+from kvlocal.errors import UsageError
 from kvlocal.native.model import Model
-from kvlocal.native.sampling import Sampler, Sampling
+from kvlocal.native.sampling import Sampling
 from kvlocal.storage.budget import Budget
 
 PREFIX = 0
@@ -102,25 +102,6 @@ class Step:
     peak_bytes: int
 
 
-class _Work:
-    """A document that has a sequence of its own."""
-
-    def __init__(self, document: Document, seq: int) -> None:
-        self.document = document
-        self.seq = seq
-        self.result = Result(document.id, document.source)
-        self.sampler: Sampler | None = None
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.token = 0  # the next one
-        self.n = 0  # of the answer
-        self.start = time.perf_counter()
-        self.first = 0.0  # when the first one of the answer was known
-
-    @property
-    def over(self) -> bool:
-        return self.result.error is not None or self.result.finish_reason is not None
-
-
 def batch_config(
     config: EngineConfig, model: Model, prompt: Prompt, documents: Sequence[Document], n_predict: int, parallel: int
 ) -> EngineConfig:
@@ -144,8 +125,8 @@ def batch_config(
 class Batch:
     """Works through documents with an engine whose sequences from 1 on are free for them.
 
-    A document is read as soon as a sequence is free. In between, all that are being answered are decoded together, a
-    token each: the weights are read once for all of them.
+    All that are being answered are decoded together, a token each: the weights are read once for all of them. In
+    between a document is read piece by piece, as soon as a sequence is free.
     """
 
     def __init__(
@@ -161,115 +142,87 @@ class Batch:
         self.sampling = sampling
         self._prefix, self._tail = prompt.frame(engine.model)
         self._done = self._failed = self._read = self._generated = 0
-        self._on_step: Callable[[Step], None] | None = None
+        self._scheduler = Scheduler(engine.model, engine.reader, engine.evictor, engine.sequences[:PREFIX:-1])
         if self._prefix:
             found = 0
             if prompt_cache is None:
-                engine.prefill(self._prefix, seq=PREFIX, mode="whole")
+                engine.prefill(self._prefix, mode="whole")
             else:
                 found = prefill_cached(prompt_cache, engine, self._prefix, mode="whole")
             self._read = len(self._prefix) - found
+            self._scheduler.prefix = engine.sequences[PREFIX]
 
     def run(self, documents: Iterable[Document], on_step: Callable[[Step], None] | None = None) -> Iterator[Result]:
         """The results, each as soon as it is there; a document that fails becomes one with an ``error``."""
-        self._on_step = on_step
+        scheduler = self._scheduler
         waiting = iter(documents)
-        free = list(range(self.engine.config.n_seq_max - 1, PREFIX, -1))
-        running: list[_Work] = []
+        works: dict[Job, Document] = {}
         try:
             while True:
-                while free and (document := next(waiting, None)) is not None:
-                    running.append(_Work(document, free.pop()))
-                    self._begin(running[-1], len(running))
-                if not running:
+                while len(works) < self.engine.config.n_seq_max - 1 and (document := next(waiting, None)) is not None:
+                    job = self._job(document)
+                    if job is None:
+                        self._done, self._failed = self._done + 1, self._failed + 1
+                        yield Result(document.id, document.source, error=document.fault)
+                        self._tell(on_step, len(works))
+                    else:
+                        works[job] = document
+                        scheduler.add(job)
+                if not works:
                     return
-                for work in [work for work in running if work.over]:
-                    running.remove(work)
-                    free.append(work.seq)
-                    yield self._end(work)
-                    self._step(len(running))
-                if running:
-                    self._decode(running)
+                before = sum(job.n_generated for job in works)
+                over = scheduler.step()
+                self._generated += sum(job.n_generated for job in works) - before
+                self._tell(on_step, len(works))
+                for job in over:
+                    result = self._result(job, works.pop(job))
+                    scheduler.retire(job)
+                    yield result
+                    self._tell(on_step, len(works))
         finally:
-            for work in running:
-                self._close(work)
+            for job in works:
+                scheduler.retire(job)
 
-    def _begin(self, work: _Work, n_running: int) -> None:
-        """Reads a document up to the first token of its answer."""
-        engine, seq, result = self.engine, work.seq, work.result
-        evict_s = engine.keeper.evict_s
-        if work.document.fault is not None:
-            result.error = work.document.fault
-            return
-        try:
-            tokens = self.prompt.tokens(engine.model, work.document, self._tail, first=not self._prefix)
-            engine.branch(PREFIX, seq)
-            mode: Mode = "exact" if engine.config.prefill == "exact" and engine.fits(len(tokens), seq) else "chunked"
-            engine.prefill(tokens, seq=seq, mode=mode, on_progress=lambda _done, _total: self._step(n_running))
-        except KVError as error:
-            result.error = str(error)
-            return
-        self._read += len(tokens)
-        work.first = time.perf_counter()
-        result.tokens = {"prompt": len(self._prefix) + len(tokens), "generated": 0}
-        result.kv = {"prefill": mode}
-        result.timing = {"evict_s": engine.keeper.evict_s - evict_s}
-        result.timing["prefill_s"] = work.first - work.start - result.timing["evict_s"]
-        ends = engine.model.end_tokens if self.sampling.ignore_eos else ()
-        work.sampler = Sampler(self.sampling, engine.model.n_vocab, ends)
-        self._choose(work, -1)
+    def _job(self, document: Document) -> Job | None:
+        """What a document asks for; ``None`` of one without a text."""
+        if document.fault is not None:
+            return None
+        model = self.engine.model
+        tokens = self.prompt.tokens(model, document, self._tail, first=not self._prefix)
+        stepper = Plain(self.sampling, model.n_vocab, model.end_tokens if self.sampling.ignore_eos else ())
+        return Job(tokens, stepper, self.n_predict, on_read=self._note_read())
 
-    def _choose(self, work: _Work, output: int) -> None:
-        """The next token of an answer from an output of the last step, or why there is none."""
-        assert work.sampler is not None
-        if 0 <= self.n_predict <= work.n or len(self.engine.tokens[work.seq]) >= self.engine.n_max:
-            work.result.finish_reason = "length"
-            return
-        work.token = work.sampler.sample(self.engine.context.handle, output)
-        if self.engine.model.is_end(work.token):
-            work.result.finish_reason = "stop"
+    def _note_read(self) -> Callable[[int, int], None]:
+        """Counts what is read of one document."""
+        last = 0
 
-    def _decode(self, running: list[_Work]) -> None:
-        """One token more for all of them."""
-        try:
-            self.engine.step({work.seq: work.token for work in running})
-        except EvictionError as error:
-            next(work for work in running if work.seq == error.seq).result.error = str(error)
-        except KVError as error:
-            for work in running:
-                work.result.error = str(error)
-            return
-        self._generated += len(running)
-        for i, work in enumerate(running):
-            if work.over:
-                continue
-            work.n += 1
-            work.result.text += work.decoder.decode(self.engine.model.piece(work.token))
-            self._choose(work, i)
-        self._step(len(running))
+        def on_read(done: int, _total: int) -> None:
+            nonlocal last
+            self._read += done - last
+            last = done
 
-    def _end(self, work: _Work) -> Result:
-        result = work.result
+        return on_read
+
+    def _result(self, job: Job, document: Document) -> Result:
+        result = Result(document.id, document.source, job.text, job.finish_reason)
         self._done += 1
-        self._failed += result.error is not None
-        if result.error is None:
-            result.text += work.decoder.decode(b"", True)
-            result.tokens["generated"] = work.n
-            result.kv |= self.engine.kv(work.seq)
-            result.timing["decode_s"] = time.perf_counter() - work.first
-            result.timing["total_s"] = time.perf_counter() - work.start
-        self._close(work)
+        if job.error is not None:
+            self._failed += 1
+            result.error = str(job.error)
+        if job.n_read:
+            result.tokens = {"prompt": len(self._prefix) + job.n_read, "generated": job.n_generated}
+            result.kv = {"prefill": job.used_mode}
+            result.timing = {"evict_s": job.evict_s, "prefill_s": job.read_s}
+        if job.error is None and job.sequence is not None:
+            result.kv |= self.engine.kv(job.sequence)
+            result.timing["decode_s"] = job.ended - job.first
+            result.timing["total_s"] = job.ended - job.began
         return result
 
-    def _close(self, work: _Work) -> None:
-        if work.sampler is not None:
-            work.sampler.close()
-        self.engine.release(work.seq)
-
-    def _step(self, n_running: int) -> None:
-        if self._on_step is not None:
+    def _tell(self, on_step: Callable[[Step], None] | None, n_running: int) -> None:
+        if on_step is not None:
             stats = self.engine.context.stats()
-            self._on_step(
+            on_step(
                 Step(
                     done=self._done,
                     failed=self._failed,

@@ -6,27 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from kvlocal.engine import session
 from kvlocal.engine.engine import Engine, Progress
+from kvlocal.engine.sequence import Mark, Sequence
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.sampling import Sampling
 
 
 @dataclass
 class _Turn:
-    """Where a question and its answer begin: messages, tokens of the cache, template text that the cache has seen.
+    """Where a question and its answer begin: in the cache, and in the template text that the cache has seen."""
 
-    ``logits``: after the question; ``None`` if they are not known.
-    """
-
-    n_messages: int
-    n_tokens: int
+    before: Mark
     in_cache: str
-    n_question: int = 0
+    question: Mark | None = None
     in_cache_question: str = ""
-    logits: np.ndarray | None = None
 
 
 class Chat:
@@ -46,6 +40,11 @@ class Chat:
         self._turns: list[_Turn] = []
 
     @property
+    def sequence(self) -> Sequence:
+        """Where it stands in the cache; a change of policy can make the cache anew."""
+        return self.engine.sequences[0]
+
+    @property
     def system(self) -> str | None:
         first = self.messages[0] if self.messages else None
         return first["content"] if first and first["role"] == "system" else None
@@ -59,7 +58,7 @@ class Chat:
             KVError: the conversation does not fit; it is as before the question.
         """
         self._own()
-        turn = _Turn(len(self.messages), len(self.engine.tokens[0]), self._in_cache)
+        turn = _Turn(self.sequence.mark(logits=False), self._in_cache)
         question = {"role": "user", "content": text}
         self._read([*self.messages, question], on_progress)
         self.messages.append(question)
@@ -78,9 +77,9 @@ class Chat:
         answer = self.messages[i + 1 :]
         del self.messages[i + 1 :]
         turn = self._turns[-1] if self._turns else None
-        if turn is not None and turn.logits is not None and self.engine.cut(turn.n_question):
+        question = turn.question if turn is not None else None
+        if turn is not None and question and question.logits is not None and self.sequence.back(question):
             self.reread = False
-            self.engine.keep_logits(turn.logits)
             self._in_cache = turn.in_cache_question
         else:
             self.forget_cache()
@@ -90,7 +89,7 @@ class Chat:
                 self.messages += answer
                 raise
             self.reread = True
-            self._turns = [self._mark(_Turn(i, 0, ""))]
+            self._turns = [self._mark(_Turn(Mark(0, None), ""))]
         yield from self._answer(n_predict, sampling)
 
     def undo(self) -> str:
@@ -104,7 +103,7 @@ class Chat:
         question = self.messages[i]["content"]
         del self.messages[i:]
         turn = self._turns.pop() if self._turns else None
-        if turn is not None and self.engine.cut(turn.n_tokens):
+        if turn is not None and self.sequence.back(turn.before):
             self._in_cache = turn.in_cache
         else:
             self.forget_cache()
@@ -118,7 +117,7 @@ class Chat:
 
     def forget_cache(self) -> None:
         """The cache is not what was said any more: the next question reads all of it again."""
-        self.engine.release(0)
+        self.sequence.release()
         self._in_cache = ""
         self._turns = []
 
@@ -139,17 +138,17 @@ class Chat:
         try:
             found = session.load(path, self.engine)
         except KVError:
-            if not self.engine.tokens[0]:
+            if not self.sequence.tokens:
                 self.forget_cache()
             raise
         self.messages, self._in_cache, self._turns = found.messages, found.in_cache, []
-        self.engine.owner = self
+        self.sequence.owner = self
 
     def _own(self) -> None:
         """The cache may have been used for something else since the last turn; this conversation is read again then."""
-        if self.engine.owner is not self:
+        if self.sequence.owner is not self:
             self.forget_cache()
-            self.engine.owner = self
+            self.sequence.owner = self
 
     def _last_question(self) -> int:
         """Its index among the messages."""
@@ -160,8 +159,7 @@ class Chat:
 
     def _mark(self, turn: _Turn) -> _Turn:
         """A turn whose question was just read."""
-        turn.n_question, turn.in_cache_question = len(self.engine.tokens[0]), self._in_cache
-        turn.logits = self.engine.last_logits()
+        turn.question, turn.in_cache_question = self.sequence.mark(), self._in_cache
         return turn
 
     def _read(self, messages: list[dict[str, str]], on_progress: Progress | None) -> None:
@@ -177,7 +175,7 @@ class Chat:
                 tokens = self.engine.model.template_tokens(rendered)
                 self.reread |= self.engine.extend(tokens, on_progress=on_progress)
         except BaseException:  # Ctrl-C included
-            if not self.engine.tokens[0]:
+            if not self.sequence.tokens:
                 self.forget_cache()  # rolled back to nothing: the next question reads it all again
             raise
         if self.reread:

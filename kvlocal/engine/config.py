@@ -108,7 +108,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         rotate=bool(formats) and (bool(policy.formats) or storage.rotates),
         kivi_bits=storage.bits,
         kivi_group=storage.group,
-        n_window=policy.n_window,
+        n_window=max(policy.n_window, config.guide),  # all of a guide looks
         mass=policy.mass,
     )
 

@@ -76,23 +76,24 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         UsageError: there is nothing to save.
         KVError: the cache or the file cannot be written.
     """
-    if not engine.tokens[0] and not session.messages:
+    sequence = engine.sequences[0]
+    if not sequence.tokens and not session.messages:
         raise UsageError("There is nothing to save yet: nothing was read.")
     # after a change of policy the cache may be one that nobody else would make for these settings
     usual = engine.context.config == context_config(engine.model, engine.config, engine.n_ctx)
     parts = {"tokens": b"", "logits": b"", "cache": b""}
-    if engine.tokens[0] and usual:
-        logits = engine.last_logits()
-        parts["tokens"] = np.array(engine.tokens[0], np.int32).tobytes()
+    if sequence.tokens and usual:
+        logits = sequence.last_logits()
+        parts["tokens"] = np.array(sequence.tokens, np.int32).tobytes()
         parts["logits"] = b"" if logits is None else logits.astype(np.float32).tobytes()
-        parts["cache"] = engine.context.save(0)
+        parts["cache"] = engine.context.save(sequence.seq)
     session = replace(session, in_cache=session.in_cache if parts["cache"] else "", budget=str(engine.config.budget))
     header = {
         "version": __version__,
         "model_name": engine.model_name,
         "settings": settings(engine),
-        "rolled": engine.keeper.rolled[0],
-        "evicted_at": engine.cache.evicted_at(0) if engine.cache is not None else 0,
+        "rolled": sequence.rolled,
+        "evicted_at": max(sequence.evicted_at - sequence.rolled, 0),
         "session": asdict(session),
         "parts": {name: len(part) for name, part in parts.items()},
     }
@@ -120,15 +121,17 @@ def load(path: Path, engine: Engine) -> Session:
             f"{path} holds {len(tokens)} tokens, this context has room for {engine.n_max - 1}; use a larger one (-c)."
         )
     if not parts["cache"]:
-        engine.release(0)
+        engine.sequences[0].release()
         return Session(**header["session"])
-    engine.restore(
+    sequence = engine.sequences[0]
+    sequence.load(
         parts["cache"],
         tokens,
         rolled=header["rolled"],
-        evicted_at=header["evicted_at"],
+        evicted_at=header["evicted_at"] + header["rolled"],
         logits=np.frombuffer(parts["logits"], np.float32) if parts["logits"] else None,
     )
+    engine.evictor.watch(sequence)
     return Session(**header["session"])
 
 
@@ -150,9 +153,9 @@ def prefill_cached(
         UsageError: the file is not a session, or of other settings. KVError: it is damaged.
     """
     if path.exists() and load(path, engine).budget != str(engine.config.budget):
-        engine.release(0)  # what another budget left is not what this one would
-    had = list(engine.tokens[0])
-    reread = engine.extend(tokens, on_progress=on_progress, mode=mode)
+        engine.sequences[0].release()  # what another budget left is not what this one would
+    had = list(engine.sequences[0].tokens)
+    reread = engine.extend(list(tokens), on_progress=on_progress, mode=mode)
     if had != list(tokens):
         save(path, engine, Session())
     n_same = next((i for i, pair in enumerate(zip(had, tokens, strict=False)) if pair[0] != pair[1]), len(had))

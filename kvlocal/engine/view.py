@@ -6,18 +6,21 @@ from functools import partial
 
 import numpy as np
 
+from kvlocal.engine.sequence import Sequence
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.formats import FORMATS
+from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.view import CacheView, LayerView
 
 
-def cache_view(
-    cache: PagedCache, seq: int, budget: int, n_window: int, n_room: int = 0, rms: bool = False
-) -> CacheView:
+def cache_view(sequence: Sequence, policy: Policy, budget: int, *, n_room: int = 0, n_free: int = 0) -> CacheView:
     """What a policy sees of a sequence; scores are computed when the policy asks.
 
-    ``n_room``: slots that one head has room for, 0: any number. ``rms``: as in :meth:`PagedCache.window_scores`.
+    ``n_room``: slots that one head has room for, 0: any number; ``n_free``: of these, f16 slots that must stay free.
     """
+    cache, seq = sequence.context.cache, sequence.seq
+    assert cache is not None
+    n_window = policy.n_window
     n_seen = int(cache.seq_stats(seq).n_seen)
     views = [
         LayerView(
@@ -26,7 +29,7 @@ def cache_view(
             n_head_kv=layer.n_head_kv,
             positions=cache.positions(seq, i),
             n_seen=n_seen,
-            read_scores=partial(cache.window_scores, seq, i, n_window, rms) if n_window > 0 else None,
+            read_scores=partial(cache.window_scores, seq, i, n_window, policy.rms) if n_window > 0 else None,
             n_window=min(n_window, n_seen),
             read_queries=partial(cache.queries, seq, i, n_window),
             rotate=partial(cache.rotate, i),
@@ -37,7 +40,8 @@ def cache_view(
             slot_bytes={name: layer.slot_bytes(name) for name in cache.formats},
             read_formats=partial(_formats, cache, seq, i),
             n_room=n_room,
-            evicted_at=cache.evicted_at(seq),
+            n_free=n_free,
+            evicted_at=max(sequence.evicted_at - sequence.rolled, 0),
         )
         for i, layer in enumerate(cache.layers)
     ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence as Several
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from kvlocal.engine.evict import evict, guided_scores, size
+from kvlocal.engine.evictor import Bounds, Evictor
+from kvlocal.engine.sequence import Sequence, append
 from kvlocal.measure.variants import Variant
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import BITS
@@ -43,27 +43,30 @@ class StageConfig:
 
 @dataclass
 class Branch:
-    """A sequence of a stage, and the variant that bounds it.
+    """A text as a variant keeps it.
 
     Attributes:
+        sequence: where it stands; evictor: what keeps it within the variant's budget.
         used_bytes: K and V held after the first eviction; held_mean: tokens per layer and KV head, likewise.
         full_bytes: what a full f16 cache of the text takes.
-        evict_s: time of the evictions so far.
         logits: after the last token of the text, float32 ``[n_vocab]``, as it was before that token's eviction.
     """
 
-    seq: int
+    sequence: Sequence
     variant: Variant
+    evictor: Evictor
     used_bytes: int = 0
     held_mean: float = 0.0
     full_bytes: int = 0
-    evict_s: float = 0.0
-    n_rolled: int = 0
-    n_stored: int = 0
     logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
 
+    @property
+    def evict_s(self) -> float:
+        """Seconds of its evictions and demotions so far."""
+        return self.evictor.evict_s
 
-def group(variants: Sequence[Variant]) -> list[list[Variant]]:
+
+def group(variants: Several[Variant]) -> list[list[Variant]]:
     """Variants that can branch from one reading: by whose cache it is, what it accumulates, and how it stores."""
     groups: dict[object, list[Variant]] = {}
     for variant in variants:
@@ -80,7 +83,7 @@ class Stage:
     Use as a context manager.
     """
 
-    def __init__(self, model: Model, variants: Sequence[Variant], config: StageConfig) -> None:
+    def __init__(self, model: Model, variants: Several[Variant], config: StageConfig) -> None:
         self.config = config
         kinds = {v.policy.mass for v in variants} - {"none"}
         self.context = Context(
@@ -93,7 +96,7 @@ class Stage:
                 n_seq_max=config.parallel + 1,
                 n_outputs=max(config.n_outputs, config.parallel + 1),
                 paged=variants[0].paged,
-                n_window=max(v.policy.n_window for v in variants),
+                n_window=max(max(v.policy.n_window, v.guide) for v in variants),
                 mass=next(iter(kinds), "none"),
                 formats=tuple(sorted({name for v in variants for name in v.formats})),
                 rotate=variants[0].rotates,
@@ -102,8 +105,13 @@ class Stage:
                 type_kv=variants[0].type_kv,
             ),
         )
-        self.text: list[int] = []
+        self._text = Sequence(self.context, 0)
         self._logits = np.empty(0, np.float32)
+
+    @property
+    def text(self) -> list[int]:
+        """Tokens of the text that was read."""
+        return self._text.tokens
 
     def __enter__(self) -> Stage:
         return self
@@ -115,17 +123,15 @@ class Stage:
     # the text
     #
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Several[int]) -> None:
         """Make the text end in exactly ``tokens``; what it already begins with is not read again."""
         common = 0
         while common < min(len(self.text), len(tokens) - 1) and self.text[common] == tokens[common]:
             common += 1
-        self.context.truncate(0, common)
-        del self.text[common:]
+        if not self._text.cut(common):
+            common = 0
         for i in range(common, len(tokens), self.config.n_ubatch):
-            part = tokens[i : i + self.config.n_ubatch]
-            self.context.decode(part, i, 0)
-            self.text += part
+            append({self._text: list(tokens[i : i + self.config.n_ubatch])})
         self._logits = self.context.logits()[0]
 
     #
@@ -135,17 +141,18 @@ class Stage:
     def branch(self, seq: int, variant: Variant) -> Branch:
         """The text as a variant keeps it, in sequence ``seq``. Chunked prefill reads it once more."""
         tokens = self.text
-        out = Branch(seq, variant)
+        bounds = Bounds(variant.policy, variant.budget, variant.store, self.config.n_ctx, self.config.evict_every)
+        out = Branch(Sequence(self.context, seq), variant, Evictor(self.context, bounds))
         if variant.chunked:
             self._read_chunked(out, tokens)
         else:
-            self.context.branch(0, seq)
+            self._text.branch(out.sequence)
             out.logits = self._logits
-            self._evict(out)
+            out.evictor.after(out.sequence, "prompt")
             # a policy may come down to its size in several evictions, which an engine would do on the next tokens
-            while self._evict_if_due(out):
-                pass
-            self._store(out)
+            before = math.inf
+            while (held := out.evictor.held(out.sequence)) < before and out.evictor.after(out.sequence, "step"):
+                before = held
         cache = self.context.cache
         if cache is None:
             out.held_mean = len(tokens)
@@ -162,43 +169,19 @@ class Stage:
         """Tokens of all sequences, as the stock cache's statistics count them."""
         return sum(self.context.n_seen(seq) for seq in range(self.config.parallel + 1))
 
-    def _read_chunked(self, branch: Branch, tokens: Sequence[int]) -> None:
-        self.context.truncate(branch.seq, 0)
+    def _read_chunked(self, branch: Branch, tokens: Several[int]) -> None:
+        branch.sequence.release()
         guide = tokens[-branch.variant.guide :] if branch.variant.guide else ()
         for i in range(0, len(tokens), self.config.chunk):
-            part = tokens[i : i + self.config.chunk]
-            self.context.decode(part, self.context.n_seen(branch.seq), branch.seq)
-            last = i + len(part) == len(tokens)
+            part = list(tokens[i : i + self.config.chunk])
+            append({branch.sequence: part})
             branch.logits = self.context.logits()[0]
-            self._evict(branch, () if last else guide)
-            self._store(branch)
-
-    def _evict(self, branch: Branch, guide: Sequence[int] = ()) -> None:
-        cache, policy = self.context.cache, branch.variant.policy
-        if cache is None or not policy.evicts:
-            return
-        start = time.perf_counter()
-        how = policy.n_window, policy.rms
-        read_scores = partial(guided_scores, self.context, branch.seq, guide, *how) if guide else None
-        n_seen = self.context.n_seen(branch.seq)
-        evict(cache, branch.seq, policy, self._budget(branch), read_scores, self.config.n_ctx)
-        branch.n_rolled += n_seen - self.context.n_seen(branch.seq)
-        branch.evict_s += time.perf_counter() - start
-
-    def _store(self, branch: Branch) -> None:
-        if self.context.cache is not None:
-            branch.variant.store.store(self.context.cache, branch.seq, branch.variant.policy.n_window)
-            branch.n_stored = self.context.n_seen(branch.seq)
-
-    def _budget(self, branch: Branch) -> int:
-        cache, variant = self.context.cache, branch.variant
-        assert cache is not None
-        n_seen = self.context.n_seen(branch.seq) + branch.n_rolled
-        return variant.store.tokens(variant.budget, n_seen, cache, variant.policy)
+            last = i + len(part) == len(tokens)
+            branch.evictor.after(branch.sequence, "prompt" if last else "chunk", guide=() if last else guide)
 
     def extend(
         self,
-        branches: Sequence[Branch],
+        branches: Several[Branch],
         tokens: np.ndarray,
         *,
         outputs: Literal["last", "all"] = "last",
@@ -213,8 +196,6 @@ class Stage:
             Logits float32 ``[n_branch, n_vocab]`` of the last token, or ``[n_branch, n, n_vocab]`` of all of them.
         """
         n_branch, n = tokens.shape
-        seqs = np.array([b.seq for b in branches])
-        first = np.array([self.context.n_seen(b.seq) for b in branches])
         step = min(step or n, max(1, self.context.config.n_batch // n_branch))
         if outputs == "all":
             step = max(1, min(step, self.context.config.n_outputs // n_branch))
@@ -222,29 +203,16 @@ class Stage:
         for i in range(0, n, step):
             part = tokens[:, i : i + step]
             width = part.shape[1]
-            pos = first[:, None] + np.arange(i, i + width)
-            self.context.decode(part.ravel(), pos.ravel(), np.repeat(seqs, width), outputs=outputs)
+            rows = {b.sequence: row.tolist() for b, row in zip(branches, part, strict=True)}
+            append(rows, outputs=outputs)
             if outputs == "all":
                 parts.append(self.context.logits(n_branch * width).reshape(n_branch, width, -1))
         logits = np.concatenate(parts, axis=1) if parts else self.context.logits(n_branch)
         for branch in branches if evict else ():
-            self._evict_if_due(branch)
-            if self.context.n_seen(branch.seq) >= branch.n_stored + self.config.evict_every:
-                self._store(branch)
+            branch.evictor.after(branch.sequence, "step")
         return logits
 
-    def _evict_if_due(self, branch: Branch) -> bool:
-        """Whether the branch was past its limit and got smaller."""
-        cache, policy = self.context.cache, branch.variant.policy
-        if cache is None or not policy.evicts:
-            return False
-        held = size(cache, branch.seq, policy)
-        if held <= policy.limit(self._budget(branch), self.config.evict_every):
-            return False
-        self._evict(branch)
-        return size(cache, branch.seq, policy) < held
-
-    def answer(self, branches: Sequence[Branch], logits: np.ndarray, n: int) -> list[list[int]]:
+    def answer(self, branches: Several[Branch], logits: np.ndarray, n: int) -> list[list[int]]:
         """The likeliest continuations, up to ``n`` tokens each or to the model's end; ``logits`` choose the first."""
         out: list[list[int]] = [[] for _ in branches]
         going = list(range(len(branches)))
@@ -267,7 +235,7 @@ class Stage:
 
 
 def open_stages(
-    model: Model, groups: Sequence[Sequence[Variant]], config: StageConfig, stack: ExitStack
+    model: Model, groups: Several[Several[Variant]], config: StageConfig, stack: ExitStack
 ) -> list[tuple[Stage, list[Variant]]]:
     """A stage for every group of variants, closed by ``stack``."""
     return [(stack.enter_context(Stage(model, variants, config)), list(variants)) for variants in groups]

@@ -212,9 +212,9 @@ class Ppl(Evaluation[Excerpt, Variant]):
     def _held(self, stage: Stage, branch: Branch) -> tuple[float, float]:
         cache = stage.context.cache
         if cache is None:
-            n = stage.context.n_seen(branch.seq)
+            n = len(branch.sequence.tokens)
             return branch.full_bytes / len(stage.text) * n, n
-        stats = cache.seq_stats(branch.seq)
+        stats = cache.seq_stats(branch.sequence.seq)
         return stats.used_bytes, stats.n_slots / stats.n_heads
 
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Several
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import psutil
 
-from kvlocal.engine.evict import evict
+from kvlocal.engine.evictor import Bounds, Evictor
+from kvlocal.engine.sequence import Sequence, append
 from kvlocal.errors import UsageError
 from kvlocal.measure.variants import Variant
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
+from kvlocal.storage.budget import Budget
 
 _SLACK = 64  # tokens of room beyond what is ever decoded
 
@@ -168,7 +171,12 @@ class Lane:
         self._clock = clock
         self._step = min(config.chunk if variant.chunked else config.n_ubatch, config.n_batch)
         self._branches = (variant.policy.evicts or variant.demotes) and not variant.chunked
-        self._seq = 1 if self._branches else 0
+        store = variant.store
+        bounds = Bounds(variant.policy, variant.budget, store, config.n_ctx, config.evict_every)
+        self._evictor = Evictor(context, bounds)
+        self._demoter = Evictor(context, replace(bounds, budget=Budget.parse("100%")))
+        self._text, *self._copies = [Sequence(context, seq) for seq in range(3)]
+        self._sequence = self._copies[0] if self._branches else self._text
         self.pos = 0
         self.prompt_s = self.evict_s = 0.0
         self.peak_bytes = 0
@@ -177,32 +185,26 @@ class Lane:
         self._used = 0
         self._attended = 0.0
 
-    def _run(self, begin: int, end: int, seq: int, outputs: Literal["last", "none"]) -> None:
+    def _run(self, begin: int, end: int, sequence: Sequence, outputs: Literal["last", "none"]) -> None:
         """Decode the text from ``begin`` to ``end`` as one batch, and wait for it: accelerators run on their own."""
-        # the sequence's own count: a policy that renumbers has taken positions away
-        self.context.decode(self._tokens[begin:end], self.context.n_seen(seq), seq, outputs=outputs)
+        append({sequence: self._tokens[begin:end].tolist()}, outputs=outputs)
         self.context.model.llama.llama_synchronize(self.context.handle)
 
-    def _shrink(self, seq: int, *, evicts: bool) -> float:
+    def _shrink(self, sequence: Sequence, *, evicts: bool) -> float:
         """Bring a sequence down to the budget, if ``evicts``, and demote what has left the tail; seconds."""
-        cache, policy, store = self.context.cache, self.variant.policy, self.variant.store
-        assert cache is not None
         start = self._clock()
-        if evicts:
-            evict(cache, seq, policy, store.tokens(self.variant.budget, self.pos, cache, policy))
-        if store.demotes:
-            store.store(cache, seq, policy.n_window)
+        (self._evictor if evicts else self._demoter).after(sequence, "prompt")
         return self._clock() - start
 
     def advance(self, depth: int) -> None:
         """One step of prefill towards ``depth``."""
         end = min(self.pos + self._step, depth)
         start = self._clock()
-        self._run(self.pos, end, 0, "none")
+        self._run(self.pos, end, self._text, "none")
         self.prompt_s += self._clock() - start
         self.pos = end
         if self.variant.chunked:
-            self.evict_s += self._shrink(0, evicts=True)
+            self.evict_s += self._shrink(self._text, evicts=True)
 
     def arrive(self) -> None:
         """The text is as long as the depth: note the memory, shrink the branch, forget the last depth's rounds."""
@@ -213,15 +215,15 @@ class Lane:
             peak = stats.peak_bytes if self.variant.chunked else stats.allocated_bytes
         self.peak_bytes = max(self.peak_bytes, int(peak))
         if self._branches:
-            self.context.branch(0, 1)
-            self.evict_s = self._shrink(1, evicts=self.variant.policy.evicts)
+            self._text.branch(self._sequence)
+            self.evict_s = self._shrink(self._sequence, evicts=self.variant.policy.evicts)
         self._prefill_tps, self._decode_tps = [], []
-        self._used = self._used_bytes(self._seq)
+        self._used = self._used_bytes(self._sequence)
 
     def leave(self) -> None:
         """Back to the text alone, on the way to the next depth."""
         if self._branches:
-            self.context.truncate(1, 0)
+            self._sequence.release()
         if self.context.cache is not None:
             self.context.cache.reset_peak()
 
@@ -239,40 +241,43 @@ class Lane:
             self._prefill_tps.append(self._config.n_prompt / self._read(self._config.n_prompt))
 
     def _decode(self, n: int) -> float:
-        seq, every, n_left = self._seq, n, self.context.n_seen(self._seq)
+        sequence, every, n_left = self._sequence, n, len(self._sequence.tokens)
         if self.variant.demotes:
-            self.context.branch(self._seq, 2)
-            seq, every, n_left = 2, self._config.evict_every, 0
+            sequence, every, n_left = self._copies[1], self._config.evict_every, 0
+            self._sequence.branch(sequence)
         seconds = read = 0.0
         for begin in range(0, n, every):
             n_step = min(every, n - begin)
-            before = self._used_bytes(seq)
+            before = self._used_bytes(sequence)
             start = self._clock()
             for pos in range(self.pos + begin, self.pos + begin + n_step):
-                self._run(pos, pos + 1, seq, "last")
+                self._run(pos, pos + 1, sequence, "last")
                 self.context.logits()
             seconds += self._clock() - start
             # the i-th of m tokens attends to i more than were there: on average to (m + 1) / 2m of what all m add
-            read += n_step * before + (self._used_bytes(seq) - before) * (n_step + 1) / 2
+            read += n_step * before + (self._used_bytes(sequence) - before) * (n_step + 1) / 2
             if self.variant.demotes and n_step == every:
-                seconds += self._shrink(seq, evicts=False)
+                seconds += self._shrink(sequence, evicts=False)
         self._attended = read / n
-        self.context.truncate(seq, n_left)
+        if n_left:
+            sequence.cut(n_left)
+        else:
+            sequence.release()
         return seconds
 
     def _read(self, n: int) -> float:
-        n_seen = self.context.n_seen(0)
+        n_seen = len(self._text.tokens)
         start = self._clock()
         for begin in range(self.pos, self.pos + n, self._config.n_batch):
             end = min(begin + self._config.n_batch, self.pos + n)
-            self._run(begin, end, 0, "last" if end == self.pos + n else "none")
+            self._run(begin, end, self._text, "last" if end == self.pos + n else "none")
         seconds = self._clock() - start
-        self.context.truncate(0, n_seen)
+        self._text.cut(n_seen)
         return seconds
 
-    def _used_bytes(self, seq: int) -> int:
+    def _used_bytes(self, sequence: Sequence) -> int:
         cache = self.context.cache
-        return int(self.context.stats().used_bytes) if cache is None else int(cache.seq_stats(seq).used_bytes)
+        return int(self.context.stats().used_bytes) if cache is None else int(cache.seq_stats(sequence.seq).used_bytes)
 
     def result(self) -> Result:
         """What was measured at this depth."""
@@ -282,7 +287,7 @@ class Lane:
         if cache is None:
             held, full_bytes = float(depth), int(self.context.stats().full_bytes)
         else:
-            stats = cache.seq_stats(self._seq)
+            stats = cache.seq_stats(self._sequence.seq)
             held, full_bytes = stats.n_slots / stats.n_heads, int(stats.full_bytes)
         return Result(
             model=self.context.model.name,
@@ -311,7 +316,7 @@ class Lane:
         )
 
 
-def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+def _spread(values: Several[float]) -> tuple[float | None, float | None, float | None]:
     """Median, least, most; ``None`` of nothing."""
     return (statistics.median(values), min(values), max(values)) if values else (None, None, None)
 

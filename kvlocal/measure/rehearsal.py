@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
-from kvlocal.native import library
+from kvlocal.engine.evictor import Bounds, Event, Evictor
+from kvlocal.engine.sequence import Sequence, append
 from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 
 _TABLE = 65_521
@@ -92,7 +94,7 @@ class Rehearsal(Engine):
     def __init__(self, config: EngineConfig, model: Model) -> None:
         assert model.no_alloc
         self.peak_table_bytes = 0
-        self._stay = False
+        self.stay = False
         super().__init__(config, model)
 
     def __enter__(self) -> Rehearsal:
@@ -108,14 +110,12 @@ class Rehearsal(Engine):
         super()._open(config)
         if self.cache is not None:
             kind = RecentCache if self.policy.mass == "last" else MadeUpCache
-            self.cache = self.context.cache = kind(self.context.handle, self.cache.formats, self.cache.kivi_group)
+            self.context.cache = kind(self.context.handle, self.cache.formats, self.cache.kivi_group)
 
-    def _on_event(self, seq: int, event: int) -> None:
-        self._note_tables()
-        if not self._stay:
-            super()._on_event(seq, event)
+    def _make_evictor(self, config: EngineConfig) -> Evictor:
+        return _Watched(self.context, self._bounds(config), self)
 
-    def _note_tables(self) -> None:
+    def note_tables(self) -> None:
         self.peak_table_bytes = max(self.peak_table_bytes, int(self.context.stats().table_bytes))
 
     def play(self, n_prompt: int, n_generate: int, *, to_peak: bool = False) -> None:
@@ -133,34 +133,53 @@ class Rehearsal(Engine):
         for seq in range(last + 1):
             if to_peak and self.cache is None:
                 return
-            self._stay = to_peak and exact and seq == last
-            self.prefill([0] * n_prompt, seq=seq)
-        if self._stay:
+            self.stay = to_peak and exact and seq == last
+            self.prefill([0] * n_prompt, sequence=self.sequences[seq])
+        if self.stay:
             if self._left_of(last) + n_generate * self.config.n_seq_max <= n_prompt:
                 return
-            self._stay = False
-            self._on_event(last, library.EVENT_PROMPT)
+            self.stay = False
+            self.evict(self.sequences[last])
         for _ in range(n_generate):
-            for seq in range(self.config.n_seq_max):
-                if len(self.tokens[seq]) < self.n_max:
-                    self._decode([0], seq, outputs="last", event=library.EVENT_NONE)
-        self._note_tables()
+            for sequence in self.sequences:
+                if len(sequence.tokens) < self.n_max:
+                    append({sequence: [0]})
+                    self.evictor.after(sequence, "step")
+        self.note_tables()
 
     def _left_of(self, seq: int) -> float:
         """What is left of a prompt once it has been evicted and demoted, about, as f16 tokens per head."""
         assert self.cache is not None
         storage = self.config.storage
         f16 = storage.sink + max(storage.tail, self.policy.n_window) if storage.demotes else 0
-        return f16 + self.budget_tokens(seq) * storage.bytes_per_token(self.cache) / self.cache.bytes_per_token
+        return (
+            f16
+            + self.budget_tokens(self.sequences[seq]) * storage.bytes_per_token(self.cache) / self.cache.bytes_per_token
+        )
 
     def enough(self, n_prompt: int) -> int:
         """Tokens of a prompt after which nothing new happens: those that are read in chunks under a budget that does
         not grow hold the same from then on. It ends in as long a chunk as the prompt does."""
         config = self.config
-        if not self._chunks() or config.budget.unit == "percent":
+        if not self.reader.chunks() or config.budget.unit == "percent":
             return n_prompt
-        turns = _TURNS * (self.budget_tokens(0) + config.chunk) // config.chunk
+        turns = _TURNS * (self.budget_tokens() + config.chunk) // config.chunk
         return min(n_prompt, turns * config.chunk + n_prompt % config.chunk)
+
+
+class _Watched(Evictor):
+    """Notes the page tables when an eviction is due, and leaves it out while the rehearsal stays at its peak."""
+
+    def __init__(self, context: Context, bounds: Bounds, rehearsal: Rehearsal) -> None:
+        super().__init__(context, bounds)
+        self._rehearsal = rehearsal
+
+    def after(self, sequence: Sequence, event: Event, *, room: int | None = None, guide: Iterable[int] = ()) -> bool:
+        if event != "step" or (sequence.look_at is not None and len(sequence.tokens) > sequence.look_at):
+            self._rehearsal.note_tables()
+            if self._rehearsal.stay:
+                return False
+        return super().after(sequence, event, room=room, guide=guide)
 
 
 def _start(seq: int, layer: int, head: int = 0) -> int:

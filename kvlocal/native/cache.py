@@ -61,7 +61,6 @@ class PagedCache:
         self._lib = self._native.lib
         self._ctx = ctx
         self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)
-        self._evicted_at: dict[int, int] = {}
         self.layers: list[Layer] = []
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
@@ -185,19 +184,12 @@ class PagedCache:
         stats = self.seq_stats(seq)
         return int(-(-stats.n_slots // stats.n_heads))
 
-    def evicted_at(self, seq: int) -> int:
-        """Tokens that a sequence had seen at its last eviction, 0 before the first."""
-        return self._evicted_at.get(seq, 0)
-
     #
     # change
     #
 
     def keep(self, seq: int, layer: int, slots: Sequence[np.ndarray]) -> None:
-        """Keep these slot indices of every KV head (ascending) and free the rest.
-
-        An eviction ends with :meth:`note_eviction`.
-        """
+        """Keep these slot indices of every KV head (ascending) and free the rest."""
         counts = np.array([len(s) for s in slots], np.int32)
         flat = np.ascontiguousarray(np.concatenate(slots), np.int32)
         self._check(self._lib.kvl_keep(self._ctx, seq, layer, _ints(counts), _ints(flat)))
@@ -243,10 +235,6 @@ class PagedCache:
         """
         return self._check(self._lib.kvl_centre(self._ctx, seq, layer, first, end, n_least))
 
-    def note_eviction(self, seq: int, n_seen: int | None = None) -> None:
-        """Remember that a sequence was evicted when it had seen so many tokens, or now; see :meth:`evicted_at`."""
-        self._evicted_at[seq] = int(self.seq_stats(seq).n_seen) if n_seen is None else n_seen
-
     def select(self, seq: int, layer: int, slots: Sequence[np.ndarray] | None) -> None:
         """Let attention see only these slot indices of every KV head (ascending) and what comes later; ``None``: all.
 
@@ -278,20 +266,17 @@ class PagedCache:
     def branch(self, src: int, dst: int) -> None:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
         self._check(self._lib.kvl_branch(self._ctx, src, dst))
-        self._evicted_at[dst] = self.evicted_at(src)
 
     def roll(self, seq: int) -> None:
         """Renumber: slot ``i`` of every head gets position ``i``, its key is turned there, the next token comes after.
 
-        All heads must hold the same number of slots. Keys are stored in f16, so each call rounds them once more. An
-        eviction that does this ends with :meth:`note_eviction` too.
+        All heads must hold the same number of slots. Keys are stored in f16, so each call rounds them once more.
         """
         self._check(self._lib.kvl_roll(self._ctx, seq))
 
     def truncate(self, seq: int, n: int) -> None:
         """Remove the tokens at positions >= n from every head."""
         self._check(self._lib.kvl_truncate(self._ctx, seq, n))
-        self._evicted_at[seq] = min(self.evicted_at(seq), n)
 
     def set_limit(self, seq: int, n_slots: int) -> None:
         """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""

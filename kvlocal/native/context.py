@@ -79,7 +79,10 @@ class ContextConfig:
 
 
 class Context:
-    """Owns a llama_context. ``cache`` is its :class:`PagedCache`, ``None`` over the stock cache."""
+    """Owns a llama_context. ``cache`` is its :class:`PagedCache`, ``None`` over the stock cache.
+
+    ``n_decoded`` counts the calls of :meth:`decode`: the logits are those of the last one.
+    """
 
     def __init__(self, model: Model, config: ContextConfig) -> None:
         self._native = library.load()
@@ -119,6 +122,7 @@ class Context:
                 raise
         self._memory = self._llama.llama_get_memory(self.handle)
         self._make_batch(config.n_batch)
+        self.n_decoded = 0
 
     def _why(self) -> str:
         return self._native.log[-1] if self._native.log else "its log gives no reason"
@@ -174,6 +178,7 @@ class Context:
         Raises:
             KVError: no room in the cache, or the computation failed.
         """
+        self.n_decoded += 1
         n = len(tokens)
         self._tokens[:n] = tokens
         self._pos[:n] = np.arange(pos, pos + n) if isinstance(pos, int) else pos
@@ -219,12 +224,24 @@ class Context:
         """Tokens of a sequence: its next position."""
         return int(self._llama.llama_memory_seq_pos_max(self._memory, seq)) + 1
 
-    def truncate(self, seq: int, n: int) -> None:
-        """Remove the tokens at positions >= n."""
+    def reaches(self, seq: int, n: int) -> bool:
+        """Whether a sequence can be truncated to ``n`` tokens and go on from there: the stock cache of a sliding window
+        has given back what lies before the window, a recurrent state cannot go back."""
+        if self.cache is not None or n == 0:
+            return True
+        if self._llama.llama_model_is_recurrent(self.model.handle) or self._llama.llama_model_is_hybrid(
+            self.model.handle
+        ):
+            return n == self.n_seen(seq)
+        first = int(self._llama.llama_memory_seq_pos_min(self._memory, seq))
+        return first <= max(n - int(self._llama.llama_model_n_swa(self.model.handle)), 0)
+
+    def truncate(self, seq: int, n: int) -> bool:
+        """Remove the tokens at positions >= n; ``False`` if the memory cannot, and nothing has changed."""
         if self.cache is not None:
             self.cache.truncate(seq, n)
-        else:
-            self._llama.llama_memory_seq_rm(self._memory, seq, n, -1)
+            return True
+        return bool(self._llama.llama_memory_seq_rm(self._memory, seq, n, -1))
 
     def branch(self, src: int, dst: int) -> None:
         """Make ``dst`` a copy of ``src``; its pages (or cells) are shared."""

@@ -124,8 +124,11 @@ class Ladder(Policy):
         for some in together:
             heads = [head for i in some for head in layers[i]]
             share = [view.budget * head.slot_bytes[0] for head in heads]
-            cap = max(view.layers[i].n_room for i in some) // PAGE_SLOTS
+            room = [(view.layers[i].n_room, view.layers[i].n_free) for i in some]
+            cap = max(room)[0] // PAGE_SLOTS
             self._choose(heads, np.array(share), [ERRORS[name] for name in names], cap)
+            if cap:
+                self._leave_room(heads, max(n_room - n_free for n_room, n_free in room), names)
         for layer, of_layer in zip(view.layers, layers, strict=True):
             yield self._decision(layer, of_layer, names)
 
@@ -188,6 +191,16 @@ class Ladder(Policy):
             chosen[rank >= cap] = GONE
         for i, slots in enumerate(slots for head in heads for slots in head.pages):
             heads[head_of[i]].rungs[slots] = chosen[i]
+
+    def _leave_room(self, heads: Sequence[Head], n_f16: int, names: Sequence[str]) -> None:
+        """What a head has in f16 beyond so many slots goes to the next rung, the least important first: the f16 pages
+        of the cache must have room for the tokens to come."""
+        below = 1 if len(names) > 1 else GONE
+        for head in heads:
+            n_always = round(head.bytes / (PAGE_SLOTS * head.slot_bytes[0]))
+            best = [slots for slots in head.pages if head.rungs[slots[0]] == 0]
+            for slots in best[max(n_f16 // PAGE_SLOTS - n_always, 0) :]:
+                head.rungs[slots] = below
 
     def _decision(self, layer: LayerView, heads: Sequence[Head], names: Sequence[str]) -> Decision:
         keep = [np.flatnonzero(head.rungs != GONE) for head in heads]

@@ -210,7 +210,7 @@ class FakeChat:
         if not path.exists():
             raise UsageError(f"There is no session {path}; /save or --session writes one.")
         self.messages = json.loads(path.read_text("utf-8"))
-        self.engine.tokens[0] = list(range(3 * len(self.messages)))
+        self.engine.sequences[0].tokens = list(range(3 * len(self.messages)))
 
     def clear(self) -> None:
         self.messages = []

@@ -75,13 +75,12 @@ def span(engine: Engine, tokens: Sequence[int], text: str) -> tuple[int, int]:
 
 
 def answer(engine: Engine, n_predict: int = 24, *, seq: int = 0) -> str:
-    return "".join(engine.generate(n_predict, GREEDY, seq=seq))
+    return "".join(engine.generate(n_predict, GREEDY, sequence=engine.sequences[seq]))
 
 
 def branch(engine: Engine, src: int, dst: int) -> None:
-    """Make one sequence a copy of another: its pages, and the engine's list of its tokens."""
-    engine.context.branch(src, dst)
-    engine.tokens[dst] = list(engine.tokens[src])
+    """Make one sequence a copy of another."""
+    engine.sequences[src].branch(engine.sequences[dst])
 
 
 def evict_span(engine: Engine, start: int, stop: int, *, seq: int = 0) -> None:

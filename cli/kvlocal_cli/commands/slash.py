@@ -156,7 +156,7 @@ def loaded(talk: Conversation, path: str) -> str:
     """What to say of a session that was loaded."""
     asked = sum(message["role"] == "user" for message in talk.chat.messages)
     turns = f"{asked} turn{'' if asked == 1 else 's'}"
-    return f"{path} goes on: {turns}, {len(talk.engine.tokens[0]):,} tokens read."
+    return f"{path} goes on: {turns}, {len(talk.engine.sequences[0].tokens):,} tokens read."
 
 
 def _clear(talk: Conversation, _rest: str) -> None:

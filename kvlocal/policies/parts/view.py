@@ -33,7 +33,8 @@ class LayerView:
         read_value_norms: per KV head, float32 ``[n_slots[h]]``: Euclidean norms of its values.
         slot_bytes: bytes of a slot's key and value by format, those that the cache can store, most precise first.
         read_formats: per KV head, int32 ``[n_slots[h]]``: how its slots are stored, as index into ``slot_bytes``.
-        n_room: slots that one head has room for, 0: any number.
+        n_room: slots that one head has room for, 0: any number; n_free: of these, f16 slots that must stay free for
+            the tokens that come next.
         read_queries: the last ``n_window`` queries (after RoPE), oldest first, float32 ``[n_window, n_head, d_k]``, at
             the positions ``n_seen - n_window .. n_seen - 1``.
         rotate: applies this layer's RoPE to rows ``[n, d_k]`` at the positions int32 ``[n]`` (negative ones turn back;
@@ -57,6 +58,7 @@ class LayerView:
     slot_bytes: Mapping[str, float] = field(default_factory=dict)
     read_formats: Callable[[], Sequence[np.ndarray]] | None = None
     n_room: int = 0
+    n_free: int = 0
     evicted_at: int = 0
     _scores: np.ndarray | None = field(default=None, repr=False)
 

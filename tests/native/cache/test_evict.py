@@ -7,8 +7,6 @@ import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 from dense_llama import DenseLlama
 
-from kvlocal.errors import KVError
-from kvlocal.native import library
 from kvlocal.native.context import Context
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "head_dim": 64}
@@ -194,48 +192,3 @@ def test_resident_memory_falls(open_model: OpenModel, open_context: OpenContext)
         evicted = used - context.stats().used_bytes
         assert evicted == used * 7 // 8
         assert rss - rss_bytes() >= 0.8 * evicted
-
-
-#
-# hook
-#
-
-
-def test_hook_events(open_model: OpenModel, open_context: OpenContext) -> None:
-    model = open_model("llama", **SHAPE)
-    context = open_context(model, n_seq_max=2)
-    cache = context.cache
-    assert cache is not None
-    seen: list[tuple[int, int, int]] = []
-    errors: list[BaseException] = []
-    hook = library.evict_hook(lambda seq, event: seen.append((seq, event, context.n_seen(seq))), errors)
-    context.set_evict_hook(hook)
-    tokens = random_tokens(model, 50)
-    context.decode(tokens, 0, 0, event=library.EVENT_CHUNK)
-    context.decode(tokens, 50, 0, event=library.EVENT_PROMPT)
-    context.decode(tokens, 0, 1)
-    cache.set_limit(0, 102)
-    for i in range(100, 104):
-        context.decode(tokens[:1], i, 0)
-    assert seen == [
-        (0, library.EVENT_CHUNK, 50),
-        (0, library.EVENT_PROMPT, 100),
-        (0, library.EVENT_LIMIT, 103),
-        (0, library.EVENT_LIMIT, 104),
-    ]
-    assert not errors
-
-
-def test_a_failing_hook_is_an_error_and_the_step_is_kept(open_model: OpenModel, open_context: OpenContext) -> None:
-    model = open_model("llama", **SHAPE)
-    context = open_context(model)
-    errors: list[BaseException] = []
-
-    def fail(seq: int, event: int) -> None:
-        raise ValueError("no")
-
-    context.set_evict_hook(library.evict_hook(fail, errors))
-    with pytest.raises(KVError, match="hook failed"):
-        context.decode(random_tokens(model, 10), 0, 0, event=library.EVENT_PROMPT)
-    assert isinstance(errors[0], ValueError)
-    assert context.n_seen(0) == 10

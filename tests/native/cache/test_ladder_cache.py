@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.engine.evict import evict
+from kvlocal.engine.evictor import evict
+from kvlocal.engine.sequence import Sequence
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.policies import make_policy
@@ -49,7 +50,7 @@ def test_over_many_evictions_bytes_hold_rungs_fall_and_what_stays_does_not_drift
     demoted = 0
     for n in range(380, 700, 32):
         before = where(cache, 0)
-        assert evict(cache, 0, POLICY, budget)
+        assert evict(Sequence.adopt(context, 0), POLICY, budget)
         assert cache.seq_stats(0).page_bytes <= most
         assert cache.stats().allocated_bytes == cache.seq_stats(0).page_bytes
         for old, new in zip(before, where(cache, 0), strict=True):
@@ -68,19 +69,19 @@ def test_over_many_evictions_bytes_hold_rungs_fall_and_what_stays_does_not_drift
 def test_a_sequence_within_its_bytes_is_left_alone(open_model: OpenModel, open_context: OpenContext) -> None:
     context, cache = open_ladder(open_model, open_context)
     context.decode(random_tokens(context.model, 128), 0, 0)
-    assert not evict(cache, 0, POLICY, 128)
-    assert evict(cache, 0, POLICY, 127)
-    assert not evict(cache, 0, POLICY, 127)
+    assert not evict(Sequence.adopt(context, 0), POLICY, 128)
+    assert evict(Sequence.adopt(context, 0), POLICY, 127)
+    assert not evict(Sequence.adopt(context, 0), POLICY, 127)
     assert cache.seq_stats(0).n_slots > 127 * 6
 
 
 def test_a_branch_that_is_evicted_leaves_the_other_as_it_was(open_model: OpenModel, open_context: OpenContext) -> None:
     context, cache = open_ladder(open_model, open_context)
     context.decode(random_tokens(context.model, 400), 0, 0)
-    evict(cache, 0, POLICY, 200)
+    evict(Sequence.adopt(context, 0), POLICY, 200)
     context.branch(0, 1)
     before = where(cache, 0)
-    evict(cache, 1, POLICY, 80)
+    evict(Sequence.adopt(context, 1), POLICY, 80)
     for old, new in zip(before, where(cache, 0), strict=True):
         assert old.keys() == new.keys()
         for position, (rung, key, value) in new.items():
@@ -92,6 +93,6 @@ def test_a_branch_that_is_evicted_leaves_the_other_as_it_was(open_model: OpenMod
 def test_without_formats_it_keeps_or_drops_pages(open_model: OpenModel, open_context: OpenContext) -> None:
     context, cache = open_ladder(open_model, open_context, formats=(), rotate=False)
     context.decode(random_tokens(context.model, 400), 0, 0)
-    evict(cache, 0, POLICY, 160)
+    evict(Sequence.adopt(context, 0), POLICY, 160)
     lengths = np.concatenate(cache.held(0))
     assert (lengths % 32 == 0).all() and lengths.sum() == 160 * 6

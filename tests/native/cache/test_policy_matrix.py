@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.engine.evict import evict
+from kvlocal.engine.evictor import evict
+from kvlocal.engine.sequence import Sequence
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.policies import REGISTRY, Policy, make_policy
@@ -48,6 +49,7 @@ class Run:
         self.policy, self.budget, self.n_seq = policy, budget, n_seq
         self.n_seen = [0] * n_seq
         self.n_evictions = 0
+        self.sequences = [Sequence(context, seq) for seq in range(n_seq)]
         self.rng = np.random.default_rng(0)
 
     def append(self, counts: list[int]) -> None:
@@ -68,7 +70,9 @@ class Run:
         others = {other: (held(self.cache, other), self.stored(other)) for other in range(self.n_seq) if other != seq}
         is_due = self.policy.due(float(np.mean([len(p) for heads in before for p in heads])), self.budget)
         n = 0
-        while evict(self.cache, seq, self.policy, self.budget):
+        sequence = self.sequences[seq]
+        sequence.tokens = [-1] * self.n_seen[seq]
+        while evict(sequence, self.policy, self.budget):
             n += 1
             assert n == 1 or (isinstance(self.policy, Buzz) and n < 10)
         assert (n > 0) == is_due

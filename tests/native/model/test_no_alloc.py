@@ -142,15 +142,3 @@ def test_a_model_with_weights_does_not_only_count(pair: tuple[Model, Model], ope
     lib = library.load().lib
     assert lib.kvl_append(context.handle, context._batch) == library.ERR_ARGUMENT
     assert "the model has its weights" in library.load().last_error()
-
-
-def test_the_evict_hook_is_called_as_ever(pair: tuple[Model, Model], open_context: OpenContext) -> None:
-    events: list[tuple[int, int]] = []
-    errors: list[BaseException] = []
-    context = open_context(pair[1])
-    context.set_evict_hook(library.evict_hook(lambda seq, event: events.append((seq, event)), errors))
-    assert context.cache is not None
-    context.decode(random_tokens(pair[1], 64), 0, event=library.EVENT_PROMPT)
-    context.cache.set_limit(0, 64)
-    context.decode([5], 64)
-    assert (events, errors) == ([(0, library.EVENT_PROMPT), (0, library.EVENT_LIMIT)], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from needles import (
 )
 
 from kvlocal.engine.engine import Engine
+from kvlocal.engine.evictor import Event
+from kvlocal.engine.sequence import Sequence
 from kvlocal.errors import KVError, UsageError
-from kvlocal.native import library
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import REGISTRY
 from kvlocal.policies.parts.params import declared_rules
@@ -142,7 +144,7 @@ def test_memory_stays_bounded_in_a_long_answer(policy: str, open_engine: OpenEng
     n_times, rest = divmod(engine.context.stats().n_evict - at_start, len(cache.layers))
     assert n_times == n_answer // every and rest == 0
     assert min(held) == budget
-    assert engine.context.n_seen(0) == len(engine.tokens[0])
+    assert engine.context.n_seen(0) == len(engine.sequences[0].tokens)
 
 
 def test_a_growing_share_is_a_growing_budget(open_engine: OpenEngine) -> None:
@@ -150,7 +152,7 @@ def test_a_growing_share_is_a_growing_budget(open_engine: OpenEngine) -> None:
     engine = open_engine(budget="25%", evict_every=17)
     assert engine.cache is not None
     engine.prefill(engine.tokenize(FILLER * 6))
-    n = len(engine.tokens[0])
+    n = len(engine.sequences[0].tokens)
     answer(engine, 300)
     assert engine.budget_tokens() == (n + 300) // 4
     held = engine.report().tokens.held_mean
@@ -222,7 +224,7 @@ def test_a_prompt_that_is_too_long_changes_nothing(policy: str, open_engine: Ope
     engine = open_engine(policy, "128", n_ctx=1024)
     tokens = prompt(engine, document(LANTERN), LANTERN.question)
     engine.prefill(tokens)
-    held, stats, ledger = engine.report().tokens, engine.context.stats(), list(engine.tokens[0])
+    held, stats, ledger = engine.report().tokens, engine.context.stats(), list(engine.sequences[0].tokens)
     with pytest.raises(UsageError) as refusal:
         engine.prefill([300] * 5000)
     held_mean = len(tokens) if policy == "full" else 128
@@ -232,7 +234,7 @@ def test_a_prompt_that_is_too_long_changes_nothing(policy: str, open_engine: Ope
         engine.prefill([])
     assert engine.report().tokens == held
     assert engine.context.stats().used_bytes == stats.used_bytes
-    assert engine.tokens[0] == ledger and engine.context.n_seen(0) == len(ledger)
+    assert engine.sequences[0].tokens == ledger and engine.context.n_seen(0) == len(ledger)
     assert answer(engine, 4) == "The code of the"
 
 
@@ -260,7 +262,7 @@ def test_an_interrupted_prompt_leaves_no_half(prefill: str, open_engine: OpenEng
     with pytest.raises(KeyboardInterrupt):
         engine.prefill(engine.tokenize(FILLER * 12, add_special=False), on_progress=stop)
     left = first if prefill == "exact" else []
-    assert engine.tokens[0] == left
+    assert engine.sequences[0].tokens == left
     assert engine.context.n_seen(0) == len(left)
     assert [len(held) for held in kept_per_head(engine)] == [len(left)] * len(kept_per_head(engine))
     engine.extend(prompt(engine, document(LANTERN), "") if prefill == "chunked" else [*first, 300])
@@ -271,13 +273,13 @@ def test_a_failing_eviction_is_an_error_and_not_a_crash(
 ) -> None:
     engine = open_engine(budget="64")
 
-    def fail(seq: int, **_how: object) -> bool:
+    def fail(sequence: Sequence, event: Event, **_how: object) -> bool:
         raise KVError("no scores today.")
 
-    monkeypatch.setattr(engine.keeper, "evict", fail)
+    monkeypatch.setattr(engine.evictor, "after", fail)
     with pytest.raises(KVError, match="no scores today"):
         engine.prefill(engine.tokenize(FILLER * 8))
-    assert engine.tokens[0] == [] and engine.context.n_seen(0) == 0
+    assert engine.sequences[0].tokens == [] and engine.context.n_seen(0) == 0
     monkeypatch.undo()
     engine.prefill(prompt(engine, document(LANTERN), LANTERN.question))
     assert engine.report().tokens.held_mean == 64
@@ -289,13 +291,13 @@ def test_an_eviction_that_fails_in_an_answer_keeps_the_books(
     engine = open_engine(budget="64", evict_every=9)
     engine.prefill(engine.tokenize(FILLER * 4))
 
-    def fail(seq: int, **_how: object) -> bool:
+    def fail(sequence: Sequence, event: Event, **_how: object) -> bool:
         raise KVError("no scores today.")
 
-    monkeypatch.setattr(engine.keeper, "evict", fail)
+    monkeypatch.setattr(engine.evictor, "after", fail)
     with pytest.raises(KVError, match="no scores today"):
         answer(engine, 40)
-    assert len(engine.tokens[0]) == engine.context.n_seen(0)
+    assert len(engine.sequences[0].tokens) == engine.context.n_seen(0)
     monkeypatch.undo()
     answer(engine, 40)
     assert engine.finish_reason == "length"
@@ -353,7 +355,7 @@ def test_the_report_has_the_contract_s_keys(open_engine: OpenEngine) -> None:
 def test_nothing_is_in_use_after_a_reset(policy: str, open_engine: OpenEngine) -> None:
     engine = open_engine(policy, "64", n_seq_max=2)
     for seq in range(2):
-        engine.prefill(prompt(engine, document(LANTERN), LANTERN.question), seq=seq)
+        engine.prefill(prompt(engine, document(LANTERN), LANTERN.question), sequence=engine.sequences[seq])
         assert_bytes_in_order(engine)
     answer(engine, 8)
     assert_bytes_in_order(engine)
@@ -367,20 +369,22 @@ def test_nothing_is_in_use_after_a_reset(policy: str, open_engine: OpenEngine) -
     assert engine.report().finish_reason is None
 
 
-def test_the_hook_reports_why_it_was_called(open_engine: OpenEngine) -> None:
-    """End of a chunk, end of the prompt, and past the limit while decoding."""
+def test_when_the_evictor_acts(open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a chunk, at the end of the prompt, and past the limit while decoding."""
     engine = open_engine("streaming", "64", prefill="chunked", chunk=128, evict_every=11)
-    events: list[int] = []
+    events: list[str] = []
+    after = engine.evictor.after
 
-    def on_event(seq: int, event: int) -> None:
-        events.append(event)
-        engine.evict(seq)
+    def noted(sequence: Sequence, event: Event, **how: Any) -> bool:
+        evicted = after(sequence, event, **how)
+        if evicted:
+            events.append(event)
+        return evicted
 
-    hook = library.evict_hook(on_event, engine._hook_errors)
-    engine.context.set_evict_hook(hook)
+    monkeypatch.setattr(engine.evictor, "after", noted)
     engine.prefill(engine.tokenize(FILLER * 10)[:300])
     list(engine.generate(23, GREEDY))
-    assert events == [library.EVENT_CHUNK] * 2 + [library.EVENT_PROMPT] + [library.EVENT_LIMIT] * 2
+    assert events == ["chunk", "chunk", "prompt", "step", "step"]
 
 
 def test_an_answer_that_must_not_end_goes_on_to_its_limit(open_engine: OpenEngine) -> None:

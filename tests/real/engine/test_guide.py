@@ -35,7 +35,7 @@ def test_the_guide_leaves_no_trace(policy: str, open_engine: OpenEngine) -> None
     assert cache is not None
     tokens = engine.tokenize(FILLER * 40)[:1000]
     engine.prefill(tokens)
-    assert engine.tokens[0] == tokens
+    assert engine.sequences[0].tokens == tokens
     stats = cache.seq_stats(0)
     assert stats.n_seen == 1000 and stats.n_slots == budget * stats.n_heads
     assert all((np.diff(held) > 0).all() and held[-1] < 1000 for held in kept_per_head(engine))

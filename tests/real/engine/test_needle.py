@@ -59,7 +59,7 @@ def test_an_evicted_sentence_is_gone_and_its_neighbours_stay(fact: Fact, open_en
             assert all(len(held) == end - (gone[1] - gone[0]) for held in kept_per_head(engine, seq))
         answers = []
         for seq in range(4):
-            engine.prefill(tokens[end:], seq=seq)
+            engine.prefill(tokens[end:], sequence=engine.sequences[seq])
             answers.append(answer(engine, seq=seq))
         everything, no_needle, no_value, no_other = answers
         assert everything == fact.sentence
@@ -112,7 +112,7 @@ def test_branches_forget_different_things_and_their_source_nothing(open_engine: 
     def ask(seq: int, fact: Fact) -> str:
         """On a branch that is thrown away, so that the next question finds the sequence as it was."""
         branch(engine, seq, 3)
-        engine.prefill(tokens[fact][end:], seq=3)
+        engine.prefill(tokens[fact][end:], sequence=engine.sequences[3])
         return answer(engine, seq=3)
 
     for seq, forgotten in ((1, LANTERN), (2, GATE)):

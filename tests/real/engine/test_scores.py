@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from kvlocal.engine.engine import Engine, EngineConfig
-from kvlocal.engine.evict import evict
-from kvlocal.native import library
+from kvlocal.engine.evictor import evict
+from kvlocal.engine.sequence import append
 from kvlocal.native.cache import PagedCache
 from kvlocal.policies import make_policy
-from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 
 N_TOKENS = 700
@@ -39,24 +38,17 @@ class Run:
         self.n_layer = len(self.cache.layers)
         self.n_head_kv = self.cache.layers[0].n_head_kv
         self.logits: dict[str, Floats] = {}
-        policies: dict[int, Policy] = {}
         self.seq = {name: 1 + i for i, name in enumerate(POLICIES)}
-        errors: list[BaseException] = []
         engine.prefill(tokens[:-1])  # with a budget of 100 % the engine itself evicts nothing
 
-        def on_event(seq: int, event: int) -> None:
-            evict(self.cache, seq, policies[seq], BUDGET)
-
-        hook = library.evict_hook(on_event, errors)
-        engine.context.set_evict_hook(hook)
         for name, seq in self.seq.items():
-            policies[seq] = make_policy(name)
-            engine.context.branch(0, seq)
-            engine.context.decode(tokens[-1:], N_TOKENS - 1, seq, event=library.EVENT_PROMPT)
+            branch = engine.sequences[seq]
+            engine.sequences[0].branch(branch)
+            append({branch: tokens[-1:]})
             self.logits[name] = engine.context.logits()[0]
+            evict(branch, make_policy(name), BUDGET)
         engine.context.decode(tokens[-1:], N_TOKENS - 1, 0)
         self.logits["full"] = engine.context.logits()[0]
-        assert not errors
         self.scores = [self.cache.window_scores(0, layer) for layer in range(self.n_layer)]
 
     def kept(self, policy: str, layer: int) -> list[list[int]]:

@@ -49,7 +49,7 @@ def test_demotion_goes_on_while_it_answers(open_engine: OpenEngine) -> None:
     n = 0
     for _ in engine.generate(200, GREEDY):
         n += 1
-        seen = len(engine.tokens[0])
+        seen = len(engine.sequences[0].tokens)
         used = engine.context.stats().used_bytes
         assert used <= expected_bytes(engine, 32 + 16, seen - 48) or seen < 32 + 64 + 16
     assert n > 100, "the model ended its answer: choose a text that it continues for longer"
@@ -77,7 +77,7 @@ def test_a_conversation_can_be_taken_back_into_what_is_demoted(open_engine: Open
     tokens = engine.tokenize(FILLER * 12)
     engine.prefill(tokens)
     assert not engine.extend([*tokens[:100], 5, 6])
-    assert engine.tokens[0] == [*tokens[:100], 5, 6] and engine.context.n_seen(0) == 102
+    assert engine.sequences[0].tokens == [*tokens[:100], 5, 6] and engine.context.n_seen(0) == 102
     assert engine.report().tokens.held_mean == 102
     engine.reset()
     assert engine.context.stats().used_bytes == 0
@@ -128,7 +128,7 @@ def test_logquant_keeps_the_log_set_in_f16(name: str, open_engine: OpenEngine) -
     assert cache is not None
     text = engine.tokenize(FILLER * 30)
     for n_seen in (40, 200, 500, 777):
-        engine.prefill(text[len(engine.tokens[0]) : n_seen])
+        engine.prefill(text[len(engine.sequences[0].tokens) : n_seen])
         log_set = set(log_positions(n_seen, 32).tolist())
         for layer in range(len(cache.layers)):
             for positions, formats in zip(cache.positions(0, layer), cache.slot_formats(0, layer), strict=True):

@@ -16,6 +16,8 @@ from processes import COMMAND, TIMEOUT_S, call, environment
 
 from kvlocal.batch.batch import Batch, Prompt
 from kvlocal.batch.documents import Document
+from kvlocal.engine.evictor import Event
+from kvlocal.engine.sequence import Sequence
 from kvlocal.errors import KVError
 from kvlocal.native.sampling import Sampling
 
@@ -30,7 +32,7 @@ def run(open_engine: OpenEngine, parallel: int, **config: Any) -> dict[str, Any]
     engine = open_engine(n_seq_max=parallel + 1, n_pool=parallel * 1024 + 64, **options)
     batch = Batch(engine, Prompt("Be brief.", "Summarize the text."), 12, GREEDY)
     out = {result.id: result for result in batch.run(DOCUMENTS)}
-    assert all(not tokens for tokens in engine.tokens[1:]), "all sequences are given back"
+    assert not any(sequence.tokens for sequence in engine.sequences[1:]), "all sequences are given back"
     return out
 
 
@@ -126,16 +128,16 @@ def test_killed_and_resumed_every_document_is_there_once(default_path: Path, tmp
 
 def test_a_failed_eviction_fails_its_document_alone(open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = open_engine(policy="ada-snapkv", budget="64", n_ctx=1024, n_seq_max=4, evict_every=4)
-    keeper, seen = engine.keeper, []
-    evict = keeper.evict
+    evictor, seen = engine.evictor, []
+    after = evictor.after
 
-    def fail(seq: int, **how: Any) -> bool:
-        if how.get("n_pages") and not seen:
-            seen.append(seq)
+    def fail(sequence: Sequence, event: Event, **how: Any) -> bool:
+        if event == "step" and not seen:
+            seen.append(sequence)
             raise KVError("no scores today.")
-        return evict(seq, **how)
+        return after(sequence, event, **how)
 
-    monkeypatch.setattr(keeper, "evict", fail)
+    monkeypatch.setattr(evictor, "after", fail)
     long = [Document(f"l{i}", "", STORY * 8) for i in range(3)]
     options = Sampling(temp=0, ignore_eos=True)
     results = list(Batch(engine, Prompt(None, "Summarize."), 24, options).run(long))

@@ -62,7 +62,7 @@ def test_extend_reads_only_what_is_new(open_engine: OpenEngine) -> None:
     with decoded(engine) as seen:
         assert not engine.extend(tokens[:300])
         assert not engine.extend(tokens)
-    assert seen == tokens == engine.tokens[0]
+    assert seen == tokens == engine.sequences[0].tokens
     assert answer(engine) == LANTERN.sentence
 
 
@@ -77,7 +77,7 @@ def test_extend_rolls_back_to_where_the_text_changes(open_engine: OpenEngine) ->
     with decoded(engine) as seen:
         assert not engine.extend(second)
     assert seen == second[common:]
-    assert engine.tokens[0] == second
+    assert engine.sequences[0].tokens == second
     assert all(held.tolist() == [*range(len(second))] for held in kept_per_head(engine))
     assert answer(engine) == GATE.sentence
 
@@ -105,7 +105,7 @@ def test_extend_reads_again_what_was_evicted(open_engine: OpenEngine) -> None:
         changed = prompt(engine, document(MILL), MILL.question)
         assert engine.extend(changed)
         assert seen == [*tail, *changed]
-    assert engine.tokens[0] == changed
+    assert engine.sequences[0].tokens == changed
     assert engine.context.n_seen(0) == len(changed)
     assert engine.report().tokens.held_mean == 64
     fresh = open_engine(budget="64")
@@ -120,7 +120,7 @@ def test_extend_to_what_does_not_fit_changes_nothing(open_engine: OpenEngine) ->
     engine.extend(tokens)
     with pytest.raises(UsageError, match="5000 tokens|4900 tokens"):
         engine.extend([*tokens[:100], *[300] * 4900])
-    assert engine.tokens[0] == tokens
+    assert engine.sequences[0].tokens == tokens
     assert engine.context.n_seen(0) == len(tokens)
 
 
@@ -132,9 +132,9 @@ def test_a_branch_goes_its_own_way(open_engine: OpenEngine) -> None:
     alone = engine.context.stats().used_bytes
     branch(engine, 0, 1)
     assert engine.context.stats().used_bytes == alone, "shared pages are counted once"
-    assert not engine.extend(second, seq=1)
+    assert not engine.extend(second, sequence=engine.sequences[1])
     assert answer(engine, seq=1) == GATE.sentence
-    assert engine.tokens[0] == first
+    assert engine.sequences[0].tokens == first
     assert not engine.extend(first)
     assert answer(engine) == LANTERN.sentence
 
@@ -162,7 +162,7 @@ def test_three_turns_are_read_once(policy: str, budget: str, open_engine: OpenEn
         assert answers == [fact.sentence for fact in THREE]
         # every token of the conversation once, in its order; only the mark that ends the last answer is still open
         whole = engine.chat_tokens(chat.messages)
-        assert seen == engine.tokens[0] == whole[: len(seen)]
+        assert seen == engine.sequences[0].tokens == whole[: len(seen)]
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 3
     assert engine.report().tokens.generated == sum(len(engine.tokenize(text, add_special=False)) for text in answers)
 
@@ -179,8 +179,8 @@ def test_turns_beyond_the_budget_are_not_read_again_either(open_engine: OpenEngi
             assert len(seen) - before < 80
             assert not chat.reread
             assert engine.report().tokens.held_mean <= 280 + engine.config.evict_every
-        assert seen == engine.tokens[0]
-    assert engine.context.n_seen(0) == len(engine.tokens[0])
+        assert seen == engine.sequences[0].tokens
+    assert engine.context.n_seen(0) == len(engine.sequences[0].tokens)
 
 
 def test_clear_forgets_all_but_the_system_message(open_engine: OpenEngine) -> None:
@@ -192,7 +192,7 @@ def test_clear_forgets_all_but_the_system_message(open_engine: OpenEngine) -> No
     assert engine.tokens == [[]] and engine.context.stats().used_bytes == 0
     with decoded(engine) as seen:
         assert LANTERN.value not in ask(chat, LANTERN.question)
-    assert seen == engine.tokens[0]
+    assert seen == engine.sequences[0].tokens
     assert engine.report().tokens.prompt < 40
 
 
@@ -206,29 +206,29 @@ def test_an_interrupted_answer_stays_as_far_as_it_was_said(open_engine: OpenEngi
     assert engine.report().text == said
     assert LANTERN.sentence.startswith(said) and said != LANTERN.sentence
     assert chat.messages[-1] == {"role": "assistant", "content": said}
-    assert engine.context.n_seen(0) == len(engine.tokens[0])
+    assert engine.context.n_seen(0) == len(engine.sequences[0].tokens)
     with decoded(engine) as seen:
         assert ask(chat, GATE.question) == GATE.sentence
         assert ask(chat, LANTERN.question) == LANTERN.sentence
         assert len(seen) < 80
-    assert engine.tokens[0] == engine.chat_tokens(chat.messages)[: len(engine.tokens[0])]
+    assert engine.sequences[0].tokens == engine.chat_tokens(chat.messages)[: len(engine.sequences[0].tokens)]
 
 
 def test_an_interrupted_question_was_never_asked(open_engine: OpenEngine) -> None:
     engine = open_engine()
     chat = Chat(engine)
     ask(chat, f"{document(*THREE)}\n\n{LANTERN.question}")
-    messages, tokens = list(chat.messages), list(engine.tokens[0])
+    messages, tokens = list(chat.messages), list(engine.sequences[0].tokens)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         list(chat.ask(FILLER, 40, GREEDY, on_progress=stop))
-    assert (chat.messages, engine.tokens[0]) == (messages, tokens)
+    assert (chat.messages, engine.sequences[0].tokens) == (messages, tokens)
     with pytest.raises(UsageError, match="--prefill chunked"):
         list(chat.ask(FILLER * 200, 40, GREEDY))
-    assert (chat.messages, engine.tokens[0]) == (messages, tokens)
+    assert (chat.messages, engine.sequences[0].tokens) == (messages, tokens)
     assert ask(chat, GATE.question) == GATE.sentence
 
 
@@ -248,5 +248,5 @@ def test_an_interrupted_question_that_had_evicted_is_read_again(open_engine: Ope
     assert chat.messages == messages
     with decoded(engine) as seen:
         ask(chat, MILL.question)
-    assert seen == engine.tokens[0] == engine.chat_tokens(chat.messages)[: len(seen)]
+    assert seen == engine.sequences[0].tokens == engine.chat_tokens(chat.messages)[: len(seen)]
     assert engine.report().tokens.held_mean <= 280 + engine.config.evict_every

@@ -86,10 +86,10 @@ def test_a_turn_taken_back_leaves_no_trace(open_engine: OpenEngine) -> None:
     engine = open_with(open_engine, "full", "100%", "f16")
     chat = Chat(engine)
     say(chat, "Name a river.")
-    tokens, messages = list(engine.tokens[0]), [dict(m) for m in chat.messages]
+    tokens, messages = list(engine.sequences[0].tokens), [dict(m) for m in chat.messages]
     want = say(chat, "Name a mountain.")
     assert chat.undo() == "Name a mountain."
-    assert engine.tokens[0] == tokens and chat.messages == messages
+    assert engine.sequences[0].tokens == tokens and chat.messages == messages
     assert say(chat, "Name a mountain.") == want and not chat.reread
 
 
@@ -114,10 +114,10 @@ def test_policy_and_budget_change_in_the_middle(open_engine: OpenEngine) -> None
     engine = open_with(open_engine, "ladder", "512", "f16")
     chat = Chat(engine)
     say(chat, STORY + "Who counted ships?")
-    before = engine.kv(0)["used_bytes"]
+    before = engine.kv(engine.sequences[0])["used_bytes"]
     assert not engine.change(budget=Budget.parse("128")), "the cache stays"
     say(chat, "And when?")
-    assert engine.kv(0)["used_bytes"] < before / 2 and not chat.reread
+    assert engine.kv(engine.sequences[0])["used_bytes"] < before / 2 and not chat.reread
     assert not engine.change(policy=make_policy("snapkv")), "its window is shorter, its formats are fewer"
     assert engine.change(policy=make_policy("h2o")), "it needs the attention mass, which was not counted"
     chat.forget_cache()
@@ -125,7 +125,7 @@ def test_policy_and_budget_change_in_the_middle(open_engine: OpenEngine) -> None
     assert chat.reread and engine.policy.name == "h2o"
     with pytest.raises(UsageError, match="too small"):
         engine.change(policy=make_policy("ladder"), budget=Budget.parse("8"))
-    assert str(engine.config.budget) == "128" and engine.policy.name == "h2o" and engine.tokens[0]
+    assert str(engine.config.budget) == "128" and engine.policy.name == "h2o" and engine.sequences[0].tokens
 
 
 def test_a_session_of_other_settings_is_refused_with_the_reason(open_engine: OpenEngine, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_session_of_other_settings_is_refused_with_the_reason(open_engine: Ope
         save(path, engine, Session())
     say(Chat(engine), STORY)
     save(path, engine, Session())
-    tokens = list(engine.tokens[0])
+    tokens = list(engine.sequences[0].tokens)
     for change, reason in (
         ({"policy": make_policy("snapkv")}, "another policy: ada-snapkv, now snapkv"),
         ({"policy": make_policy("ada-snapkv", {"kernel": "5"})}, "other parameters of the policy: kernel 7, now 5"),
@@ -145,7 +145,7 @@ def test_a_session_of_other_settings_is_refused_with_the_reason(open_engine: Ope
         with pytest.raises(UsageError, match=reason):
             load(path, engine)
         engine.config = config
-    assert engine.tokens[0] == tokens
+    assert engine.sequences[0].tokens == tokens
     with pytest.raises(UsageError, match="There is no session"):
         load(tmp_path / "none", engine)
     with pytest.raises(UsageError, match="is not a session"):
@@ -159,7 +159,7 @@ def test_two_hundred_damaged_sessions_are_refused(open_engine: OpenEngine, tmp_p
     path = tmp_path / "s"
     save(path, engine, Session([{"role": "user", "content": "?"}], "?"))
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    tables = len(whole) - engine.kv(0)["used_bytes"]
+    tables = len(whole) - engine.kv(engine.sequences[0])["used_bytes"]
     n_refused = 0
     for i in range(200):
         data = bytearray(whole)
@@ -224,7 +224,7 @@ def test_two_conversations_share_a_cache_and_know_it(open_engine: OpenEngine) ->
     say(one, "My name is Ada.")
     say(two, "Name a river.")
     say(one, "What is my name?")
-    assert one.reread and engine.tokens[0][: len(engine.chat_tokens(one.messages[:1])) - 8]
+    assert one.reread and engine.sequences[0].tokens[: len(engine.chat_tokens(one.messages[:1])) - 8]
     alone = Chat(engine)
     engine.reset()
     alone.messages = [dict(m) for m in one.messages[:2]]
@@ -241,7 +241,7 @@ def test_a_conversation_without_a_cache_is_saved_all_the_same(open_engine: OpenE
         fresh = open_with(open_engine, engine.policy.name, "128", "f16")
         other = Chat(fresh)
         other.load(tmp_path / "s")
-        assert other.messages == chat.messages and not fresh.tokens[0]
+        assert other.messages == chat.messages and not fresh.sequences[0].tokens
         say(other, "And when?")
         assert other.reread
         say(chat, "And when?")

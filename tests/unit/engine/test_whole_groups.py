@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlocal.engine.evict import whole_groups
+from kvlocal.engine.evictor import whole_groups
 
 
 def test_the_groups_with_the_most_of_it_stay_as_many_as_it_would_fill() -> None:

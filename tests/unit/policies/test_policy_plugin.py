@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from policy_views import cache_view, evict, layer_view
 
-from kvlocal.policies import registry as policies
 from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
+from kvlocal.policies import registry as policies
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "write-a-policy.md"
 

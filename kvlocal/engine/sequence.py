@@ -1,0 +1,190 @@
+"""One conversation or document in a context: the tokens that were read, what of them may be missing, the ways back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kvlocal.errors import KVError
+from kvlocal.native.context import Context
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a sequence to come back to: its first ``n`` tokens, and the logits after them if they were known."""
+
+    n: int
+    logits: np.ndarray | None
+
+
+class Sequence:
+    """The tokens of one sequence of a context, and what became of them in the cache.
+
+    Attributes:
+        seq: its number in the context.
+        tokens: all that was read, in order.
+        rolled: tokens read minus the next position: what renumbering took away.
+        evicted_at: tokens before this index may have been evicted; edits after it need no re-read.
+        look_at: how many tokens it may have before the :class:`~kvlocal.engine.evictor.Evictor` looks at it again;
+            ``None``: any number.
+        owner: whose text it holds, for those who share an engine.
+        holder: what reads or answers now; another object once somebody else has changed the sequence.
+    """
+
+    def __init__(self, context: Context, seq: int) -> None:
+        self.context = context
+        self.seq = seq
+        self.owner: object = None
+        self.holder: object = None
+        self._forget()
+
+    @classmethod
+    def adopt(cls, context: Context, seq: int) -> Sequence:
+        """A sequence that somebody else has filled: how many its tokens are is known, what they are is not."""
+        out = cls(context, seq)
+        out.tokens = [-1] * context.n_seen(seq)
+        return out
+
+    def _forget(self) -> None:
+        self.tokens: list[int] = []
+        self.rolled = self.evicted_at = 0
+        self.look_at: int | None = None
+        self.keep_logits(None)
+
+    @property
+    def position(self) -> int:
+        """Of the next token."""
+        return len(self.tokens) - self.rolled
+
+    #
+    # logits
+    #
+
+    @property
+    def output(self) -> int | None:
+        """Which output of the context's last batch has the logits after the last token, counted from its end (-1: the
+        last one); ``None``: none has."""
+        if self._output is None or self._output[0] != self.context.n_decoded:
+            return None
+        return self._output[1]
+
+    @property
+    def kept_logits(self) -> np.ndarray | None:
+        """Logits given by :meth:`keep_logits`; they hold until the sequence changes."""
+        return self._kept
+
+    def last_logits(self) -> np.ndarray | None:
+        """After the last token, float32 ``[n_vocab]``, if they are known."""
+        if self._kept is not None or self.output is None:
+            return self._kept
+        return self.context.logits(self._n_outputs)[self.output]
+
+    def keep_logits(self, logits: np.ndarray | None) -> None:
+        """What the answer begins with: :meth:`last_logits` of a time when the sequence was as it is now."""
+        self._kept = logits
+        self._output: tuple[int, int] | None = None
+        self._n_outputs = 0
+
+    #
+    # change
+    #
+
+    def reach(self, n: int) -> bool:
+        """Whether the sequence can be cut to its first ``n`` tokens."""
+        if not self.evicted_at <= n <= len(self.tokens):
+            return False
+        return n == len(self.tokens) or self.context.reaches(self.seq, n - self.rolled)
+
+    def cut(self, n: int) -> bool:
+        """Truncate to ``n`` tokens. If something was evicted after token ``n`` that is impossible: the sequence is
+        emptied, ``False`` is returned."""
+        possible = self.reach(n)
+        self.holder = None
+        self.keep_logits(None)
+        if possible and self.context.truncate(self.seq, n - self.rolled):
+            del self.tokens[n:]
+            return True
+        self.release()
+        return False
+
+    def release(self) -> None:
+        """Empty the sequence and give its memory back."""
+        self.holder = None
+        self.context.truncate(self.seq, 0)
+        self._forget()
+
+    def branch(self, other: Sequence) -> None:
+        """Make ``other`` a copy of this one; their pages are shared until one of them writes."""
+        self.context.branch(self.seq, other.seq)
+        other.holder = None
+        other.tokens = list(self.tokens)
+        other.rolled, other.evicted_at, other.look_at = self.rolled, self.evicted_at, self.look_at
+        other.keep_logits(self._kept)
+
+    def mark(self, *, logits: bool = True) -> Mark:
+        """This place, for :meth:`back`; with its logits, if an answer may begin there again."""
+        return Mark(len(self.tokens), self.last_logits() if logits else None)
+
+    def back(self, mark: Mark) -> bool:
+        """Cut to a marked place; ``False`` if that is impossible, and the sequence is empty, as after :meth:`cut`."""
+        if not self.cut(mark.n):
+            return False
+        self.keep_logits(mark.logits)
+        return True
+
+    def load(
+        self, saved: bytes, tokens: Iterable[int], *, rolled: int, evicted_at: int, logits: np.ndarray | None
+    ) -> None:
+        """Put a saved cache in the place of this sequence; see :mod:`kvlocal.engine.session`.
+
+        Raises:
+            KVError: it does not fit or is damaged; the sequence is as before, or empty.
+        """
+        tokens = list(tokens)
+        try:
+            self.context.restore(self.seq, saved)
+        except KVError:
+            if self.context.n_seen(self.seq) == 0:
+                self.release()
+            raise
+        n_seen = self.context.n_seen(self.seq)
+        if n_seen + rolled != len(tokens):
+            self.release()
+            raise KVError(f"The saved cache has seen {n_seen} tokens, its text has {len(tokens)}.")
+        self._forget()
+        self.holder = None
+        self.tokens, self.rolled, self.evicted_at = tokens, rolled, evicted_at
+        self.keep_logits(logits)
+
+
+def append(parts: Mapping[Sequence, list[int]], *, outputs: Literal["last", "none", "all"] = "last") -> None:
+    """Decode tokens at the end of sequences of one context, in one batch.
+
+    Whatever ends it, an interruption too, every sequence knows afterwards which of its tokens are in the cache.
+
+    Args:
+        parts: new tokens of each sequence.
+        outputs: of which tokens the logits are wanted; ``last``: of the last one of every sequence, in this order.
+
+    Raises:
+        KVError: the cache is full, or the computation failed.
+    """
+    context = next(iter(parts)).context
+    tokens = [token for part in parts.values() for token in part]
+    pos = np.concatenate([np.arange(s.position, s.position + len(part)) for s, part in parts.items()])
+    seqs = np.repeat([s.seq for s in parts], [len(part) for part in parts.values()])
+    for sequence in parts:
+        sequence.keep_logits(None)
+    try:
+        context.decode(tokens, pos.astype(np.int32), seqs.astype(np.int32), outputs=outputs)
+    except BaseException:
+        for sequence, part in parts.items():
+            sequence.tokens += part[: max(context.n_seen(sequence.seq) - sequence.position, 0)]
+        raise
+    for i, (sequence, part) in enumerate(parts.items()):
+        sequence.tokens += part
+        if outputs == "last":
+            sequence._output, sequence._n_outputs = (context.n_decoded, i - len(parts)), len(parts)
