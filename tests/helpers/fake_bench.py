@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvlocal.engine import evictor
 from kvlocal.measure import bench
 from kvlocal.native.cache import Layer
 from kvlocal.native.context import ContextConfig
@@ -58,9 +59,10 @@ class World:
     def of(self, what: str, lane: int | None = None) -> list[Event]:
         return [event for event in self.events if event.what == what and lane in (None, event.lane)]
 
-    def evict(self, cache: Any, seq: int, _policy: Any, budget: int) -> bool:
+    def evict(self, sequence: Any, _policy: Any, budget: int, _read: Any = None, **_room: int) -> bool:
         self.now += EVICT_S
-        cache.context.evict(seq, budget)
+        sequence.context.evict(sequence.seq, budget)
+        sequence.evicted_at = len(sequence.tokens)
         return True
 
 
@@ -90,6 +92,7 @@ class FakeContext:
     """Holds the positions of every sequence; all heads hold the same, save that a paged one can be evicted."""
 
     handle = "handle"
+    n_decoded = 0
 
     def __init__(self, world: World, lane: int, config: ContextConfig) -> None:
         self.world, self.lane, self.config = world, lane, config
@@ -112,7 +115,10 @@ class FakeContext:
         self.peak = max(self.peak, self.allocated)
         self.world.events.append(Event(self.lane, what, seq, **values))
 
-    def decode(self, tokens: Sequence[int], pos: int, seq: int = 0, *, outputs: str = "last") -> None:
+    def decode(self, tokens: Sequence[int], at: np.ndarray, seqs: np.ndarray, *, outputs: str = "last") -> None:
+        pos, seq = int(at[0]), int(seqs[0])
+        assert (at == np.arange(pos, pos + len(tokens))).all() and (seqs == seq).all()
+        self.n_decoded += 1
         held = self.slots[seq]
         assert pos == (held[-1] + 1 if held else 0), "a gap between the positions"
         assert len(tokens) <= self.config.n_batch and pos + len(tokens) <= self.config.n_ctx
@@ -128,10 +134,14 @@ class FakeContext:
         self.note("logits", 0)
         return np.zeros((n, 100), np.float32)
 
-    def truncate(self, seq: int, n: int) -> None:
+    def reaches(self, seq: int, n: int) -> bool:
+        return True
+
+    def truncate(self, seq: int, n: int) -> bool:
         self.slots[seq] = [pos for pos in self.slots[seq] if pos < n]
         self.demoted[seq] &= set(self.slots[seq])
         self.note("truncate", seq, begin=n)
+        return True
 
     def branch(self, src: int, dst: int) -> None:
         self.slots[dst] = list(self.slots[src])
@@ -197,12 +207,15 @@ class FakeCache:
             full_bytes=seen * TOKEN_BYTES,
         )
 
+    def mean_slots(self, seq: int) -> int:
+        return len(self.context.slots[seq])
+
     def reset_peak(self) -> None:
         self.context.peak = self.context.allocated
 
 
 def install(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    monkeypatch.setattr(bench, "evict", world.evict)
+    monkeypatch.setattr(evictor, "evict", world.evict)
 
 
 def run(world: World, config: bench.BenchConfig, on_step: Any = lambda _step: None) -> Iterator[bench.Result]:

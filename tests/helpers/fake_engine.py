@@ -53,7 +53,7 @@ class FakeEngine:
     n_ctx: int = 4096
     finish_reason: str | None = None
     text: str = ""
-    tokens: list[list[int]] = field(default_factory=lambda: [[]])
+    sequences: list[Any] = field(default_factory=lambda: [SimpleNamespace(tokens=[])])
     changes: list[str] = field(default_factory=list)
     raw: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -95,7 +95,7 @@ class FakeEngine:
         return list(range(sum(len(message["content"].split()) for message in messages)))
 
     def prefill(self, tokens: Sequence[int], *, on_progress: Progress = None) -> None:
-        self.tokens[0] += tokens
+        self.sequences[0].tokens += tokens
         if self.prefill_fault is not None:
             self.prefill_fault()
         if on_progress is not None:
@@ -114,7 +114,7 @@ class FakeEngine:
         self.finish_reason = "stop" if len(words) == len(self.words) else "length"
 
     def report(self) -> FakeReport:
-        prompt, evicts = len(self.tokens[0]), self.settings.policy != "full"
+        prompt, evicts = len(self.sequences[0].tokens), self.settings.policy != "full"
         return FakeReport(
             {
                 "text": self.text,
@@ -156,12 +156,12 @@ class FakeEngine:
     def held(self) -> list[np.ndarray]:
         if self.settings.policy == "full":
             return []
-        if not self.tokens[0]:
+        if not self.sequences[0].tokens:
             return [np.zeros(2, dtype=np.int64)] * 2
         return [np.array([40, 256]), np.array([512, 1024])]
 
     def reset(self) -> None:
-        self.tokens = [[]]
+        self.sequences = [SimpleNamespace(tokens=[])]
 
 
 @dataclass
