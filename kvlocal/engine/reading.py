@@ -96,7 +96,7 @@ class Reader:
                     self.evictor.after(sequence, "chunk", room=room, guide=guide)
                 yield i + len(part)
         except BaseException:
-            if self.context.handle:
+            if not self.context.closed:
                 sequence.cut(begin)
             raise
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kvlocal.errors import KVError
 from kvlocal.native import library
 from kvlocal.native.formats import BITS, FORMATS, PAGE_SLOTS
 from kvlocal.native.structs import KvlLayerInfo, KvlSeqStats, KvlStats
@@ -59,13 +60,23 @@ class PagedCache:
         self.kivi_group = kivi_group
         self._native = library.load()
         self._lib = self._native.lib
-        self._ctx = ctx
+        self._handle = ctx
         self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)
         self.layers: list[Layer] = []
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
             self._check(self._lib.kvl_get_layer(ctx, i, ctypes.byref(info)))
             self.layers.append(Layer(info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale))
+
+    def close(self) -> None:
+        """Its context is gone: every method raises from now on."""
+        self._handle = None
+
+    @property
+    def _ctx(self) -> Any:
+        if self._handle is None:
+            raise KVError("The cache was closed with its model; load the model again to go on.")
+        return self._handle
 
     def _check(self, status: int) -> int:
         return self._native.check(status)

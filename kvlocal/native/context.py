@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -104,15 +105,17 @@ class Context:
                 config.n_window, config.n_pool_ctx, 64 << 20, config.portable, formats, config.rotate,
                 config.kivi_bits, config.kivi_group,
             )  # fmt: skip
-            self.handle: Any = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
-            if not self.handle:
+            handle = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
+            if not handle:
                 self._native.check(library.ERR_UNSUPPORTED)
         else:
             params.type_k = params.type_v = _GGML_TYPES[config.type_kv]
             params.flash_attn_type = 1 if config.flash_attn else 0
-            self.handle = self._llama.llama_init_from_model(model.handle, params)
-            if not self.handle:
+            handle = self._llama.llama_init_from_model(model.handle, params)
+            if not handle:
                 raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
+        self._handle: Any = handle
+        self._free = weakref.finalize(self, self._llama.llama_free, handle)
         self.cache = PagedCache(self.handle, config.formats, config.kivi_group or 32) if config.paged else None
         if self.cache is not None and config.mass != "none":
             try:
@@ -120,7 +123,6 @@ class Context:
             except BaseException:
                 self.close()
                 raise
-        self._memory = self._llama.llama_get_memory(self.handle)
         self._make_batch(config.n_batch)
         self.n_decoded = 0
 
@@ -150,9 +152,30 @@ class Context:
         self._batch = batch
 
     def close(self) -> None:
-        if self.handle:
-            self._llama.llama_free(self.handle)
-            self.handle = None
+        """Give the memory back; happens by itself when nobody holds the context any more."""
+        self._free()
+        self._handle = None
+        if self.cache is not None:
+            self.cache.close()
+
+    @property
+    def _memory(self) -> Any:
+        return self._llama.llama_get_memory(self.handle)
+
+    @property
+    def closed(self) -> bool:
+        return self._handle is None
+
+    @property
+    def handle(self) -> Any:
+        """The llama_context.
+
+        Raises:
+            KVError: it was closed.
+        """
+        if self._handle is None:
+            raise KVError("The cache was closed with its model; load the model again to go on.")
+        return self._handle
 
     def __enter__(self) -> Context:
         return self

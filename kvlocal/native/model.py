@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,35 @@ class Model:
             params.no_alloc = True
             params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE  # nothing to map
         self.native.log.clear()
-        self.handle: Any = self.native.lib.kvl_load_model(str(path).encode(), params)
-        if not self.handle:
+        handle: Any = self.native.lib.kvl_load_model(str(path).encode(), params)
+        if not handle:
             reason = next((line for line in self.native.log if "error" in line.lower()), "")
             detail = f" ({reason.split(': ', 1)[-1]})" if reason else ""
             raise KVError(f"{path} cannot be loaded as a GGUF model{detail}; if it was downloaded, download it again.")
-        self.vocab = self.llama.llama_model_get_vocab(self.handle)
+        self._handle = handle
+        self._free = weakref.finalize(self, self.llama.llama_model_free, handle)
+        self._vocab = self.llama.llama_model_get_vocab(handle)
 
     def close(self) -> None:
-        if self.handle:
-            self.llama.llama_model_free(self.handle)
-            self.handle = None
+        """Give the weights back; happens by itself when nobody holds the model any more."""
+        self._free()
+        self._handle = None
+
+    @property
+    def handle(self) -> Any:
+        """The llama_model.
+
+        Raises:
+            KVError: it was closed.
+        """
+        if self._handle is None:
+            raise KVError("The model was closed; load it again to go on.")
+        return self._handle
+
+    @property
+    def vocab(self) -> Any:
+        """The llama_vocab; raises as :attr:`handle`."""
+        return self._vocab if self.handle else None
 
     @property
     def name(self) -> str:

@@ -189,7 +189,7 @@ def test_clear_forgets_all_but_the_system_message(open_engine: OpenEngine) -> No
     assert ask(chat, f"{document(*THREE)}\n\n{LANTERN.question}") == LANTERN.sentence
     chat.clear()
     assert chat.messages == [{"role": "system", "content": "Answer the question."}]
-    assert engine.tokens == [[]] and engine.context.stats().used_bytes == 0
+    assert engine.sequences[0].tokens == [] and engine.context.stats().used_bytes == 0
     with decoded(engine) as seen:
         assert LANTERN.value not in ask(chat, LANTERN.question)
     assert seen == engine.sequences[0].tokens
