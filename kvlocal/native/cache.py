@@ -34,7 +34,7 @@ def _whole(values: Any, what: str) -> np.ndarray:
         raise KVError(f"{what} must be a list of whole numbers, not an array of the shape {array.shape}.")
     if len(array) and array.dtype.kind not in "iu":
         raise KVError(f"{what} must be whole numbers, not {array.dtype}.")
-    if len(array) and not (-(2**31) <= int(array.min()) and int(array.max()) < 2**31):
+    if len(array) and max(-1 - int(array.min()), int(array.max())) >= 2**31:
         raise KVError(f"{what} go from {array.min()} to {array.max()}, which no cache holds.")
     return np.ascontiguousarray(array, np.int32)
 

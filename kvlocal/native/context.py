@@ -291,7 +291,7 @@ class Context:
         at = copy.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not size or self._llama.llama_state_seq_get_data(self.handle, at, size, seq) != size:
             raise KVError(f"The cache of sequence {seq} cannot be saved: {self._why()}.")
-        return memoryview(copy)
+        return copy.data
 
     def restore(self, seq: int, saved: bytes | bytearray | memoryview | mmap.mmap) -> None:
         """Put what :meth:`save` gave in the place of a sequence; it must come from a context with these settings.

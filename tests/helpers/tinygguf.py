@@ -115,8 +115,9 @@ def write_model(
 
     `head_dim_v`: values per head of V, None for head_dim (llama, qwen3). Head counts need not divide: llama.cpp loads
     such files. `tokenizer`: "llama", or a name for a file without a vocabulary. `n_embd`: width of the residual stream;
-    None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens. `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5
-    for qwen2 and none elsewhere. `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
+    None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens.
+    `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
+    `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
     deepseek2 (MLA), mamba and bert read only those parameters that mean something for them.
     Raises ValueError for an unknown architecture and for sizes that it cannot have.
     """
@@ -272,7 +273,11 @@ def _tensors(spec: TinySpec) -> Tensors:
 def _qkv(spec: TinySpec, prefix: str, *, fused: bool = False, gain: float | None = None) -> Tensors:
     gain = spec.qk_gain if gain is None else gain
     kv = spec.n_head_kv
-    parts = (("q", spec.n_head * spec.head_dim, gain), ("k", kv * spec.head_dim, gain), ("v", kv * spec.head_dim_v, 1.0))
+    parts = (
+        ("q", spec.n_head * spec.head_dim, gain),
+        ("k", kv * spec.head_dim, gain),
+        ("v", kv * spec.head_dim_v, 1.0),
+    )
     weights = [spec.linear(f"{prefix}attn_{p}.weight", spec.n_embd, n, g) for p, n, g in parts]
     biases = [
         (name, spec.normal(name, (n,), spec.qkv_bias)) for p, n, _ in parts for name in [f"{prefix}attn_{p}.bias"]

@@ -103,8 +103,7 @@ kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, 
                    kvl_row v_row, bool no_alloc)
     : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row),
       n_together(std::max<uint32_t>(uint32_t(kvl_row_slots(k_row)) / KVL_PAGE_SLOTS, 1)), buft(buft),
-      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0),
-      held(this->n_pages, 0),
+      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0), held(this->n_pages, 0),
       k_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k)), no_alloc),
       v_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v)), no_alloc) {
     ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};

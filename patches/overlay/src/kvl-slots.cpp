@@ -69,7 +69,8 @@ int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, 
         return KVL_ERR_ARGUMENT;
     }
     if (n_queries < 0) {
-        return fail(KVL_ERR_ARGUMENT, "n_queries is " + std::to_string(n_queries) + "; it must be 0 or more");
+        return fail(KVL_ERR_ARGUMENT,
+                    "there are no " + std::to_string(n_queries) + " queries; the number must be 0 or more");
     }
     return guarded([&] {
         const int64_t t0 = ggml_time_us();
@@ -197,7 +198,8 @@ int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, i
         return KVL_ERR_ARGUMENT;
     }
     if (n_queries < 0) {
-        return fail(KVL_ERR_ARGUMENT, "n_queries is " + std::to_string(n_queries) + "; it must be 0 or more");
+        return fail(KVL_ERR_ARGUMENT,
+                    "there are no " + std::to_string(n_queries) + " queries; the number must be 0 or more");
     }
     return guarded([&] {
         ctx->synchronize();
