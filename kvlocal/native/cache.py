@@ -27,6 +27,18 @@ def _floats(array: np.ndarray) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
+def _whole(values: Any, what: str) -> np.ndarray:
+    """``values`` as int32 ``[n]``; a policy's own code may return anything."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise KVError(f"{what} must be a list of whole numbers, not an array of the shape {array.shape}.")
+    if len(array) and array.dtype.kind not in "iu":
+        raise KVError(f"{what} must be whole numbers, not {array.dtype}.")
+    if len(array) and max(-1 - int(array.min()), int(array.max())) >= 2**31:
+        raise KVError(f"{what} go from {array.min()} to {array.max()}, which no cache holds.")
+    return np.ascontiguousarray(array, np.int32)
+
+
 @dataclass(frozen=True)
 class Layer:
     """Shape of one attention layer: ``il`` is its index in the model, ``d_k`` and ``d_v`` are per head; ``kq_scale`` is
@@ -81,6 +93,19 @@ class PagedCache:
     def _check(self, status: int) -> int:
         return self._native.check(status)
 
+    def _layer(self, layer: int) -> Layer:
+        if not 0 <= layer < len(self.layers):
+            raise KVError(f"Layer {layer} is not below {len(self.layers)}.")
+        return self.layers[layer]
+
+    def _slots(self, layer: int, slots: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Slot indices per KV head as the counts and one array; the library checks their order and range."""
+        n = self._layer(layer).n_head_kv
+        if len(slots) != n:
+            raise KVError(f"There are slots for {len(slots)} heads, but layer {layer} has {n} KV heads.")
+        of = [_whole(s, f"Slots (layer {layer}, KV head {h})") for h, s in enumerate(slots)]
+        return np.array([len(s) for s in of], np.int32), np.concatenate([*of, np.zeros(1, np.int32)])
+
     @property
     def bytes_per_token(self) -> int:
         """K and V bytes of one token held in every head of every layer, f16."""
@@ -102,7 +127,7 @@ class PagedCache:
 
     def lengths(self, seq: int, layer: int) -> np.ndarray:
         """Slots held per KV head, int32 ``[n_head_kv]``."""
-        out = np.empty(self.layers[layer].n_head_kv, np.int32)
+        out = np.empty(self._layer(layer).n_head_kv, np.int32)
         self._check(self._lib.kvl_lengths(self._ctx, seq, layer, _ints(out)))
         return out
 
@@ -145,21 +170,24 @@ class PagedCache:
 
         ``rms``: the root of the mean of the squares.
         """
-        out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
+        out = np.empty((self._layer(layer).n_head, int(self.lengths(seq, layer).max())), np.float32)
         self._check(self._lib.kvl_window_scores(self._ctx, seq, layer, n_queries, rms, _floats(out), out.shape[1]))
         return out
 
     def mass(self, seq: int, layer: int) -> np.ndarray:
         """What every slot received since :meth:`accumulate_mass`, float32 ``[n_head, longest head]``."""
-        out = np.empty((self.layers[layer].n_head, int(self.lengths(seq, layer).max())), np.float32)
+        out = np.empty((self._layer(layer).n_head, int(self.lengths(seq, layer).max())), np.float32)
         self._check(self._lib.kvl_read_mass(self._ctx, seq, layer, _floats(out), out.shape[1]))
         return out
 
     def keys_values(self, seq: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
         """Stored keys (after RoPE) ``[n_slots, d_k]`` and values ``[n_slots, d_v]`` of one KV head, float32."""
-        n = int(self.lengths(seq, layer)[head])
-        k = np.empty((n, self.layers[layer].d_k), np.float32)
-        v = np.empty((n, self.layers[layer].d_v), np.float32)
+        lengths = self.lengths(seq, layer)
+        if not 0 <= head < len(lengths):
+            raise KVError(f"KV head {head} is not below {len(lengths)}.")
+        n = int(lengths[head])
+        k = np.empty((n, self._layer(layer).d_k), np.float32)
+        v = np.empty((n, self._layer(layer).d_v), np.float32)
         self._check(self._lib.kvl_read_kv(self._ctx, seq, layer, head, _floats(k), _floats(v)))
         return k, v
 
@@ -172,17 +200,14 @@ class PagedCache:
 
     def queries(self, seq: int, layer: int, n_queries: int) -> np.ndarray:
         """The last remembered queries (after RoPE), oldest first, float32 ``[<= n_queries, n_head, d_k]``."""
-        out = np.empty((n_queries, self.layers[layer].n_head, self.layers[layer].d_k), np.float32)
+        out = np.empty((n_queries, self._layer(layer).n_head, self._layer(layer).d_k), np.float32)
         return out[: self._check(self._lib.kvl_read_queries(self._ctx, seq, layer, n_queries, _floats(out)))]
 
     def rotate(self, layer: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """A layer's RoPE at int32 ``[n]`` positions (negative: back) applied to ``[n, d_k]``; float32, angles only."""
-        out = np.array(rows, np.float32, order="C")
-        if out.shape != (len(positions), self.layers[layer].d_k):
-            raise ValueError(
-                f"rows {out.shape} do not fit {len(positions)} positions of {self.layers[layer].d_k} values"
-            )
-        at = np.ascontiguousarray(positions, np.int32)
+        out, at = np.array(rows, np.float32, order="C"), _whole(positions, "Positions")
+        if out.shape != (len(at), self._layer(layer).d_k):
+            raise KVError(f"Rows {out.shape} do not fit {len(at)} positions of {self._layer(layer).d_k} values.")
         self._check(self._lib.kvl_rotate(self._ctx, layer, len(out), _floats(out), _ints(at)))
         return out
 
@@ -201,8 +226,7 @@ class PagedCache:
 
     def keep(self, seq: int, layer: int, slots: Sequence[np.ndarray]) -> None:
         """Keep these slot indices of every KV head (ascending) and free the rest."""
-        counts = np.array([len(s) for s in slots], np.int32)
-        flat = np.ascontiguousarray(np.concatenate(slots), np.int32)
+        counts, flat = self._slots(layer, slots)
         self._check(self._lib.kvl_keep(self._ctx, seq, layer, _ints(counts), _ints(flat)))
 
     def demote(self, seq: int, layer: int, slots: Sequence[np.ndarray], storage: str) -> None:
@@ -211,8 +235,7 @@ class PagedCache:
         What is there already stays as it is. The context must have been made with the format. To kivi go multiples of
         :attr:`kivi_group` slots per head, which are grouped as they come; from kivi there is no way to another format.
         """
-        counts = np.array([len(s) for s in slots], np.int32)
-        flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)
+        counts, flat = self._slots(layer, slots)
         self._check(self._lib.kvl_demote(self._ctx, seq, layer, FORMATS.index(storage), _ints(counts), _ints(flat)))
 
     def demote_due(self, seq: int, layer: int, positions: np.ndarray, storage: str, n_most: int = 0) -> int:
@@ -223,7 +246,7 @@ class PagedCache:
         Returns:
             How many slots were demoted.
         """
-        at = np.ascontiguousarray(positions, np.int32)
+        at = _whole(positions, "Positions to demote")
         storage_index = FORMATS.index(storage)
         return self._check(self._lib.kvl_demote_due(self._ctx, seq, layer, storage_index, len(at), _ints(at), n_most))
 
@@ -232,9 +255,9 @@ class PagedCache:
 
         Only while nothing of the layer is demoted; kept until the sequence is emptied.
         """
-        mu = np.ascontiguousarray(mu, np.float32)
-        if mu.shape != (self.layers[layer].n_head_kv, self.layers[layer].d_k):
-            raise ValueError(f"mu has the shape {mu.shape}")
+        mu, want = np.ascontiguousarray(mu, np.float32), (self._layer(layer).n_head_kv, self._layer(layer).d_k)
+        if mu.shape != want:
+            raise KVError(f"The mean of the keys has the shape {mu.shape}; layer {layer} needs {want}.")
         self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
 
     def centre(self, seq: int, layer: int, first: int, end: int, n_least: int = 1) -> int:
@@ -254,8 +277,7 @@ class PagedCache:
         if slots is None:
             self._check(self._lib.kvl_select(self._ctx, seq, layer, None, None))
             return
-        counts = np.array([len(s) for s in slots], np.int32)
-        flat = np.ascontiguousarray(np.concatenate([*slots, [0]]), np.int32)
+        counts, flat = self._slots(layer, slots)
         self._check(self._lib.kvl_select(self._ctx, seq, layer, _ints(counts), _ints(flat)))
 
     def accumulate_mass(self, kind: MassKind = "sum") -> None:
@@ -272,6 +294,11 @@ class PagedCache:
     def set_mass(self, seq: int, layer: int, mass: np.ndarray) -> None:
         """Replace the accumulated mass, float32 ``[n_head, >= longest head]``."""
         mass = np.ascontiguousarray(mass, np.float32)
+        if mass.ndim != 2 or len(mass) != self._layer(layer).n_head:
+            raise KVError(
+                f"The mass has the shape {mass.shape}; layer {layer} needs a row for each of its "
+                f"{self._layer(layer).n_head} query heads."
+            )
         self._check(self._lib.kvl_write_mass(self._ctx, seq, layer, _floats(mass), mass.shape[1]))
 
     def branch(self, src: int, dst: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvlocal.errors import KVError
+from kvlocal.errors import KVError, UsageError
 from kvlocal.native import library
 from kvlocal.native.cache import MassKind, PagedCache
 from kvlocal.native.formats import FORMATS
@@ -90,6 +92,10 @@ class Context:
         self._llama = self._native.llama
         self.model = model
         self.config = config
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max"):
+            value = getattr(config, name)
+            if not 1 <= value <= 2**30:  # beyond that, C's integers wrap
+                raise UsageError(f"{name} is {value}; it must be 1 to {2**30}.")
         params = self._llama.llama_context_default_params()
         params.n_ctx = config.n_ctx
         params.n_batch = config.n_batch
@@ -99,21 +105,22 @@ class Context:
         params.n_outputs_max = max(config.n_outputs, config.n_seq_max)
         params.kv_unified = True
         self._native.log.clear()
+        kvl = None
         if config.paged:
             formats = sum(1 << FORMATS.index(name) for name in config.formats)
             kvl = KvlParams(
                 config.n_window, config.n_pool_ctx, 64 << 20, config.portable, formats, config.rotate,
                 config.kivi_bits, config.kivi_group,
             )  # fmt: skip
-            handle = self._native.lib.kvl_init_from_model(model.handle, params, ctypes.byref(kvl))
-            if not handle:
-                self._native.check(library.ERR_UNSUPPORTED)
         else:
             params.type_k = params.type_v = _GGML_TYPES[config.type_kv]
             params.flash_attn_type = 1 if config.flash_attn else 0
-            handle = self._llama.llama_init_from_model(model.handle, params)
-            if not handle:
-                raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
+        at = ctypes.byref(kvl) if kvl is not None else None
+        handle = self._native.lib.kvl_init_from_model(model.handle, params, at)
+        if not handle:
+            if self._native.last_error():
+                self._native.check(library.ERR_UNSUPPORTED)
+            raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
         self._handle: Any = handle
         self._free = weakref.finalize(self, self._llama.llama_free, handle)
         self.cache = PagedCache(self.handle, config.formats, config.kivi_group or 32) if config.paged else None
@@ -127,7 +134,8 @@ class Context:
         self.n_decoded = 0
 
     def _why(self) -> str:
-        return self._native.log[-1] if self._native.log else "its log gives no reason"
+        line = self._native.log[-1] if self._native.log else "its log gives no reason"
+        return re.sub(r"^\w+: ", "", line).rstrip(".")
 
     def _make_batch(self, n: int) -> None:
         """One batch for all calls, over numpy arrays: filling it costs no Python loop."""
@@ -136,6 +144,7 @@ class Context:
         self._n_seq = np.ones(n, np.int32)
         self._seq = np.zeros(n, np.int32)
         self._output = np.zeros(n, np.int8)
+        self._kept: np.ndarray | None = None  # logits of a decode in parts
         # seq_id is an array of pointers: the i-th points to the i-th entry of _seq
         self._seq_ptr = self._seq.ctypes.data + np.arange(n, dtype=np.uint64) * 4
         batch = self._llama.llama_batch()
@@ -196,21 +205,46 @@ class Context:
         outputs: Literal["last", "all", "none"] = "last",
         event: int = library.EVENT_NONE,
     ) -> None:
-        """Run one batch. ``pos`` and ``seq`` are per token, or the first position and the sequence of all of them.
+        """Run tokens through the model. ``pos`` and ``seq`` are per token, or the first position and the sequence of
+        all of them. More than ``n_batch`` tokens are computed in parts.
 
         Raises:
-            KVError: no room in the cache, or the computation failed.
+            KVError: no room in the cache, or the computation failed; the sequences are as before.
         """
         self.n_decoded += 1
         n = len(tokens)
-        self._tokens[:n] = tokens
-        self._pos[:n] = np.arange(pos, pos + n) if isinstance(pos, int) else pos
-        self._seq[:n] = seq
-        self._output[:n] = outputs == "all"
+        where = np.arange(pos, pos + n) if isinstance(pos, int) else np.asarray(pos)
+        whose = np.full(n, seq) if isinstance(seq, int) else np.asarray(seq)
+        read = np.full(n, outputs == "all")
         if outputs == "last":
             # the last token of every sequence
-            last = {int(s): i for i, s in enumerate(self._seq[:n])} if not isinstance(seq, int) else {seq: n - 1}
-            self._output[list(last.values())] = 1
+            last = {seq: n - 1} if isinstance(seq, int) else {int(s): i for i, s in enumerate(whose)}
+            read[[i for i in last.values() if i >= 0]] = True
+        size = self.config.n_batch
+        self._kept = None
+        if n <= size:
+            self._decode(tokens, where, whose, read, event)
+            return
+        kept = []
+        for i in range(0, n, size):
+            part = slice(i, i + size)
+            try:
+                self._decode(tokens[part], where[part], whose[part], read[part], event if i + size >= n else 0)
+            except BaseException:
+                for s in np.unique(whose[:i]) if i else ():
+                    self.truncate(int(s), int(where[whose == s][0]))
+                raise
+            if read[part].any():
+                kept.append(self.logits(int(read[part].sum())))
+        self._kept = np.concatenate(kept) if kept else None
+
+    def _decode(self, tokens: Any, pos: np.ndarray, seq: np.ndarray, outputs: np.ndarray, event: int) -> None:
+        """One batch of at most ``n_batch`` tokens."""
+        n = len(tokens)
+        self._tokens[:n] = tokens
+        self._pos[:n] = pos
+        self._seq[:n] = seq
+        self._output[:n] = outputs
         self._batch.n_tokens = n
         if self.cache is not None:
             status = self._native.lib.kvl_decode(self.handle, self._batch, event)
@@ -230,7 +264,9 @@ class Context:
             raise KVError(f"llama.cpp could not decode the batch (code {status}): {self._why()}.")
 
     def logits(self, n: int = 1) -> np.ndarray:
-        """Logits of the last batch's outputs, float32 ``[n, n_vocab]``, a copy."""
+        """Logits of the first n outputs of the last :meth:`decode`, float32 ``[n, n_vocab]``, a copy."""
+        if self._kept is not None:
+            return self._kept[:n].copy()
         pointer = self._llama.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(pointer, (n, self.model.n_vocab)).copy()
 
@@ -279,28 +315,37 @@ class Context:
         self._llama.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
         self._llama.llama_memory_seq_rm(self._memory, src, -1, -1)
 
-    def save(self, seq: int) -> bytes:
-        """The cache of a sequence as it is: page tables, positions, pages, remembered queries.
+    def save(self, seq: int) -> memoryview:
+        """The cache of a sequence as it is: page tables, positions, pages, remembered queries. The one copy that is
+        made; write it to a file as it is.
 
         Raises:
-            KVError: it cannot be written.
+            KVError: it cannot be written, or there is no memory for the copy.
         """
+        self._native.log.clear()
         size = self._llama.llama_state_seq_get_size(self.handle, seq)
-        buffer = (ctypes.c_uint8 * size)()
-        if not size or self._llama.llama_state_seq_get_data(self.handle, buffer, size, seq) != size:
+        try:
+            copy = np.empty(size, np.uint8)
+        except MemoryError:
+            raise KVError(f"No memory for the {size / 2**20:.0f} MiB of the cache of sequence {seq}.") from None
+        at = copy.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if not size or self._llama.llama_state_seq_get_data(self.handle, at, size, seq) != size:
             raise KVError(f"The cache of sequence {seq} cannot be saved: {self._why()}.")
-        return bytes(buffer)
+        return copy.data
 
-    def restore(self, seq: int, saved: bytes) -> None:
+    def restore(self, seq: int, saved: bytes | bytearray | memoryview | mmap.mmap) -> None:
         """Put what :meth:`save` gave in the place of a sequence; it must come from a context with these settings.
+
+        ``saved`` is read where it lies: bytes, a memoryview, or a file that is mapped (:mod:`mmap`).
 
         Raises:
             KVError: it does not, or is damaged; the sequence is as before, or empty if it had to make room.
         """
         self._native.log.clear()
-        buffer = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
-        n_read = self._llama.llama_state_seq_set_data(self.handle, buffer, len(saved), seq)
-        if n_read != len(saved):
+        there = np.frombuffer(saved, np.uint8) if memoryview(saved).nbytes else np.empty(0, np.uint8)
+        at = there.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        n_read = self._llama.llama_state_seq_set_data(self.handle, at, there.nbytes, seq)
+        if n_read != there.nbytes or not n_read:
             if n_read:  # what is left over belongs to something else
                 self.truncate(seq, 0)
             raise KVError(f"The saved cache cannot be restored: {self._why()}.")

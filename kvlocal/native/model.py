@@ -37,7 +37,7 @@ class Model:
         self.native.log.clear()
         handle: Any = self.native.lib.kvl_load_model(str(path).encode(), params)
         if not handle:
-            reason = next((line for line in self.native.log if "error" in line.lower()), "")
+            reason = self.native.last_error() or next((line for line in self.native.log if "error" in line.lower()), "")
             detail = f" ({reason.split(': ', 1)[-1]})" if reason else ""
             raise KVError(f"{path} cannot be loaded as a GGUF model{detail}; if it was downloaded, download it again.")
         self._handle = handle

@@ -63,6 +63,7 @@ class TinySpec:
     n_head: int
     n_head_kv: int
     head_dim: int
+    head_dim_v: int
     n_embd: int
     n_vocab: int
     n_ff: int
@@ -98,6 +99,7 @@ def write_model(
     n_head: int = 4,
     n_head_kv: int = 2,
     head_dim: int = 64,
+    head_dim_v: int | None = None,
     n_embd: int | None = None,
     n_vocab: int = 320,
     n_ff: int = 256,
@@ -107,19 +109,25 @@ def write_model(
     qkv_bias: float | None = None,
     attn_std: float = 1.5,
     chat_template: str | None = None,
+    tokenizer: str = "llama",
 ) -> TinySpec:
     """Write a model of `arch` with random weights to `path` and return its hyper-parameters.
 
-    `n_embd`: width of the residual stream; None means 128, or n_head * head_dim where the architecture demands it.
-    `n_ctx`: training context in tokens. `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5
-    for qwen2 and none elsewhere. `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
+    `head_dim_v`: values per head of V, None for head_dim (llama, qwen3). Head counts need not divide: llama.cpp loads
+    such files. `tokenizer`: "llama", or a name for a file without a vocabulary. `n_embd`: width of the residual stream;
+    None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens.
+    `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
+    `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
     deepseek2 (MLA), mamba and bert read only those parameters that mean something for them.
     Raises ValueError for an unknown architecture and for sizes that it cannot have.
     """
     if arch not in LAYERS:
         raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(sorted(LAYERS))}")
-    if n_head % n_head_kv or head_dim % 2:
-        raise ValueError(f"n_head {n_head} must be a multiple of n_head_kv {n_head_kv}, and head_dim {head_dim} even")
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} must be even")
+    d_v = head_dim if head_dim_v is None else head_dim_v
+    if d_v != head_dim and arch not in ("llama", "qwen3"):
+        raise ValueError(f"{arch} is written with head_dim_v = head_dim only")
     if n_vocab <= len(SPECIALS) + N_BYTES:
         raise ValueError(f"n_vocab {n_vocab} must exceed {len(SPECIALS) + N_BYTES}: specials, bytes, the space")
     if n_embd is None:
@@ -129,12 +137,17 @@ def write_model(
     bias = (0.5 if arch == "qwen2" else 0.0) if qkv_bias is None else qkv_bias
     n_ctx = min(n_ctx, 512) if arch == "bert" else n_ctx  # it stores one embedding per position
     spec = TinySpec(
-        Path(path), arch, n_layer, n_head, n_head_kv, head_dim, n_embd, n_vocab, n_ff, n_ctx, seed, bias, attn_std
+        *(Path(path), arch, n_layer, n_head, n_head_kv, head_dim, d_v),
+        *(n_embd, n_vocab, n_ff, n_ctx, seed, bias, attn_std),
     )
 
     writer = GGUFWriter(spec.path, arch)
     _write_metadata(writer, spec)
-    _write_tokenizer(writer, n_vocab, chat_template)
+    if tokenizer == "llama":
+        _write_tokenizer(writer, n_vocab, chat_template)
+    else:
+        writer.add_string("tokenizer.ggml.model", tokenizer)
+        writer.add_uint32(f"{arch}.vocab_size", n_vocab)
     for name, values in _tensors(spec):
         # Vectors and the operands of the state-space scan exist in f32 only.
         small = values.ndim == 1 or ".ssm_conv1d" in name or name.endswith(".ssm_a")
@@ -176,7 +189,7 @@ def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:
         "attention.head_count": spec.n_head,
         "attention.head_count_kv": spec.n_head_kv,
         "attention.key_length": spec.head_dim,
-        "attention.value_length": spec.head_dim,
+        "attention.value_length": spec.head_dim_v,
         "rope.dimension_count": spec.head_dim,
     }
     floats = {"attention.layer_norm_rms_epsilon": RMS_EPS, "rope.freq_base": 10000.0}
@@ -259,8 +272,12 @@ def _tensors(spec: TinySpec) -> Tensors:
 
 def _qkv(spec: TinySpec, prefix: str, *, fused: bool = False, gain: float | None = None) -> Tensors:
     gain = spec.qk_gain if gain is None else gain
-    width, kv_width = spec.n_head * spec.head_dim, spec.n_head_kv * spec.head_dim
-    parts = (("q", width, gain), ("k", kv_width, gain), ("v", kv_width, 1.0))
+    kv = spec.n_head_kv
+    parts = (
+        ("q", spec.n_head * spec.head_dim, gain),
+        ("k", kv * spec.head_dim, gain),
+        ("v", kv * spec.head_dim_v, 1.0),
+    )
     weights = [spec.linear(f"{prefix}attn_{p}.weight", spec.n_embd, n, g) for p, n, g in parts]
     biases = [
         (name, spec.normal(name, (n,), spec.qkv_bias)) for p, n, _ in parts for name in [f"{prefix}attn_{p}.bias"]
@@ -274,7 +291,7 @@ def _qkv(spec: TinySpec, prefix: str, *, fused: bool = False, gain: float | None
 
 def _attention_output(spec: TinySpec, prefix: str) -> tuple[str, Array]:
     # The average over many values is small: the gain keeps attention visible in the output logits.
-    return spec.linear(f"{prefix}attn_output.weight", spec.n_head * spec.head_dim, spec.n_embd, 2.0)
+    return spec.linear(f"{prefix}attn_output.weight", spec.n_head * spec.head_dim_v, spec.n_embd, 2.0)
 
 
 def _ffn(spec: TinySpec, prefix: str, *, gated: bool = True) -> Tensors:

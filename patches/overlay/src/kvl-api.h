@@ -21,6 +21,15 @@ llama_kv_paged * memory_of(const llama_context * ctx, llama_seq_id seq, int32_t 
 // likewise, and what it holds can be read: the model has its weights
 llama_kv_paged * contents_of(const llama_context * ctx, llama_seq_id seq, int32_t layer);
 
+// whether a pointer that must be given is; else the error is set
+template <typename... T> bool given(const T *... pointers) {
+    const bool all = (... && (pointers != nullptr));
+    if (!all) {
+        kvl_set_error("an argument is NULL that must not be");
+    }
+    return all;
+}
+
 // Runs f and turns an exception (no memory, say) into a status.
 template <typename F> int32_t guarded(F && f) {
     try {

@@ -147,4 +147,5 @@ void llama_kv_paged::compact(kvl_layer & layer, kvl_head & head, const std::vect
         out.live.push_back(out.all_live(p));
     }
     head = std::move(out);
+    note_held(layer, head);
 }

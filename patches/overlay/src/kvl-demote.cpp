@@ -161,6 +161,7 @@ void llama_kv_paged::move_slots(kvl_layer & layer, kvl_head & head, uint32_t for
     for (uint32_t p = 0; p < head.pages.size(); p++) {
         head.live[p] = head.all_live(p);
     }
+    note_held(layer, head);
 }
 
 int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t format, const int32_t * n_demote,
@@ -242,9 +243,18 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
         reserve(pool, heads[h], format, moves[h]);
     }
     note_peak();
-    kvl_parallel_for(no_alloc() ? 0 : int(heads.size()), n_threads, [&](int h) {
-        encode_slots(seq_id, layer_id, uint32_t(h), pool, moves[size_t(h)]);
-    });
+    try {
+        kvl_parallel_for(no_alloc() ? 0 : int(heads.size()), n_threads, [&](int h) {
+            encode_slots(seq_id, layer_id, uint32_t(h), pool, moves[size_t(h)]);
+        });
+    } catch (...) {
+        for (const kvl_move & move : moves) {
+            for (size_t i = move.at > 0 ? 1 : 0; i < move.pages.size(); i++) {
+                pool.drop(move.pages[i]);
+            }
+        }
+        throw;
+    }
     for (uint32_t h = 0; h < heads.size(); h++) {
         move_slots(layer, heads[h], format, moves[h]);
     }

@@ -31,6 +31,7 @@ void llama_kv_paged::cut(kvl_layer & layer, kvl_head & head, uint32_t n) {
     for (auto & mass : head.mass) {
         mass.resize(n);
     }
+    note_held(layer, head);
 }
 
 // Slots as counted from outside, by position and without holes, to those of the head, ascending.
@@ -52,7 +53,7 @@ bool llama_kv_paged::check_slots(llama_seq_id seq_id, uint32_t layer_id, const i
         const kvl_head & head = seqs[seq_id].heads[layer_id][h];
         const std::string where = " (layer " + std::to_string(layer_id) + ", KV head " + std::to_string(h) + ")";
         if (counts[h] < 0 || uint32_t(counts[h]) > head.held() || (counts[h] == 0 && head.held() > 0 && !empty)) {
-            kvl_set_error("cannot keep " + std::to_string(counts[h]) + " of " + std::to_string(head.held()) + " slots" +
+            kvl_set_error("cannot take " + std::to_string(counts[h]) + " of " + std::to_string(head.held()) + " slots" +
                           (empty ? "" : "; every head keeps at least one") + where);
             return false;
         }
@@ -150,6 +151,7 @@ bool llama_kv_paged::own_pages(llama_seq_id seq_id) {
                     head.pages[p] = layers[l].pool->unshare(head.pages[p], n);
                 }
             }
+            note_held(layers[l], head);
         }
     }
     note_peak();
@@ -179,20 +181,43 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
     if (p0 >= seq.n_seen) {
         return true;
     }
+    const auto rest_of = [&](const kvl_head & head) {
+        std::vector<uint32_t> slots;
+        for (uint32_t i = 0; i < head.n(); i++) {
+            if (head.pos[i] != kvl_head::HOLE && head.pos[i] < p0) {
+                slots.push_back(i);
+            }
+        }
+        return slots;
+    };
+    // what is left moves together, which takes a page of its own where one is shared: check before the first move
+    std::map<const kvl_pool *, uint32_t> need;
+    for (size_t l = 0; l < layers.size(); l++) {
+        std::vector<uint32_t> copies(layers[l].pools.size(), 0);
+        for (const kvl_head & head : seq.heads[l]) {
+            if (!head.plain()) {
+                count_copies(layers[l], head, rest_of(head), copies);
+            }
+        }
+        for (size_t f = 0; f < copies.size(); f++) {
+            need[layers[l].pools[f]] += copies[f];
+        }
+    }
+    for (const auto & [pool, n] : need) {
+        if (n > 0 && n > pool->n_free()) {
+            kvl_set_error("no room to separate a shared branch before cutting it: " + std::to_string(n) +
+                          " pages needed, " + std::to_string(pool->n_free()) + " free; use a larger context (-c)");
+            return false;
+        }
+    }
     for (size_t l = 0; l < layers.size(); l++) {
         for (kvl_head & head : seq.heads[l]) {
             if (head.plain()) {
                 const auto it = std::lower_bound(head.pos.begin(), head.pos.end(), p0);
                 cut(layers[l], head, uint32_t(it - head.pos.begin()));
-                continue;
+            } else {
+                compact(layers[l], head, rest_of(head));
             }
-            std::vector<uint32_t> slots;
-            for (uint32_t i = 0; i < head.n(); i++) {
-                if (head.pos[i] != kvl_head::HOLE && head.pos[i] < p0) {
-                    slots.push_back(i);
-                }
-            }
-            compact(layers[l], head, slots);
         }
     }
     seq.n_seen = p0;
@@ -276,8 +301,9 @@ void llama_kv_paged::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, ll
         LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
         return;
     }
-    if (branch(src, dst) && p1 >= 0 && src != dst) {
-        truncate(dst, p1);
+    if (branch(src, dst) && p1 >= 0 && src != dst && !truncate(dst, p1)) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+        truncate(dst, 0);
     }
 }
 

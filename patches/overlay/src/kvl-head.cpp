@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <bitset>
-#include <map>
 #include <numeric>
 
 uint32_t kvl_head::f16_begin() const {
@@ -74,6 +73,38 @@ bool llama_kv_paged::all_host() const {
     });
 }
 
+void llama_kv_paged::note_held(const kvl_layer & layer, kvl_head & head) const {
+    head.used_bytes = 0;
+    head.page_bytes = 0;
+    for (uint32_t p = 0; p < head.pages.size(); p++) {
+        kvl_pool & pool = *layer.pools[kvl_head::page_format(head.pages[p])];
+        const uint32_t bits = head.held_bits(p);
+        pool.hold(kvl_head::page_number(head.pages[p]), bits);
+        head.used_bytes += std::bitset<KVL_PAGE_SLOTS>(bits).count() * pool.slot_bytes();
+        head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();
+    }
+}
+
+void llama_kv_paged::recount() const {
+    for (const auto & pool : pools) {
+        if (!pool || !pool->stale()) {
+            continue;
+        }
+        pool->forget();
+        for (const kvl_sequence & seq : seqs) {
+            for (size_t l = 0; l < layers.size(); l++) {
+                for (const kvl_head & head : seq.heads[l]) {
+                    for (uint32_t p = 0; p < head.pages.size(); p++) {
+                        if (layers[l].pools[kvl_head::page_format(head.pages[p])] == pool.get()) {
+                            pool->count(kvl_head::page_number(head.pages[p]), head.held_bits(p));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
     const kvl_sequence & seq = seqs[seq_id];
     out = {};
@@ -85,11 +116,8 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
             out.n_heads++;
             out.held_min = std::min<int64_t>(out.held_min, head.held());
             out.held_max = std::max<int64_t>(out.held_max, head.held());
-            for (uint32_t p = 0; p < head.pages.size(); p++) {
-                const uint64_t slot_bytes = layers[l].pools[kvl_head::page_format(head.pages[p])]->slot_bytes();
-                out.used_bytes += head.in_page(p) * slot_bytes;
-                out.page_bytes += KVL_PAGE_SLOTS * slot_bytes;
-            }
+            out.used_bytes += head.used_bytes;
+            out.page_bytes += head.page_bytes;
             out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
         }
     }
@@ -101,13 +129,12 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
     out.n_evict = n_evict;
     out.score_us = score_us;
     out.keep_us = keep_us;
-    // slots in use per page: a slot shared by branches counts once
-    std::map<const kvl_pool *, std::vector<uint32_t>> fill;
+    recount();
     for (const auto & pool : pools) {
         if (pool) {
+            out.used_bytes += pool->used_bytes();
             out.allocated_bytes += pool->allocated_bytes();
             out.reserved_bytes += pool->reserved_bytes();
-            fill[pool.get()].resize(pool->size());
         }
     }
     for (size_t s = 0; s < seqs.size(); s++) {
@@ -117,18 +144,9 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
-                for (uint32_t p = 0; p < head.pages.size(); p++) {
-                    fill[layers[l].pools[kvl_head::page_format(head.pages[p])]][kvl_head::page_number(head.pages[p])] |=
-                        head.held_bits(p);
-                }
                 out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
                 out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
             }
-        }
-    }
-    for (const auto & [pool, pages] : fill) {
-        for (const uint32_t bits : pages) {
-            out.used_bytes += std::bitset<KVL_PAGE_SLOTS>(bits).count() * pool->slot_bytes();
         }
     }
 }

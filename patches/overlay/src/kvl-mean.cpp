@@ -16,6 +16,11 @@ int32_t llama_kv_paged::set_mu(llama_seq_id seq_id, uint32_t layer_id, const flo
         }
     }
     const kvl_layer & layer = layers[layer_id];
+    if (!std::all_of(mu, mu + size_t(layer.n_head_kv) * layer.pool->d_k, [](float x) {
+            return std::isfinite(x);
+        })) {
+        return fail(KVL_ERR_ARGUMENT, "the mean of the keys holds values that are no numbers");
+    }
     std::vector<float> & to = seqs[seq_id].mu[layer_id];
     const uint32_t d_k = layer.pool->d_k;
     to.assign(mu, mu + size_t(layer.n_head_kv) * d_k);

@@ -5,15 +5,25 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
-// f(i) for i in [0, n), in any order, by up to n_threads threads; f must not throw.
+// f(i) for i in [0, n), in any order, by up to n_threads threads. What f throws is thrown here, once all have ended; of
+// what was left nothing is begun.
 template <typename F> void kvl_parallel_for(int n, int n_threads, F && f) {
     std::atomic<int> next{0};
+    std::exception_ptr thrown;
+    std::mutex mutex;
     const auto work = [&] {
-        for (int i = next++; i < n; i = next++) {
-            f(i);
+        try {
+            for (int i = next++; i < n; i = next++) {
+                f(i);
+            }
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            thrown = std::current_exception();
+            next = n;
         }
     };
     std::vector<std::thread> others;
@@ -27,5 +37,8 @@ template <typename F> void kvl_parallel_for(int n, int n_threads, F && f) {
     work();
     for (std::thread & thread : others) {
         thread.join();
+    }
+    if (thrown) {
+        std::rethrow_exception(thrown);
     }
 }

@@ -3,6 +3,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -102,7 +103,7 @@ kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, 
                    kvl_row v_row, bool no_alloc)
     : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row),
       n_together(std::max<uint32_t>(uint32_t(kvl_row_slots(k_row)) / KVL_PAGE_SLOTS, 1)), buft(buft),
-      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0),
+      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0), held(this->n_pages, 0),
       k_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k)), no_alloc),
       v_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v)), no_alloc) {
     ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
@@ -151,11 +152,35 @@ uint32_t kvl_pool::take() {
 
 void kvl_pool::drop(uint32_t page) {
     if (--refs[page] > 0) {
+        is_stale = true; // what this owner alone held is gone
         return;
     }
+    hold(page, 0);
     n_taken--;
     hint = std::min(hint, page / n_together * n_together);
     dropped.push_back(page);
+}
+
+static int64_t n_bits(uint32_t bits) {
+    return int64_t(std::bitset<KVL_PAGE_SLOTS>(bits).count());
+}
+
+void kvl_pool::hold(uint32_t page, uint32_t bits) {
+    const uint32_t all = shared(page) ? held[page] | bits : bits;
+    is_stale = is_stale || all != bits;
+    n_held += uint64_t(n_bits(all) - n_bits(held[page]));
+    held[page] = all;
+}
+
+void kvl_pool::forget() {
+    std::fill(held.begin(), held.end(), 0);
+    n_held = 0;
+    is_stale = false;
+}
+
+void kvl_pool::count(uint32_t page, uint32_t bits) {
+    n_held += uint64_t(n_bits(held[page] | bits) - n_bits(held[page]));
+    held[page] |= bits;
 }
 
 uint32_t kvl_pool::unshare(uint32_t page, uint32_t n) {

@@ -52,6 +52,12 @@ class kvl_pool {
     void share(uint32_t page) { refs[page]++; }
     void drop(uint32_t page);
     bool shared(uint32_t page) const { return refs[page] > 1; }
+    // what an owner of a page holds in it, a bit per slot: exact while it has no other owner, else what all have held
+    void hold(uint32_t page, uint32_t bits);
+    // a page that is shared may hold less than is counted: forget() what pages hold and count what every owner holds
+    bool stale() const { return is_stale; }
+    void forget();
+    void count(uint32_t page, uint32_t bits);
     // a private copy of the first n slots of a shared page; the caller's reference moves to the copy. Not of groups:
     // nobody writes to them
     uint32_t unshare(uint32_t page, uint32_t n);
@@ -62,6 +68,7 @@ class kvl_pool {
     uint32_t size() const { return n_pages; }
     uint32_t n_free() const { return n_pages - n_taken; }
     uint64_t allocated_bytes() const { return uint64_t(n_taken) * KVL_PAGE_SLOTS * slot_bytes(); }
+    uint64_t used_bytes() const { return n_held * slot_bytes(); }
     uint64_t reserved_bytes() const { return uint64_t(n_pages) * KVL_PAGE_SLOTS * slot_bytes(); }
     uint64_t slot_bytes() const { return kvl_row_bytes(k_row, int(d_k)) + kvl_row_bytes(v_row, int(d_v)); }
     bool is_host() const { return k_mem.is_host(); }
@@ -90,6 +97,9 @@ class kvl_pool {
     uint32_t hint = 0; // no free page below this one
 
     std::vector<uint32_t> refs;
+    std::vector<uint32_t> held; // bits per page: slots in use
+    uint64_t n_held = 0;
+    bool is_stale = false;
     std::vector<uint32_t> dropped; // pages to give back in trim()
 
     ggml_context_ptr ctx;

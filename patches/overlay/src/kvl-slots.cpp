@@ -16,26 +16,30 @@ using namespace kvl_api;
 
 int32_t kvl_lengths(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out) {
     const auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !out) {
+    if (!kv || !given(out)) {
         return KVL_ERR_ARGUMENT;
     }
-    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        *out++ = int32_t(head.held());
-    }
-    return KVL_OK;
+    return guarded([&] {
+        for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
+            *out++ = int32_t(head.held());
+        }
+        return int32_t(KVL_OK);
+    });
 }
 
 int32_t kvl_positions(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out) {
     const auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !out) {
+    if (!kv || !given(out)) {
         return KVL_ERR_ARGUMENT;
     }
-    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        for (const uint32_t slot : head.order()) {
-            *out++ = head.pos[slot];
+    return guarded([&] {
+        for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
+            for (const uint32_t slot : head.order()) {
+                *out++ = head.pos[slot];
+            }
         }
-    }
-    return KVL_OK;
+        return int32_t(KVL_OK);
+    });
 }
 
 int32_t kvl_slot_pages(const llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * format, int32_t * page) {
@@ -43,27 +47,30 @@ int32_t kvl_slot_pages(const llama_context * ctx, llama_seq_id seq, int32_t laye
     if (!kv) {
         return KVL_ERR_ARGUMENT;
     }
-    for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
-        for (const uint32_t slot : head.order()) {
-            if (format) {
-                *format++ = int32_t(head.format(slot));
-            }
-            if (page) {
-                *page++ = int32_t(slot / KVL_PAGE_SLOTS);
+    return guarded([&] {
+        for (const kvl_head & head : kv->seqs[seq].heads[layer]) {
+            for (const uint32_t slot : head.order()) {
+                if (format) {
+                    *format++ = int32_t(head.format(slot));
+                }
+                if (page) {
+                    *page++ = int32_t(slot / KVL_PAGE_SLOTS);
+                }
             }
         }
-    }
-    return KVL_OK;
+        return int32_t(KVL_OK);
+    });
 }
 
 int32_t kvl_window_scores(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, int32_t rms,
                           float * out, int64_t stride) {
     auto * kv = contents_of(ctx, seq, layer);
-    if (!kv || !out) {
+    if (!kv || !given(out)) {
         return KVL_ERR_ARGUMENT;
     }
     if (n_queries < 0) {
-        return fail(KVL_ERR_ARGUMENT, "n_queries is " + std::to_string(n_queries) + "; it must be 0 or more");
+        return fail(KVL_ERR_ARGUMENT,
+                    "there are no " + std::to_string(n_queries) + " queries; the number must be 0 or more");
     }
     return guarded([&] {
         const int64_t t0 = ggml_time_us();
@@ -109,38 +116,42 @@ static const std::vector<kvl_head> * mass_of(const llama_kv_paged & kv, llama_se
 
 int32_t kvl_read_mass(const llama_context * ctx, llama_seq_id seq, int32_t layer, float * out, int64_t stride) {
     const auto * kv = memory_of(ctx, seq, layer);
-    const auto * heads = kv && out ? mass_of(*kv, seq, layer, stride) : nullptr;
+    const auto * heads = kv && given(out) ? mass_of(*kv, seq, layer, stride) : nullptr;
     if (!heads) {
         return KVL_ERR_ARGUMENT;
     }
-    for (const kvl_head & head : *heads) {
-        const std::vector<uint32_t> order = head.order();
-        for (const std::vector<float> & mass : head.mass) {
-            for (size_t i = 0; i < order.size(); i++) {
-                out[i] = mass[order[i]];
+    return guarded([&] {
+        for (const kvl_head & head : *heads) {
+            const std::vector<uint32_t> order = head.order();
+            for (const std::vector<float> & mass : head.mass) {
+                for (size_t i = 0; i < order.size(); i++) {
+                    out[i] = mass[order[i]];
+                }
+                std::fill(out + order.size(), out + stride, 0.0f);
+                out += stride;
             }
-            std::fill(out + order.size(), out + stride, 0.0f);
-            out += stride;
         }
-    }
-    return KVL_OK;
+        return int32_t(KVL_OK);
+    });
 }
 
 int32_t kvl_write_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, const float * in, int64_t stride) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !in || !mass_of(*kv, seq, layer, stride)) {
+    if (!kv || !given(in) || !mass_of(*kv, seq, layer, stride)) {
         return KVL_ERR_ARGUMENT;
     }
-    for (kvl_head & head : kv->seqs[seq].heads[layer]) {
-        const std::vector<uint32_t> order = head.order();
-        for (std::vector<float> & mass : head.mass) {
-            for (size_t i = 0; i < order.size(); i++) {
-                mass[order[i]] = in[i];
+    return guarded([&] {
+        for (kvl_head & head : kv->seqs[seq].heads[layer]) {
+            const std::vector<uint32_t> order = head.order();
+            for (std::vector<float> & mass : head.mass) {
+                for (size_t i = 0; i < order.size(); i++) {
+                    mass[order[i]] = in[i];
+                }
+                in += stride;
             }
-            in += stride;
         }
-    }
-    return KVL_OK;
+        return int32_t(KVL_OK);
+    });
 }
 
 int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k, float * v) {
@@ -171,7 +182,7 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
 
 int32_t kvl_value_norms(llama_context * ctx, llama_seq_id seq, int32_t layer, float * out) {
     auto * kv = contents_of(ctx, seq, layer);
-    if (!kv || !out) {
+    if (!kv || !given(out)) {
         return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
@@ -183,8 +194,12 @@ int32_t kvl_value_norms(llama_context * ctx, llama_seq_id seq, int32_t layer, fl
 
 int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries, float * q) {
     auto * kv = contents_of(ctx, seq, layer);
-    if (!kv || !q || n_queries < 0) {
+    if (!kv || !given(q)) {
         return KVL_ERR_ARGUMENT;
+    }
+    if (n_queries < 0) {
+        return fail(KVL_ERR_ARGUMENT,
+                    "there are no " + std::to_string(n_queries) + " queries; the number must be 0 or more");
     }
     return guarded([&] {
         ctx->synchronize();
@@ -205,8 +220,11 @@ int32_t kvl_read_queries(llama_context * ctx, llama_seq_id seq, int32_t layer, i
 
 int32_t kvl_rotate(llama_context * ctx, int32_t layer, int32_t n, float * x, const int32_t * pos) {
     auto * kv = contents_of(ctx, 0, layer);
-    if (!kv || n < 0 || (n > 0 && (!x || !pos))) {
+    if (!kv || (n > 0 && !given(x, pos))) {
         return KVL_ERR_ARGUMENT;
+    }
+    if (n < 0) {
+        return fail(KVL_ERR_ARGUMENT, "cannot turn " + std::to_string(n) + " rows");
     }
     return guarded([&] {
         return kvl_rotate_rows(*ctx, *kv, uint32_t(layer), n, x, pos);
@@ -219,7 +237,7 @@ int32_t kvl_rotate(llama_context * ctx, int32_t layer, int32_t n, float * x, con
 
 int32_t kvl_keep(llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep, const int32_t * slots) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !n_keep || !slots) {
+    if (!kv || !given(n_keep, slots)) {
         return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
@@ -234,7 +252,7 @@ int32_t kvl_keep(llama_context * ctx, llama_seq_id seq, int32_t layer, const int
 int32_t kvl_demote(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format, const int32_t * n_demote,
                    const int32_t * slots) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || format < 0 || !n_demote || !slots) {
+    if (!kv || !given(n_demote, slots)) {
         return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
@@ -246,8 +264,11 @@ int32_t kvl_demote(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t
 int32_t kvl_demote_due(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format, int32_t n,
                        const int32_t * positions, int32_t n_most) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || format < 0 || n < 0 || n_most < 0 || (n > 0 && !positions)) {
+    if (!kv || (n > 0 && !given(positions))) {
         return KVL_ERR_ARGUMENT;
+    }
+    if (n < 0 || n_most < 0 || !std::is_sorted(positions, positions + n)) {
+        return fail(KVL_ERR_ARGUMENT, "positions to demote must be ascending, their number and n_most not negative");
     }
     return guarded([&] {
         ctx->synchronize();
@@ -258,7 +279,7 @@ int32_t kvl_demote_due(llama_context * ctx, llama_seq_id seq, int32_t layer, int
 
 int32_t kvl_set_mu(llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || !mu) {
+    if (!kv || !given(mu)) {
         return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
@@ -280,7 +301,7 @@ int32_t kvl_centre(llama_context * ctx, llama_seq_id seq, int32_t layer, llama_p
 int32_t kvl_select(llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
                    const int32_t * slots) {
     auto * kv = memory_of(ctx, seq, layer);
-    if (!kv || (n_select && !slots)) {
+    if (!kv || (n_select && !given(slots))) {
         return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
@@ -306,7 +327,7 @@ int32_t kvl_truncate(llama_context * ctx, llama_seq_id seq, llama_pos p0) {
     }
     return guarded([&] {
         ctx->synchronize();
-        return int32_t(kv->truncate(seq, p0) ? KVL_OK : KVL_ERR_ARGUMENT);
+        return int32_t(kv->truncate(seq, p0) ? KVL_OK : KVL_ERR_MEMORY);
     });
 }
 

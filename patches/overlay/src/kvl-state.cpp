@@ -7,6 +7,7 @@
 #include "llama-kv-paged.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -50,7 +51,9 @@ template <typename T> void write(llama_io_write_i & io, const T & x) {
 }
 
 template <typename T> void write(llama_io_write_i & io, const std::vector<T> & x) {
-    io.write(x.data(), x.size() * sizeof(T));
+    if (!x.empty()) { // whose data may be NULL
+        io.write(x.data(), x.size() * sizeof(T));
+    }
 }
 
 template <typename T> void read(llama_io_read_i & io, T & x) {
@@ -59,7 +62,9 @@ template <typename T> void read(llama_io_read_i & io, T & x) {
 
 template <typename T> void read(llama_io_read_i & io, std::vector<T> & x, size_t n) {
     x.resize(n);
-    io.read(x.data(), n * sizeof(T));
+    if (n > 0) {
+        io.read(x.data(), n * sizeof(T));
+    }
 }
 
 kvl_state_header header_of(const llama_kv_paged & kv) {
@@ -113,6 +118,14 @@ bool holes_allowed(const kvl_head & head, uint32_t p) {
         return pos == kvl_head::HOLE;
     });
     return hole == begin + n || (last && format != KVL_FORMAT_F16 && hole != begin && rest);
+}
+
+void check_finite(const float * x, size_t n) {
+    if (!std::all_of(x, x + n, [](float value) {
+            return std::isfinite(value);
+        })) {
+        refuse("the saved sequence is damaged: it holds values that are no numbers");
+    }
 }
 
 // Empty, or what is wrong with a head that claims to have seen n_seen tokens; pages hold formats, not numbers.
@@ -236,7 +249,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         header.kivi_bits != want.kivi_bits || header.kivi_group != want.kivi_group || header.mass != want.mass) {
         refuse("the saved sequence is of a cache with other settings");
     }
-    if (seq.n_seen < 0 || seq.n_seen > INT32_MAX / 2 || n_rows > uint32_t(params.n_window) ||
+    if (seq.n_seen < 0 || seq.n_seen > KVL_POS_END || n_rows > uint32_t(params.n_window) ||
         n_rows > uint32_t(seq.n_seen)) {
         refuse("the saved sequence claims " + std::to_string(seq.n_seen) + " tokens and " + std::to_string(n_rows) +
                " window queries; this context remembers " + std::to_string(params.n_window));
@@ -251,6 +264,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             refuse("the saved sequence is of another model: layer " + std::to_string(l) + " has other shapes");
         }
         read(io, seq.mu.emplace_back(), layer.n_mu);
+        check_finite(seq.mu.back().data(), seq.mu.back().size());
         seq.heads.emplace_back(layers[l].n_head_kv);
         for (kvl_head & head : seq.heads.back()) {
             kvl_state_head sizes;
@@ -267,6 +281,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             head.mass.resize(sizes.n_mass);
             for (auto & mass : head.mass) {
                 read(io, mass, sizes.n_slots);
+                check_finite(mass.data(), mass.size());
             }
             for (uint32_t & entry : head.pages) {
                 entry = kvl_head::page_entry(std::min<uint32_t>(entry, KVL_PAGE_FORMATS - 1), 0);
@@ -301,24 +316,60 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
                     head.pages[p++] = kvl_head::page_entry(format, first + i);
                 }
             }
+            note_held(layers[l], head);
         }
     }
     seqs[seq_id] = std::move(seq);
     note_peak();
+    kvl_set_error("");
     try {
+        // by way of main memory: upstream defers what is read into tensors, and it is checked here
+        std::vector<uint8_t> bytes;
+        const auto read_into = [&](ggml_tensor * t, size_t offset, size_t n) {
+            read(io, bytes, n);
+            ggml_backend_tensor_set(t, bytes.data(), offset, n);
+        };
         for (const kvl_layer & layer : layers) {
             for (const int32_t row : window_rows(seq_id)) {
                 const size_t n = layer.queries->nb[1];
-                io.read_tensor(layer.queries, n * size_t(row), n);
+                read_into(layer.queries, n * size_t(row), n);
+                check_finite(reinterpret_cast<const float *>(bytes.data()), n / sizeof(float));
             }
         }
-        for_pages(*this, seqs[seq_id], [&](ggml_tensor * t, size_t offset, size_t n) {
-            io.read_tensor(t, offset, n);
-        });
+        for_pages(*this, seqs[seq_id], read_into);
+        check_pages(seq_id);
     } catch (...) {
-        io.discard();
         truncate(seq_id, 0);
-        kvl_set_error("the saved sequence ends too early");
+        if (*kvl_last_error() == 0) {
+            kvl_set_error("the saved sequence ends too early");
+        }
         throw;
+    }
+}
+
+void llama_kv_paged::check_pages(llama_seq_id seq_id) const {
+    std::vector<float> x;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seqs[seq_id].heads[l]) {
+            for (uint32_t p = 0; p < head.pages.size();) {
+                const kvl_pool & pool = *layers[l].pools[kvl_head::page_format(head.pages[p])];
+                const int n = int(pool.n_together * KVL_PAGE_SLOTS);
+                x.resize(size_t(n) * std::max(pool.d_k, pool.d_v));
+                const uint64_t row = head.row(p * KVL_PAGE_SLOTS);
+                const auto check = [&](const ggml_tensor * t, kvl_row kind, uint32_t d) {
+                    if (attn.decode) {
+                        attn.decode(kind, static_cast<const char *>(t->data) + row * t->nb[1], 0, n, int(d), x.data(),
+                                    int(d));
+                    } else {
+                        pool.read_rows(row, uint32_t(n), t == pool.k ? x.data() : nullptr,
+                                       t == pool.v ? x.data() : nullptr);
+                    }
+                    check_finite(x.data(), size_t(n) * d);
+                };
+                check(pool.k, pool.k_row, pool.d_k);
+                check(pool.v, pool.v_row, pool.d_v);
+                p += pool.n_together;
+            }
+        }
     }
 }

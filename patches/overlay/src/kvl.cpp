@@ -2,7 +2,9 @@
 
 #include "kvl-api.h"
 
+#include "kvl-guard.h"
 #include "llama-context.h"
+#include "llama-cparams.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -104,8 +106,10 @@ int32_t kvl_model_check(const llama_model * model) {
     if (!model) {
         return fail(KVL_ERR_ARGUMENT, "no model");
     }
-    const std::string why = llama_kv_paged::unsupported(*model);
-    return why.empty() ? KVL_OK : fail(KVL_ERR_UNSUPPORTED, why);
+    return guarded([&] {
+        const std::string why = llama_kv_paged::unsupported(*model);
+        return why.empty() ? int32_t(KVL_OK) : fail(KVL_ERR_UNSUPPORTED, why);
+    });
 }
 
 int32_t kvl_format_check(const llama_model * model, int32_t format) {
@@ -115,28 +119,81 @@ int32_t kvl_format_check(const llama_model * model, int32_t format) {
     if (format < 0 || format >= KVL_FORMAT_COUNT) {
         return fail(KVL_ERR_ARGUMENT, "there is no kvl_format " + std::to_string(format));
     }
-    const std::string why = llama_kv_paged::unsupported(*model, kvl_format(format));
-    return why.empty() ? KVL_OK : fail(KVL_ERR_UNSUPPORTED, why);
+    return guarded([&] {
+        const std::string why = llama_kv_paged::unsupported(*model, kvl_format(format));
+        return why.empty() ? int32_t(KVL_OK) : fail(KVL_ERR_UNSUPPORTED, why);
+    });
 }
 
-llama_context * kvl_init_from_model(llama_model * model, llama_context_params params, const kvl_params * kvl) {
-    if (kvl_model_check(model) != KVL_OK) {
-        return nullptr;
+// Sizes that upstream asserts on, casts to int, or refuses in its log only.
+static bool check_sizes(const llama_context_params & params) {
+    const auto in_range = [](const char * name, uint32_t n, uint32_t max) {
+        if (n < 1 || n > max) {
+            kvl_set_error(std::string(name) + " is " + std::to_string(n) + "; it must be 1 to " + std::to_string(max));
+        }
+        return n >= 1 && n <= max;
+    };
+    if (params.n_seq_max > LLAMA_MAX_SEQ) {
+        kvl_set_error("a context of " + std::to_string(params.n_seq_max) + " sequences is more than the " +
+                      std::to_string(LLAMA_MAX_SEQ) + " that llama.cpp serves at a time; use fewer (--parallel)");
+        return false;
     }
-    kvl_params p = kvl ? *kvl : kvl_default_params();
-    p.kivi_bits = p.kivi_bits == 0 ? 2 : p.kivi_bits;
-    p.kivi_group = p.kivi_group == 0 ? 32 : p.kivi_group;
+    return in_range("n_seq_max", params.n_seq_max, LLAMA_MAX_SEQ) && in_range("n_ctx", params.n_ctx, 1u << 30) &&
+           in_range("n_batch", params.n_batch, 1u << 30) && in_range("n_ubatch", params.n_ubatch, 1u << 30);
+}
+
+static bool check_params(const kvl_params & p) {
     if (p.n_window < 0 || p.n_pool_ctx < 0 || p.score_bytes <= 0) {
         kvl_set_error("n_window and n_pool_ctx must not be negative, score_bytes must be positive");
-        return nullptr;
+        return false;
     }
     if (p.formats < 0 || p.formats >> KVL_FORMAT_COUNT != 0) {
         kvl_set_error("formats has bits beyond 1 << " + std::to_string(KVL_FORMAT_COUNT - 1));
-        return nullptr;
+        return false;
     }
     if ((p.kivi_bits != 2 && p.kivi_bits != 4) || (p.kivi_group != 32 && p.kivi_group != 64)) {
         kvl_set_error("kivi stores 2 or 4 bits in groups of 32 or 64, not " + std::to_string(p.kivi_bits) +
                       " bits in groups of " + std::to_string(p.kivi_group));
+        return false;
+    }
+    return true;
+}
+
+// llama_init_from_model, with paged memory if kvl is not NULL.
+static llama_context * create(llama_model * model, llama_context_params params, const kvl_params * kvl) {
+    struct request {
+        explicit request(const kvl_params * p) { kvl_request_memory(p); }
+        ~request() { kvl_request_memory(nullptr); }
+    };
+    kvl_set_error("");
+    try {
+        const kvl_abort_guard guard;
+        const request asked(kvl);
+        return llama_init_from_model(model, params);
+    } catch (const std::exception & e) {
+        kvl_set_error(e.what());
+        return nullptr;
+    }
+}
+
+llama_context * kvl_init_from_model(llama_model * model, llama_context_params params, const kvl_params * kvl) {
+    if (!model) {
+        kvl_set_error("no model");
+        return nullptr;
+    }
+    if (!check_sizes(params)) {
+        return nullptr;
+    }
+    if (!kvl) {
+        return create(model, params, nullptr);
+    }
+    if (kvl_model_check(model) != KVL_OK) {
+        return nullptr;
+    }
+    kvl_params p = *kvl;
+    p.kivi_bits = p.kivi_bits == 0 ? 2 : p.kivi_bits;
+    p.kivi_group = p.kivi_group == 0 ? 32 : p.kivi_group;
+    if (!check_params(p)) {
         return nullptr;
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.embeddings) {
@@ -148,14 +205,7 @@ llama_context * kvl_init_from_model(llama_model * model, llama_context_params pa
     params.type_k = GGML_TYPE_F16;
     params.type_v = GGML_TYPE_F16;
     params.kv_unified = true;
-    kvl_set_error("");
-    kvl_request_memory(&p);
-    llama_context * ctx = llama_init_from_model(model, params);
-    kvl_request_memory(nullptr);
-    if (!ctx && last_error.empty()) {
-        kvl_set_error("llama.cpp could not create the context; its log says why");
-    }
-    return ctx;
+    return create(model, params, &p);
 }
 
 bool kvl_is_paged(const llama_context * ctx) {
@@ -169,7 +219,7 @@ int32_t kvl_n_layer(const llama_context * ctx) {
 
 int32_t kvl_get_layer(const llama_context * ctx, int32_t layer, kvl_layer_info * out) {
     const auto * kv = memory_of(ctx, 0, layer);
-    if (!kv || !out) {
+    if (!kv || !given(out)) {
         return KVL_ERR_ARGUMENT;
     }
     const kvl_layer & l = kv->layers[layer];
@@ -187,32 +237,62 @@ int32_t kvl_get_layer(const llama_context * ctx, int32_t layer, kvl_layer_info *
 // decode
 //
 
-int32_t kvl_decode(llama_context * ctx, llama_batch batch, int32_t event) {
-    auto * kv = memory_of(ctx);
-    if (!kv) {
-        return KVL_ERR_ARGUMENT;
+// Sets the error if upstream would refuse the batch in its log only, or assert on it.
+static bool check_batch(const llama_context & ctx, const llama_kv_paged & kv, const llama_batch & batch) {
+    if (batch.n_tokens <= 0 || !batch.token || !batch.pos || !batch.n_seq_id || !batch.seq_id) {
+        kvl_set_error("kvl_decode needs a batch of tokens with their positions and sequences");
+        return false;
     }
-    if (event < KVL_EVENT_NONE || event > KVL_EVENT_PROMPT || batch.n_tokens <= 0 || !batch.pos || !batch.seq_id) {
-        return fail(KVL_ERR_ARGUMENT, "kvl_decode needs a batch with positions and sequences, and an event of 0 to 2");
+    if (uint32_t(batch.n_tokens) > ctx.n_batch()) {
+        kvl_set_error("a batch of " + std::to_string(batch.n_tokens) +
+                      " tokens exceeds n_batch = " + std::to_string(ctx.n_batch()));
+        return false;
     }
-    if (uint32_t(batch.n_tokens) > ctx->n_batch()) {
-        return fail(KVL_ERR_ARGUMENT, "a batch of " + std::to_string(batch.n_tokens) +
-                                          " tokens exceeds n_batch = " + std::to_string(ctx->n_batch()));
+    const int64_t n_vocab = ctx.get_model().vocab.n_tokens();
+    kvl_positions_check positions(kv);
+    for (int32_t i = 0; i < batch.n_tokens; i++) {
+        if (batch.token[i] < 0 || batch.token[i] >= n_vocab) {
+            kvl_set_error("token " + std::to_string(batch.token[i]) + " is not one of the model's " +
+                          std::to_string(n_vocab));
+            return false;
+        }
+        if (!positions.add(batch.n_seq_id[i], batch.seq_id[i], batch.pos[i])) {
+            return false;
+        }
     }
-    // upstream asserts on these instead of returning an error
+    const uint32_t n_outputs_max = ctx.get_cparams().n_outputs_max;
     const uint32_t n_outputs = batch.logits ? uint32_t(std::count_if(batch.logits, batch.logits + batch.n_tokens,
                                                                      [](int8_t output) {
                                                                          return output != 0;
                                                                      }))
                                             : 1;
-    if (n_outputs > ctx->get_cparams().n_outputs_max) {
-        return fail(KVL_ERR_ARGUMENT, "a batch asks for " + std::to_string(n_outputs) +
-                                          " outputs, the context has room for " +
-                                          std::to_string(ctx->get_cparams().n_outputs_max));
+    if (n_outputs > n_outputs_max) {
+        kvl_set_error("a batch asks for " + std::to_string(n_outputs) + " outputs, the context has room for " +
+                      std::to_string(n_outputs_max));
+        return false;
     }
-    kvl_set_error("");
+    return true;
+}
+
+int32_t kvl_decode(llama_context * ctx, llama_batch batch, int32_t event) {
+    auto * kv = memory_of(ctx);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    if (event < KVL_EVENT_NONE || event > KVL_EVENT_PROMPT) {
+        return fail(KVL_ERR_ARGUMENT, "there is no kvl_event " + std::to_string(event));
+    }
     const int32_t rc = guarded([&] {
-        return kv->no_alloc() ? kvl_append(ctx, batch) : llama_decode(ctx, batch);
+        if (!check_batch(*ctx, *kv, batch)) {
+            return int32_t(KVL_ERR_ARGUMENT);
+        }
+        kvl_set_error("");
+        const int32_t code = kv->no_alloc() ? kvl_append(ctx, batch) : llama_decode(ctx, batch);
+        if (code != 0 && last_error.empty()) {
+            kvl_set_error("llama.cpp could not compute a batch of " + std::to_string(batch.n_tokens) +
+                          " tokens (code " + std::to_string(code) + ")");
+        }
+        return code;
     });
     if (rc != 0 || !kv->hook) {
         return rc;
@@ -285,8 +365,11 @@ static void stock_stats(const llama_context & ctx, kvl_stats & out) {
 }
 
 int32_t kvl_get_stats(const llama_context * ctx, kvl_stats * out) {
-    if (!ctx || !out || !ctx->get_memory()) {
+    if (!ctx || !ctx->get_memory()) {
         return fail(KVL_ERR_ARGUMENT, "no context, or one without a cache");
+    }
+    if (!given(out)) {
+        return KVL_ERR_ARGUMENT;
     }
     return guarded([&] {
         if (const auto * kv = dynamic_cast<const llama_kv_paged *>(ctx->get_memory())) {
@@ -300,11 +383,13 @@ int32_t kvl_get_stats(const llama_context * ctx, kvl_stats * out) {
 
 int32_t kvl_get_seq_stats(const llama_context * ctx, llama_seq_id seq, kvl_seq_stats * out) {
     const auto * kv = memory_of(ctx, seq);
-    if (!kv || !out) {
+    if (!kv || !given(out)) {
         return KVL_ERR_ARGUMENT;
     }
-    kv->get_seq_stats(seq, *out);
-    return KVL_OK;
+    return guarded([&] {
+        kv->get_seq_stats(seq, *out);
+        return int32_t(KVL_OK);
+    });
 }
 
 int32_t kvl_trim(llama_context * ctx) {

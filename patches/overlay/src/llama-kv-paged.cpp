@@ -139,19 +139,43 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
 // batches
 //
 
+bool kvl_positions_check::add(int32_t n_seq_id, const llama_seq_id * seq_id, llama_pos pos) {
+    if (n_seq_id != 1 || !seq_id || !kv.valid_seq(seq_id[0])) {
+        kvl_set_error("every token must belong to exactly one sequence below n_seq_max = " +
+                      std::to_string(kv.seqs.size()) + "; use kvl_branch to share a prefix");
+        return false;
+    }
+    const llama_pos n_seen = kv.seqs[seq_id[0]].n_seen;
+    llama_pos & want = next[size_t(seq_id[0])];
+    if (want < 0) {
+        want = n_seen > 0 ? n_seen : pos; // a sequence may begin anywhere
+    }
+    if (pos != want || pos < 0) {
+        kvl_set_error("position " + std::to_string(pos) + " does not continue sequence " + std::to_string(seq_id[0]) +
+                      (pos < 0 ? ": it is negative" : ", whose next one is " + std::to_string(want)));
+        return false;
+    }
+    if (pos >= KVL_POS_END) {
+        kvl_set_error("position " + std::to_string(pos) + " of sequence " + std::to_string(seq_id[0]) +
+                      " is not below " + std::to_string(KVL_POS_END));
+        return false;
+    }
+    want++;
+    return true;
+}
+
 llama_memory_context_ptr llama_kv_paged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
     balloc.split_reset();
     std::vector<llama_ubatch> ubatches;
+    kvl_positions_check positions(*this);
     for (;;) {
         llama_ubatch ubatch = balloc.split_equal(n_ubatch, false, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
         for (uint32_t i = 0; i < ubatch.n_tokens; i++) {
-            if (ubatch.n_seq_id[i] != 1 || !valid_seq(ubatch.seq_id[i][0])) {
-                kvl_set_error("every token must belong to exactly one sequence below n_seq_max = " +
-                              std::to_string(seqs.size()) + "; use kvl_branch to share a prefix");
+            if (!positions.add(ubatch.n_seq_id[i], ubatch.seq_id[i], ubatch.pos[i])) {
                 return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
             }
         }
@@ -237,10 +261,13 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
                 if (head.n() % KVL_PAGE_SLOTS == 0) {
                     head.pages.push_back(pool.take());
                     head.live.push_back(UINT32_MAX);
+                    head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();
                 } else if (pool.shared(head.pages.back())) {
                     head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS);
                 }
                 head.pos.insert(head.pos.end(), pos + done, pos + done + step);
+                head.used_bytes += step * pool.slot_bytes();
+                pool.hold(head.pages.back(), head.held_bits(uint32_t(head.pages.size()) - 1));
                 for (auto & mass : head.mass) {
                     mass.resize(head.pos.size(), 0.0f);
                 }

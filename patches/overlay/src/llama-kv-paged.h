@@ -44,6 +44,8 @@ struct kvl_head {
     std::vector<std::vector<float>> mass; // per query head of the group: what each slot received, a kvl_mass
 
     uint32_t n_holes = 0;
+    uint64_t used_bytes = 0; // K and V of the slots held
+    uint64_t page_bytes = 0; // of the pages they lie in
 
     static constexpr llama_pos HOLE = -1;
 
@@ -93,6 +95,9 @@ struct kvl_sequence {
     std::vector<std::vector<float>> mu;       // [layer] f32 [n_head_kv][d_k], empty: none
     std::vector<llama_pos> window;            // position of each remembered query, -1: none
 };
+
+// Positions stay below this, so that sums of two of them are numbers of 32 bits.
+constexpr llama_pos KVL_POS_END = INT32_MAX / 2;
 
 class llama_kv_paged : public llama_memory_i {
   public:
@@ -214,6 +219,12 @@ class llama_kv_paged : public llama_memory_i {
     void encode_slots(llama_seq_id seq, uint32_t layer, uint32_t head, const kvl_pool & pool, kvl_move & move) const;
     void move_slots(kvl_layer & layer, kvl_head & head, uint32_t format, const kvl_move & move);
     void trim();
+    // throws if a page of a sequence holds what is no number
+    void check_pages(llama_seq_id seq) const;
+    // after a head has changed otherwise than by append: its bytes, and what its pages hold
+    void note_held(const kvl_layer & layer, kvl_head & head) const;
+    // of pages that were shared, what is held now: costs nothing unless an owner has let go
+    void recount() const;
     bool pages_fit(const std::vector<llama_ubatch> & ubatches);
 
     std::vector<int32_t> layer_of; // model layer -> index in layers, -1: no cache
@@ -224,6 +235,19 @@ class llama_kv_paged : public llama_memory_i {
     uint64_t peak_bytes = 0;
     kvl_mass mass_kind = KVL_MASS_NONE;
     ggml_backend_ptr host;
+};
+
+// Whether the tokens of a batch continue their sequences: each belongs to one, whose positions come one after another.
+class kvl_positions_check {
+  public:
+    explicit kvl_positions_check(const llama_kv_paged & kv) : kv(kv), next(kv.seqs.size(), -1) {}
+
+    // the next token of the batch; false with the error set
+    bool add(int32_t n_seq_id, const llama_seq_id * seq_id, llama_pos pos);
+
+  private:
+    const llama_kv_paged & kv;
+    std::vector<llama_pos> next; // expected of each sequence, -1: it has no token in the batch yet
 };
 
 // What the graph needs to know about one layer in the current ubatch.

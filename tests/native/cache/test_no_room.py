@@ -1,0 +1,110 @@
+"""No memory or no room: an error, with the cache as it was, and never the end of the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinygguf
+from contexts import OpenContext, OpenModel, random_tokens
+
+from kvlocal.errors import KVError
+
+
+@pytest.mark.parametrize("storage", ["q8", "kv2"])
+def test_cutting_a_branch_of_several_formats_needs_pages_of_its_own(
+    storage: str, open_model: OpenModel, open_context: OpenContext
+) -> None:
+    model = open_model("llama")
+    context = open_context(model, n_ctx=256, n_pool_ctx=64, n_seq_max=3, formats=(storage,), rotate=True)
+    cache = context.cache
+    assert cache is not None
+    tokens = random_tokens(model, 64)
+    context.decode(tokens, 0, 0)
+    for layer in range(2):
+        # later positions first, so that a cut has to move the others
+        cache.demote(0, layer, [np.arange(20, 40)] * 2, storage)
+        cache.demote(0, layer, [np.arange(10)] * 2, storage)
+    context.branch(0, 1)
+    n = 0
+    with pytest.raises(KVError, match="full"):
+        while True:
+            context.decode(tokens[:32], n, 2)
+            for layer in range(2):
+                cache.demote(2, layer, [np.arange(n, n + 32)] * 2, storage)
+            n += 32
+    # the pool of the format may have pages left for fewer heads than a layer has
+    before = context.save(1)
+    with pytest.raises(KVError, match="No room to separate a shared branch before cutting"):
+        context.truncate(1, 30)
+    assert context.save(1) == before
+    context.truncate(2, 0)
+    context.truncate(1, 30)
+    for layer in range(2):
+        assert all(at.tolist() == list(range(30)) for at in cache.positions(1, layer))
+        assert all(at.tolist() == list(range(64)) for at in cache.positions(0, layer))
+    for seq in range(3):
+        context.truncate(seq, 0)
+    assert context.stats().used_bytes == context.stats().allocated_bytes == 0
+
+
+CODE = """
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from kvlocal.errors import KVError
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
+
+N = 800_000
+model = Model(Path(sys.argv[1]), no_alloc=True)
+context = Context(model, ContextConfig(N, n_batch=50_000, n_threads=1, formats=("q8",)))
+cache = context.cache
+for at in range(0, N, 50_000):
+    context.decode(np.full(50_000, 5), at)
+cache.demote(0, 0, [np.arange(1000)], "q8")
+ctx, lib = context.handle, context._native.lib
+slots, counts, out = np.arange(1, N, dtype=np.int32), np.array([N - 1], np.int32), np.zeros(N, np.int32)
+pointer = ctypes.POINTER(ctypes.c_int32)
+slots_at, counts_at, out_at = (array.ctypes.data_as(pointer) for array in (slots, counts, out))
+calls = {
+    "kvl_positions": (out_at,),
+    "kvl_keep": (counts_at, slots_at),
+    "kvl_demote": (1, counts_at, slots_at),
+    "kvl_select": (counts_at, slots_at),
+}
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size, hard))
+for name, arguments in calls.items():
+    status = getattr(lib, name)(ctx, 0, 0, *arguments)
+    print(name, status, context._native.last_error(), flush=True)
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+assert (cache.positions(0, 0)[0] == np.arange(N)).all()
+assert (cache.slot_formats(0, 0)[0][1000:] == 0).all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_no_memory_is_an_error_everywhere(tmp_path: Path) -> None:
+    tinygguf.write_model(tmp_path / "m.gguf", "llama", n_layer=1, n_head=1, n_head_kv=1, head_dim=32)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path / "m.gguf")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        # every array a mapping of its own, so that the limit holds
+        env={"MALLOC_MMAP_THRESHOLD_": "65536", "PATH": ""},
+    )
+    assert done.returncode == 0, f"{done.returncode} after {done.stdout}: {done.stderr[-1500:]}"
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert all("-3 out of memory" in line for line in lines), lines
