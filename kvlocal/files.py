@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, or leave the one that is there as it was; a new one is readable by its owner only.
+def replace_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file of these parts, or leave the one that is there as it was; a new one is readable by its owner only.
 
     Raises:
         OSError: it cannot be written.
@@ -19,7 +19,8 @@ def replace_file(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         if mode is not None:

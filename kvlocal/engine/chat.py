@@ -28,6 +28,7 @@ class Chat:
 
     Attributes:
         messages: ``{"role", "content"}`` in order, system message first if there is one.
+        dropped: why the cache of the session that was loaded last could not be used, empty if it could.
         reread: whether the last question made the whole conversation be read again: after an edit of what was evicted,
             or by a template that rewrites earlier turns.
     """
@@ -36,6 +37,7 @@ class Chat:
         self.engine = engine
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.reread = False
+        self.dropped = ""
         self._in_cache = ""  # template text that the cache has seen
         self._turns: list[_Turn] = []
 
@@ -141,7 +143,8 @@ class Chat:
             if not self.sequence.tokens:
                 self.forget_cache()
             raise
-        self.messages, self._in_cache, self._turns = found.messages, found.in_cache, []
+        self.messages, self.dropped, self._turns = found.messages, found.dropped, []
+        self._in_cache = "" if found.dropped else found.in_cache
         self.sequence.owner = self
 
     def _own(self) -> None:

@@ -136,7 +136,13 @@ class Sequence:
         return True
 
     def load(
-        self, saved: bytes, tokens: Iterable[int], *, rolled: int, evicted_at: int, logits: np.ndarray | None
+        self,
+        saved: bytes | memoryview,
+        tokens: Iterable[int],
+        *,
+        rolled: int,
+        evicted_at: int,
+        logits: np.ndarray | None,
     ) -> None:
         """Put a saved cache in the place of this sequence; see :mod:`kvlocal.engine.session`.
 

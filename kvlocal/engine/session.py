@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,11 +37,15 @@ class Session:
         messages: the conversation, as :class:`kvlocal.engine.chat.Chat` has it; empty for a prompt.
         in_cache: template text that the cache has seen; empty without a cache, where all is to be read again.
         budget: of the cache.
+        dropped: why the cache of the file was left out, empty if it was not; never saved.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
     in_cache: str = ""
     budget: str = ""
+    dropped: str = ""
+
+    SAVED: ClassVar = ("messages", "in_cache", "budget")
 
 
 def fingerprint(path: Path) -> str:
@@ -81,7 +87,7 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         raise UsageError("There is nothing to save yet: nothing was read.")
     # after a change of policy the cache may be one that nobody else would make for these settings
     usual = engine.context.config == context_config(engine.model, engine.config, engine.n_ctx)
-    parts = {"tokens": b"", "logits": b"", "cache": b""}
+    parts: dict[str, bytes | memoryview] = {"tokens": b"", "logits": b"", "cache": b""}
     if sequence.tokens and usual:
         logits = sequence.last_logits()
         parts["tokens"] = np.array(sequence.tokens, np.int32).tobytes()
@@ -94,45 +100,52 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         "settings": settings(engine),
         "rolled": sequence.rolled,
         "evicted_at": max(sequence.evicted_at - sequence.rolled, 0),
-        "session": asdict(session),
+        "session": {name: getattr(session, name) for name in Session.SAVED},
         "parts": {name: len(part) for name, part in parts.items()},
     }
     text = json.dumps(header, ensure_ascii=False).encode()
-    body = b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *parts.values()])
+    body = [MAGIC, len(text).to_bytes(8, "little"), text, *parts.values()]
+    digest = hashlib.sha256()
+    for part in body:
+        digest.update(part)
     try:
-        replace_file(path, body + hashlib.sha256(body).digest())
+        replace_file(path, *body, digest.digest())
     except OSError as error:
         raise KVError(f"The session cannot be written to {path}: {error.strerror or error}.") from error
-    return len(body) + 32
+    return sum(len(part) for part in body) + digest.digest_size
 
 
 def load(path: Path, engine: Engine) -> Session:
     """Put a saved session in the place of sequence 0.
 
+    A cache of other settings, or of another version, is left out: ``dropped`` says why, the text can be read again.
+
     Raises:
-        UsageError: no such file, not a session, or of other settings; the engine is as before.
+        UsageError: no such file, not a session, or of another model; the engine is as before.
         KVError: the file is damaged or cannot be read, or the cache has no room; in the last case it may be empty.
     """
-    header, parts = _read(path)
-    _compare(path, header["settings"], settings(engine))
-    tokens = np.frombuffer(parts["tokens"], np.int32).tolist()
-    if len(tokens) >= engine.n_max:
-        raise UsageError(
-            f"{path} holds {len(tokens)} tokens, this context has room for {engine.n_max - 1}; use a larger one (-c)."
+    with _read(path) as (header, parts):
+        session = _session(path, header)
+        session.dropped = _differs(path, header["settings"], settings(engine))
+        sequence = engine.sequences[0]
+        if not len(parts["cache"]) or session.dropped:
+            sequence.release()
+            return session
+        tokens = np.frombuffer(parts["tokens"], np.int32).tolist()
+        if len(tokens) >= engine.n_max:
+            room = engine.n_max - 1
+            raise UsageError(
+                f"{path} holds {len(tokens)} tokens, this context has room for {room}; use a larger one (-c)."
+            )
+        sequence.load(
+            parts["cache"],
+            tokens,
+            rolled=header["rolled"],
+            evicted_at=header["evicted_at"] + header["rolled"],
+            logits=np.frombuffer(parts["logits"], np.float32).copy() if len(parts["logits"]) else None,
         )
-    if not parts["cache"]:
-        engine.sequences[0].release()
-        return Session(**header["session"])
-    sequence = engine.sequences[0]
-    sequence.load(
-        parts["cache"],
-        tokens,
-        rolled=header["rolled"],
-        evicted_at=header["evicted_at"] + header["rolled"],
-        logits=np.frombuffer(parts["logits"], np.float32) if parts["logits"] else None,
-    )
-    engine.evictor.watch(sequence)
-    return Session(**header["session"])
+        engine.evictor.watch(sequence)
+        return session
 
 
 def prefill_cached(
@@ -162,36 +175,65 @@ def prefill_cached(
     return 0 if reread else min(n_same, len(tokens))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+@contextmanager
+def _read(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, memoryview]]]:
+    """The header and the parts of a file, which is mapped and not copied."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if not file.read(len(MAGIC)) == MAGIC:
+                raise UsageError(f"{path} is not a session of kvlocal.")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise UsageError(f"There is no session {path}; /save or --session writes one.") from None
-    except OSError as error:
-        raise KVError(f"The session {path} cannot be read: {error.strerror or error}.") from error
-    if not data.startswith(MAGIC):
-        raise UsageError(f"{path} is not a session of kvlocal (it begins with {data[:8]!r}).")
-    body, digest = data[:-32], data[-32:]
-    if len(data) < len(MAGIC) + 8 + 32 or hashlib.sha256(body).digest() != digest:
-        raise KVError(
-            f"The session {path} is damaged: its checksum does not fit its {len(data)} bytes. It cannot be used; "
-            "save it again."
-        )
-    start = len(MAGIC) + 8
-    end = start + int.from_bytes(body[len(MAGIC) : start], "little")
+    except (OSError, ValueError) as error:
+        raise KVError(f"The session {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    views: list[memoryview] = []
+
+    def view(begin: int, end: int) -> memoryview:
+        views.append(data[begin:end])
+        return views[-1]
+
+    with mapped, memoryview(mapped) as data:
+        try:
+            size = len(data)
+            start = len(MAGIC) + 8
+            if size < start + 32 or hashlib.sha256(view(0, size - 32)).digest() != view(size - 32, size):
+                raise KVError(
+                    f"The session {path} is damaged: its checksum does not fit its {size} bytes. It cannot be used; "
+                    "save it again."
+                )
+            end = start + int.from_bytes(view(len(MAGIC), start), "little")
+            try:
+                header = json.loads(bytes(view(start, min(end, size - 32))))
+                parts = {}
+                for name, width in (("tokens", 4), ("logits", 4), ("cache", 1)):
+                    n = int(header["parts"][name])
+                    if n < 0 or n % width or end + n > size - 32:
+                        raise ValueError(f"{n} bytes of {name}")
+                    parts[name] = view(end, end + n)
+                    end += n
+                _ = [header["settings"][name] for name in _WHAT]
+                if not all(isinstance(header[name], int) and header[name] >= 0 for name in ("rolled", "evicted_at")):
+                    raise ValueError("its positions are no numbers")
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise KVError(f"The session {path} is damaged: its header makes no sense ({error}).") from error
+            yield header, parts
+        finally:
+            for each in reversed(views):
+                each.release()
+
+
+def _session(path: Path, header: Mapping[str, Any]) -> Session:
+    """What the header says beside the cache; fields of other versions are passed over."""
     try:
-        header = json.loads(body[start:end])
-        parts = {}
-        for name in ("tokens", "logits", "cache"):
-            size = header["parts"][name]
-            parts[name] = body[end : end + size]
-            end += size
-        _ = [header["settings"][name] for name in _WHAT]
-        Session(**header["session"])
-        header["rolled"] + header["evicted_at"]
-    except (ValueError, LookupError, TypeError) as error:
+        found = header["session"]
+        out = Session(**{name: found[name] for name in Session.SAVED if name in found})
+        texts = [part for message in out.messages for part in (message["role"], message["content"])]
+        if not isinstance(out.messages, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("its messages are no texts")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise KVError(f"The session {path} is damaged: its header makes no sense ({error}).") from error
-    return header, parts
+    return out
 
 
 _WHAT = {
@@ -203,16 +245,22 @@ _WHAT = {
 }
 
 
-def _compare(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse what does not go together, and say what it is."""
+def _differs(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How the settings of a saved cache differ from these, empty if they do not.
+
+    Raises:
+        UsageError: it belongs to another model.
+    """
     for name, what in _WHAT.items():
         if saved[name] == now[name]:
             continue
         if name == "model":
             detail = "load it with the model file that it was saved with"
-        elif isinstance(now[name], dict):
+            raise UsageError(f"The session {path} was saved with {what}: {detail}.")
+        if isinstance(now[name], dict) and isinstance(saved[name], dict):
             differs = [key for key in {**saved[name], **now[name]} if saved[name].get(key) != now[name].get(key)]
             detail = ", ".join(f"{key} {saved[name].get(key)}, now {now[name].get(key)}" for key in differs)
         else:
             detail = f"{saved[name]}, now {now[name]}"
-        raise UsageError(f"The session {path} was saved with {what}: {detail}.")
+        return f"it was saved with {what}: {detail}"
+    return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from needles import OpenEngine
 
+from kvlocal.engine import session as session_module
 from kvlocal.engine.chat import Chat
 from kvlocal.engine.engine import Engine
 from kvlocal.engine.session import MAGIC, Session, load, prefill_cached, save
@@ -128,24 +131,25 @@ def test_policy_and_budget_change_in_the_middle(open_engine: OpenEngine) -> None
     assert str(engine.config.budget) == "128" and engine.policy.name == "h2o" and engine.sequences[0].tokens
 
 
-def test_a_session_of_other_settings_is_refused_with_the_reason(open_engine: OpenEngine, tmp_path: Path) -> None:
+def test_a_session_of_other_settings_is_read_again_and_says_why(open_engine: OpenEngine, tmp_path: Path) -> None:
     engine = open_with(open_engine, "ada-snapkv", "128", "f16")
     path = tmp_path / "s"
     with pytest.raises(UsageError, match="nothing to save"):
         save(path, engine, Session())
-    say(Chat(engine), STORY)
-    save(path, engine, Session())
-    tokens = list(engine.sequences[0].tokens)
+    chat = Chat(engine)
+    say(chat, STORY)
+    chat.save(path)
     for change, reason in (
         ({"policy": make_policy("snapkv")}, "another policy: ada-snapkv, now snapkv"),
         ({"policy": make_policy("ada-snapkv", {"kernel": "5"})}, "other parameters of the policy: kernel 7, now 5"),
         ({"storage": Storage("q4")}, r"another storage \(--kv\): name f16, now q4"),
     ):
         config, engine.config = engine.config, replace(engine.config, **change)
-        with pytest.raises(UsageError, match=reason):
-            load(path, engine)
+        found = load(path, engine)
+        assert re.search(reason, found.dropped) and found.messages == chat.messages
+        assert engine.sequences[0].tokens == []
         engine.config = config
-    assert engine.sequences[0].tokens == tokens
+    assert not load(path, engine).dropped and engine.sequences[0].tokens
     with pytest.raises(UsageError, match="There is no session"):
         load(tmp_path / "none", engine)
     with pytest.raises(UsageError, match="is not a session"):
@@ -191,13 +195,63 @@ def test_a_header_that_lies_with_the_right_sum_is_refused(open_engine: OpenEngin
     start = len(MAGIC) + 8
     end = start + int.from_bytes(data[len(MAGIC) : start], "little")
     header = json.loads(data[start:end])
-    for lie in ({"evicted_at": None}, {"rolled": 5}, {"parts": {"tokens": 8}}, {"settings": {}}, {"session": {"x": 1}}):
+    sizes = header["parts"]
+    for lie in (
+        {"evicted_at": None},
+        {"evicted_at": -1},
+        {"rolled": 5},
+        {"parts": {"tokens": 8}},
+        {"parts": {**sizes, "tokens": sizes["tokens"] - 1}},
+        {"parts": {**sizes, "tokens": -4}},
+        {"parts": {**sizes, "cache": 2**60}},
+        {"settings": {}},
+        {"session": {"messages": 5}},
+        {"session": {"messages": [5]}},
+        {"session": {"messages": [{"role": "user"}]}},
+        {"session": {"messages": [{"role": "user", "content": 5}]}},
+        {"session": None},
+    ):
         text = json.dumps(header | lie).encode()
         body = MAGIC + len(text).to_bytes(8, "little") + text + data[end:]
         path.write_bytes(body + hashlib.sha256(body).digest())
         with pytest.raises(KVError):
             load(path, engine)
         engine.prefill(engine.tokenize("It goes on."))
+
+
+@pytest.mark.parametrize("field", ["library", "policy_args"])
+def test_a_session_of_another_version_keeps_its_messages(
+    field: str, open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade changes the library or the defaults of a policy, and adds fields; the conversation goes on."""
+    engine = open_with(open_engine, "ada-snapkv", "128", "f16")
+    chat = Chat(engine)
+    first = say(chat, STORY + "Who counted ships?")
+    old = session_module.settings(engine)
+    old[field] = {"library": "0123abc", "policy_args": {"window": 7}}[field]
+    monkeypatch.setattr(session_module, "settings", lambda _engine: old)
+    monkeypatch.setattr(Session, "SAVED", (*Session.SAVED, "later"))
+    monkeypatch.setattr(Session, "later", "a field of another version", raising=False)
+    chat.save(tmp_path / "s")
+    monkeypatch.undo()
+    other = Chat(open_with(open_engine, "ada-snapkv", "128", "f16"))
+    other.load(tmp_path / "s")
+    assert other.messages[-1]["content"] == first and other.dropped.startswith("it was saved with another")
+    say(other, "And when?")
+    assert other.reread
+
+
+def test_saving_copies_the_cache_once_and_loading_never(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_with(open_engine, "full", "100%", "q8")
+    engine.prefill(engine.tokenize(STORY * 40)[:3000])
+    tracemalloc.start()
+    size = save(tmp_path / "s", engine, Session())
+    assert tracemalloc.get_traced_memory()[1] < 1.2 * size
+    tracemalloc.reset_peak()
+    tracemalloc.clear_traces()
+    load(tmp_path / "s", engine)
+    assert tracemalloc.get_traced_memory()[1] < 0.3 * size
+    tracemalloc.stop()
 
 
 def test_an_interrupted_prompt_that_evicted_is_not_taken_for_a_cache(open_engine: OpenEngine) -> None:
