@@ -180,13 +180,14 @@ def _read(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, memoryview]]]:
     """The header and the parts of a file, which is mapped and not copied."""
     try:
         with path.open("rb") as file:
-            if not file.read(len(MAGIC)) == MAGIC:
-                raise UsageError(f"{path} is not a session of kvlocal.")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            magic = file.read(len(MAGIC))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if magic else None
     except FileNotFoundError:
         raise UsageError(f"There is no session {path}; /save or --session writes one.") from None
-    except (OSError, ValueError) as error:
-        raise KVError(f"The session {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except OSError as error:
+        raise KVError(f"The session {path} cannot be read: {error.strerror or error}.") from error
+    if mapped is None or magic != MAGIC:
+        raise UsageError(f"{path} is not a session of kvlocal (it begins with {magic!r}).")
     views: list[memoryview] = []
 
     def view(begin: int, end: int) -> memoryview:
