@@ -242,7 +242,7 @@ def test_a_session_of_another_version_keeps_its_messages(
 
 
 def test_saving_copies_the_cache_once_and_loading_never(open_engine: OpenEngine, tmp_path: Path) -> None:
-    engine = open_with(open_engine, "full", "100%", "q8")
+    engine = open_engine(policy="full", budget="100%", n_ctx=4096)
     engine.prefill(engine.tokenize(STORY * 40)[:3000])
     tracemalloc.start()
     size = save(tmp_path / "s", engine, Session())
