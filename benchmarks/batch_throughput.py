@@ -1,4 +1,4 @@
-"""What decoding several documents together gains: the same articles one at a time and several at a time.
+"""What decoding several documents together gains, and how long an answer waits while a long prompt is read.
 
 python benchmarks/batch_throughput.py                       # 40 articles, four runs: ten minutes
 python benchmarks/batch_throughput.py --articles 4 -n 16    # to see that it runs
@@ -16,6 +16,8 @@ from kvlocal.batch.batch import Batch, Prompt, Step, batch_config
 from kvlocal.batch.documents import Document
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
+from kvlocal.engine.scheduler import Job, Scheduler
+from kvlocal.engine.stepper import Plain
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
@@ -59,8 +61,51 @@ def measure(args: Any, documents: list[Document], policy: str, parallel: int) ->
     }
 
 
+def wait(args: Any, articles: list[str], policy: str) -> dict[str, Any]:
+    """The longest time between two tokens of an answer while a prompt of ``args.long`` tokens is read beside it, and
+    what reading that prompt and one piece of it takes."""
+    config = EngineConfig(
+        model=model_path(args),
+        policy=make_policy(policy),
+        budget=Budget.parse("100%" if policy == "full" else args.budget),
+        n_ctx=args.long + 512,
+        n_threads=args.threads,
+        n_seq_max=2,
+        n_pool=2 * (args.long + 512),
+    )
+    with Engine(config) as engine:
+        model = engine.model
+        scheduler = Scheduler(model, engine.reader, engine.evictor, engine.sequences[::-1])
+        options = Sampling(temp=0, ignore_eos=True)
+        long = model.tokenize(" ".join(articles))[: args.long]
+        short = model.tokenize(articles[0])[:200]
+        one, two = (Job(tokens, Plain(options, model.n_vocab, model.end_tokens)) for tokens in (short, long))
+        scheduler.add(one)
+        while one.n_generated < 8:
+            scheduler.step()
+        scheduler.add(two)
+        waits, pieces = [], []
+        while not two.first:
+            start, said, read = time.perf_counter(), one.n_generated, two.read_s + two.evict_s
+            while one.n_generated == said and not two.first:
+                scheduler.step()
+            waits.append(time.perf_counter() - start)
+            pieces.append(two.read_s + two.evict_s - read)
+        found = {
+            "policy": policy,
+            "prompt": len(long),
+            "prompt_s": two.read_s + two.evict_s,
+            "wait_s": max(waits),
+            "piece_s": max(pieces),
+        }
+        for job in (one, two):
+            scheduler.retire(job)
+    return found
+
+
 def main() -> None:
     p = parser(__doc__ or "")
+    p.add_argument("--long", type=int, default=4096, help="tokens of the prompt that is read beside an answer")
     p.add_argument("--articles", type=int, default=40)
     p.add_argument("-n", type=int, default=96, help="tokens per answer")
     p.add_argument("--budget", default="256")
@@ -74,8 +119,15 @@ def main() -> None:
         for parallel in map(int, args.parallel.split(",")):
             found.append(measure(args, documents, policy, parallel))
             print(time.strftime("%H:%M:%S"), policy, parallel, f"{found[-1]['seconds']:.0f} s", flush=True)
-    result = {"command": command(p, args, "batch_throughput"), "articles": args.articles, "n": args.n, "rows": found}
-    print(f"\n{show(result)}")
+    waits = [wait(args, [row["article"] for row in rows], policy) for policy in ("full", "ada-snapkv")]
+    result = {
+        "command": command(p, args, "batch_throughput"),
+        "articles": args.articles,
+        "n": args.n,
+        "rows": found,
+        "waits": waits,
+    }
+    print(f"\n{show(result)}\n\n{show_waits(result)}")
     write_json(args, result)
 
 
@@ -106,6 +158,16 @@ def show(found: dict[str, Any]) -> str:
                 f"{row['used_bytes_per_document'] / 2**20:.1f}",
             ]
             for row in found["rows"]
+        ],
+    )
+
+
+def show_waits(found: dict[str, Any]) -> str:
+    return table(
+        ["policy", "prompt", "read in all, s", "longest wait of the answer, s", "longest piece, s"],
+        [
+            [row["policy"], row["prompt"], f"{row['prompt_s']:.2f}", f"{row['wait_s']:.2f}", f"{row['piece_s']:.2f}"]
+            for row in found["waits"]
         ],
     )
 

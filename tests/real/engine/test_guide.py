@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from needles import FACTS, FILLER, OpenEngine, answer, document, kept_per_head, prompt
 
+from kvlocal.engine.evictor import guided_scores
+from kvlocal.engine.sequence import append
 from kvlocal.errors import UsageError
 
 WIDE = {"kernel": 15, "window": 16}
@@ -58,3 +60,29 @@ def test_what_cannot_be_guided(open_engine: OpenEngine) -> None:
         open_engine("streaming", "64", prefill="chunked", guide=16)
     with pytest.raises(UsageError, match="a chunk of 100 and a guide of 400 do not fit into a context of 512"):
         open_engine("snapkv", "64", prefill="chunked", chunk=100, guide=400, n_ctx=512)
+
+
+@pytest.mark.parametrize("policy, guide", [("snapkv", 64), ("ladder", 16)])
+def test_the_whole_guide_looks_and_nothing_else(policy: str, guide: int, open_engine: OpenEngine) -> None:
+    """SnapKV's own window is shorter than this guide, the ladder looks with more queries than this one has."""
+    engine = open_engine(policy, "96", prefill="chunked", chunk=256, guide=guide, n_ctx=1024, n_seq_max=2)
+    cache, (text, branch) = engine.cache, engine.sequences
+    assert cache is not None
+    tokens = engine.tokenize(FILLER * 20)
+    append({text: tokens[:256]}, outputs="none")
+    text.branch(branch)
+    ends = tokens[-guide:]
+    scores = guided_scores(text, ends, rms=engine.policy.rms)
+    assert len(text.tokens) == 256 == engine.context.n_seen(0)
+    append({branch: ends}, outputs="none")
+    for layer, got in enumerate(scores):
+        want = cache.window_scores(1, layer, guide, engine.policy.rms)[:, :256]
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        other = cache.window_scores(1, layer, guide // 2, engine.policy.rms)[:, :256]
+        assert np.abs(got - other).max() > 1e-4, "half of the guide is something else"
+
+
+def test_a_guide_longer_than_a_batch(open_engine: OpenEngine) -> None:
+    engine = open_engine("snapkv", "64", prefill="chunked", chunk=128, guide=300, n_batch=128, n_ctx=1024)
+    engine.prefill(engine.tokenize(FILLER * 30))
+    assert answer(engine, 4) and engine.report().tokens.held_mean <= 100

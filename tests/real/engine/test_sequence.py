@@ -14,6 +14,8 @@ import kvlocal
 from kvlocal.engine.sequence import append
 from kvlocal.errors import KVError
 from kvlocal.native.context import Context
+from kvlocal.policies import make_policy
+from kvlocal.storage.budget import Budget
 
 QUESTION = "What is the code of the lantern?"
 
@@ -191,3 +193,19 @@ def test_models_that_nobody_holds_are_given_back(policy: str, tiny_path: Path) -
     del llm, talk, stream
     gc.collect()
     assert not any(free.alive for free in frees)
+
+
+def test_a_change_that_fails_twice_closes_the_engine(open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the new cache nor one as before can be made: nothing may touch the freed one."""
+    engine = open_engine("full", "100%")
+    engine.prefill(engine.tokenize(FILLER))
+
+    def fail(_config: object) -> None:
+        raise KVError("no memory today.")
+
+    monkeypatch.setattr(engine, "_open", fail)
+    with pytest.raises(KVError, match="no memory today"):
+        engine.change(policy=make_policy("ladder"), budget=Budget.parse("64"))
+    for call in (engine.report, engine.reset, engine.held, lambda: engine.prefill([5, 6]), lambda: answer(engine)):
+        with pytest.raises(KVError, match="closed"):
+            call()
