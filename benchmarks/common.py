@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from kvlocal.models.resolve import resolve_model
-from kvlocal.native.context import Context, n_cores
+from kvlocal.native.context import Context
+from kvlocal.native.threads import default_threads, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("KVLOCAL_DATA", ROOT.parent / "shared" / "data"))
@@ -24,7 +25,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--model", default=None, help="GGUF file or hf:USER/REPO (default: the default model)")
     out.add_argument("--data", type=Path, default=DATA, help="evaluation data")
-    out.add_argument("-t", "--threads", type=int, default=n_cores())
+    out.add_argument("-t", "--threads", type=int, default=default_threads())
     out.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     return out
 
@@ -79,5 +80,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def write_json(args: argparse.Namespace, results: Any) -> None:
     if args.output:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": n_cores(), "threads": args.threads}
+        cpu = platform.processor() or platform.machine()
+        machine = {"cpu": cpu, "cores": usable_cores().physical, "threads": args.threads}
         args.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

@@ -69,7 +69,7 @@ def load(
         budget: how much is kept: tokens per head (1024, "1024"), a share ("25%") or bytes ("512MiB").
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
         n_ctx: tokens the context has room for; 0: what the model was trained for.
-        n_threads: 0: all cores. n_gpu_layers: layers on the accelerator.
+        n_threads: 0: the physical cores. n_gpu_layers: layers on the accelerator.
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
         on_download: called with bytes done, bytes in all, and a name.
 

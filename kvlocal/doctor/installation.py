@@ -15,6 +15,7 @@ import psutil
 
 from kvlocal.errors import KVError
 from kvlocal.native import library
+from kvlocal.native.spinning import Spinning
 
 _DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # ggml_backend_dev_type
 _PROBE_SECONDS = 60
@@ -28,6 +29,7 @@ class Library:
         path: of libllama; binding: version of the Python binding inside the package.
         ours: whether all that is loaded of llama.cpp and ggml lies in our folder.
         kernels: vector code that our page kernels were compiled to.
+        spinning: how threads wait for each other.
         system_info: per backend what llama.cpp says it was built with.
     """
 
@@ -39,6 +41,7 @@ class Library:
     abi: int | None = None
     ours: bool | None = None
     kernels: str | None = None
+    spinning: Spinning | None = None
     system_info: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -82,6 +85,7 @@ def find_library() -> tuple[Library, str]:
             abi=int(loaded.lib.kvl_abi_version()),
             ours=ours,
             kernels=vector_code(info.get("CPU", {})),
+            spinning=loaded.spinning,
             system_info=info,
         ),
         fault,

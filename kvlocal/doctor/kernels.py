@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.native import library
+from kvlocal.native.fork import check_process
 from kvlocal.native.formats import PAGE_SLOTS
 
 Floats = npt.NDArray[np.float32]
@@ -184,6 +185,7 @@ class _Graph:
         )
 
     def run(self, n_threads: int, *results: Any) -> None:
+        check_process()
         for result in results:
             self.base.ggml_build_forward_expand(self.graph, result)
         status = self.cpu.ggml_graph_compute_with_ctx(self.ctx, self.graph, n_threads)

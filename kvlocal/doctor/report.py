@@ -24,24 +24,29 @@ from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError
 from kvlocal.measure.machine import cpu_features, cpu_name
 from kvlocal.models.resolve import cache_dir, hub_cache
-from kvlocal.native.context import Context, ContextConfig, n_cores
+from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
+from kvlocal.native.spinning import SPINS
 from kvlocal.native.structs import KvlLayerInfo
+from kvlocal.native.threads import usable_cores
 
 _PACKAGES = ("numpy", "gguf", "huggingface_hub")
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """Name, cores this process may use, instruction sets of the machine and of the build by llama.cpp's names.
+    """Name, physical cores this process may use, instruction sets of the machine and of the build by llama.cpp's names.
 
+    ``threads``: how many compute by default, and in ``threads_reason`` why so many.
     ``lacking``: in the build, not in the machine; ``unused``: in the machine, not in the build.
     """
 
     name: str
     architecture: str
     cores: int
+    threads: int
+    threads_reason: str
     features: list[str]
     built_for: list[str]
     lacking: list[str]
@@ -129,7 +134,7 @@ def examine(
 
     Args:
         model: a GGUF file to look at as well.
-        n_gpu_layers: layers of it to put on an accelerator; n_threads: of the self-test, 0: all cores.
+        n_gpu_layers: layers of it to put on an accelerator; n_threads: of the self-test, 0: the default.
         failures: what is known to be wrong already.
         on_step: told what comes next.
     """
@@ -139,6 +144,7 @@ def examine(
     found += [fault] if fault else []
     cpu = _cpu(library)
     _judge_cpu(cpu, library, found, warnings)
+    _judge_spinning(library, warnings)
     devices = list_devices() if library.path else []
     info, tests = None, list[Comparison]()
     # code for another processor ends the process
@@ -180,10 +186,13 @@ def _cpu(library: Library) -> Cpu:
     build = {name for name, value in library.system_info.get("CPU", {}).items() if value == "1"}
     built = [name for name in machine if name in build]
     has = [name for name in machine if machine[name]]
+    usable = usable_cores()
     return Cpu(
         name=cpu_name(),
         architecture=platform.machine(),
-        cores=n_cores(),
+        cores=usable.physical,
+        threads=usable.threads,
+        threads_reason=usable.reason,
         features=has,
         built_for=built,
         lacking=[name for name in built if name not in has],
@@ -204,6 +213,21 @@ def _judge_cpu(cpu: Cpu, library: Library, failures: list[str], warnings: list[s
         )
     if library.kernels == "plain loops":
         warnings.append("The page kernels were compiled to plain loops, without vector instructions: they are slow.")
+
+
+def _judge_spinning(library: Library, warnings: list[str]) -> None:
+    how = library.spinning
+    if how is not None and how.source in ("earlier", "other"):
+        why = "was loaded before kvlocal" if how.source == "earlier" else "takes no setting of kvlocal's"
+        warnings.append(
+            f"The OpenMP library ({how.runtime or 'not GNU OpenMP'}) {why}, so that waiting threads spin as long as it "
+            "likes, and decoding is slow beside other work: "
+            + (
+                f"import kvlocal first, or set GOMP_SPINCOUNT={SPINS} before Python starts."
+                if how.source == "earlier"
+                else "set OMP_WAIT_POLICY=passive before Python starts."
+            )
+        )
 
 
 def _memory() -> Memory:

@@ -20,9 +20,10 @@ from kvlocal.doctor import kernels
 from kvlocal.errors import KVError
 from kvlocal.models.f32 import to_f32
 from kvlocal.models.random import Shape, write_random_model
-from kvlocal.native.context import Context, ContextConfig, n_cores
+from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import FORMATS, PAGE_SLOTS
 from kvlocal.native.model import Model
+from kvlocal.native.threads import default_threads
 
 LOGITS_TOLERANCE = 2e-4
 """Largest difference of a logit over the range of all logits. Weights are F32, so that f32 sums in another order are
@@ -61,7 +62,7 @@ class Comparison:
 
 
 def self_test(n_threads: int = 0, on_step: Callable[[str], None] = lambda _name: None) -> list[Comparison]:
-    """All comparisons, with ``n_threads`` threads (0: all cores); what cannot run is one that failed.
+    """All comparisons, with ``n_threads`` threads (0: the default); what cannot run is one that failed.
 
     ``on_step`` is told what comes next.
     """
@@ -168,7 +169,7 @@ def compare_rows() -> Iterator[Comparison]:
 
 def compare_attention(n_threads: int = 0) -> Iterator[Comparison]:
     """The page kernels over pages of every format against attention in f64 over what plain loops decode."""
-    threads, n_slots, d = n_threads or n_cores(), 300, 128
+    threads, n_slots, d = n_threads or default_threads(), 300, 128
     rng = np.random.default_rng(2)
     keys, values = ([rng.standard_normal((n_slots, d)).astype(np.float16) for _ in range(2)] for _ in range(2))
     for name, pairs in _ROWS.items():

@@ -24,7 +24,7 @@ class EngineConfig:
         budget: how many.
         n_ctx: tokens the cache has room for (0 = what the model was trained for).
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
-        n_threads: 0 = all cores.
+        n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
         n_gpu_layers: layers on the accelerator.
         prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
             memory stays below budget + chunk whatever the length.

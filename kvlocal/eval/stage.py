@@ -26,7 +26,7 @@ class StageConfig:
         n_ctx: tokens of the longest text with everything that follows it.
         parallel: branches that are decoded together.
         n_ubatch: most tokens of one pass, and the steps of exact prefill.
-        n_threads: 0 = all cores.
+        n_threads: 0: the physical cores.
         chunk: tokens between two evictions of chunked prefill.
         evict_every: tokens that a branch grows over its budget until it is evicted again.
         n_outputs: most positions of a batch whose logits are read.

@@ -42,7 +42,7 @@ class BenchConfig:
         repetitions: rounds at each depth.
         chunk: tokens between two evictions of chunked prefill.
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass, and the steps of exact prefill.
-        n_threads: 0 = all cores.
+        n_threads: 0: the physical cores.
         evict_every: decoded tokens between two demotions of what has left the tail, the first of them after as many;
             an ``n_gen`` that is no multiple of it counts too few.
     """

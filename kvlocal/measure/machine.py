@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from kvlocal.native.context import n_cores
+from kvlocal.native.threads import usable_cores
 
 _MIN_BYTES = 512 << 20
 _REPEATS = 5
@@ -45,7 +45,7 @@ _ARM = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Name of the processor, cores this process may use, threads that ran, memory bandwidth of those threads."""
+    """Name of the processor, physical cores this process may use, threads that ran, memory bandwidth of those."""
 
     cpu: str
     cores: int
@@ -54,9 +54,10 @@ class Machine:
 
 
 def describe_machine(n_threads: int = 0) -> Machine:
-    """The machine, its bandwidth measured now (about a second) with ``n_threads`` threads (0: all cores)."""
-    threads = n_threads or n_cores()
-    return Machine(cpu_name(), n_cores(), threads, read_bandwidth(threads))
+    """The machine, its bandwidth measured now (about a second) with ``n_threads`` threads (0: the default)."""
+    usable = usable_cores()
+    threads = n_threads or usable.threads
+    return Machine(cpu_name(), usable.physical, threads, read_bandwidth(threads))
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -18,6 +18,7 @@ from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
 from kvlocal.measure.rehearsal import Rehearsal
 from kvlocal.native.model import Model
+from kvlocal.native.threads import usable_cores
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage
@@ -69,6 +70,7 @@ class Plan:
     Attributes:
         n_ctx: tokens of the context per sequence; n_prompt: of the prompt; n_generate: that follow it.
         parallel: sequences that do so in one cache.
+        threads: that compute; threads_reason: why so many.
         free_bytes: main memory that there is for it; device_free_bytes: of accelerators.
         max_context: by storage, the largest context that fits when a prompt fills it, tokens, at most what the model
             was trained for (or what was asked for); 0: none fits; ``None``: the storage cannot serve this model or
@@ -85,6 +87,8 @@ class Plan:
     n_prompt: int
     n_generate: int
     parallel: int
+    threads: int
+    threads_reason: str
     need: Need
     free_bytes: int
     device_free_bytes: int
@@ -142,6 +146,7 @@ class Planner:
             )
         need = self.need(config, n_prompt, n_generate)
         fits = self.fits(need)
+        cores = usable_cores()
         max_context = self.max_contexts(config, n_generate)
         return Plan(
             model=self.model.name,
@@ -153,6 +158,8 @@ class Planner:
             n_prompt=n_prompt,
             n_generate=n_generate,
             parallel=config.n_seq_max,
+            threads=config.n_threads or cores.threads,
+            threads_reason="as asked for" if config.n_threads else cores.reason,
             need=need,
             free_bytes=self.free_bytes,
             device_free_bytes=self.device_free_bytes,

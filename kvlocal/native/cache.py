@@ -11,6 +11,7 @@ import numpy as np
 
 from kvlocal.errors import KVError
 from kvlocal.native import library
+from kvlocal.native.fork import check_process
 from kvlocal.native.formats import BITS, FORMATS, PAGE_SLOTS
 from kvlocal.native.structs import KvlLayerInfo, KvlSeqStats, KvlStats
 
@@ -71,7 +72,6 @@ class PagedCache:
     def __init__(self, ctx: Any, formats: Sequence[str] = (), kivi_group: int = 32) -> None:
         self.kivi_group = kivi_group
         self._native = library.load()
-        self._lib = self._native.lib
         self._handle = ctx
         self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)
         self.layers: list[Layer] = []
@@ -79,6 +79,11 @@ class PagedCache:
             info = KvlLayerInfo()
             self._check(self._lib.kvl_get_layer(ctx, i, ctypes.byref(info)))
             self.layers.append(Layer(info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale))
+
+    @property
+    def _lib(self) -> Any:
+        check_process()
+        return self._native.lib
 
     def close(self) -> None:
         """Its context is gone: every method raises from now on."""

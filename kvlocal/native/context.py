@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import re
 import weakref
 from collections.abc import Sequence
@@ -16,16 +15,14 @@ import numpy as np
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native import library
 from kvlocal.native.cache import MassKind, PagedCache
+from kvlocal.native.fork import check_process, is_forked
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
+from kvlocal.native.spinning import SleepingPool
 from kvlocal.native.structs import KvlBreakdown, KvlParams, KvlStats
+from kvlocal.native.threads import default_threads
 
 _GGML_TYPES = {"f32": 0, "f16": 1, "q4": 2, "q8": 8}  # upstream's ggml_type
-
-
-def n_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ContextConfig:
     Attributes:
         n_ctx: tokens per sequence that the cache has room for.
         n_batch: most tokens of one :meth:`Context.decode`; n_ubatch: of one pass through the graph.
-        n_threads: 0 = all cores.
+        n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
         n_seq_max: number of sequences.
         n_outputs: most positions of one batch whose logits are read.
         paged: our memory, or the stock cache.
@@ -81,6 +78,13 @@ class ContextConfig:
         )
 
 
+def _release(llama: Any, handle: Any, pools: list[SleepingPool]) -> None:
+    # a forked child has no threads to end, and would wait for them
+    while pools and not is_forked():
+        pools.pop().close()
+    llama.llama_free(handle)
+
+
 class Context:
     """Owns a llama_context. ``cache`` is its :class:`PagedCache`, ``None`` over the stock cache.
 
@@ -96,11 +100,12 @@ class Context:
             value = getattr(config, name)
             if not 1 <= value <= 2**30:  # beyond that, C's integers wrap
                 raise UsageError(f"{name} is {value}; it must be 1 to {2**30}.")
+        self.n_threads = config.n_threads or default_threads()
         params = self._llama.llama_context_default_params()
         params.n_ctx = config.n_ctx
         params.n_batch = config.n_batch
         params.n_ubatch = min(config.n_ubatch, config.n_batch)
-        params.n_threads = params.n_threads_batch = config.n_threads or n_cores()
+        params.n_threads = params.n_threads_batch = self.n_threads
         params.n_seq_max = config.n_seq_max
         params.n_outputs_max = max(config.n_outputs, config.n_seq_max)
         params.kv_unified = True
@@ -122,7 +127,10 @@ class Context:
                 self._native.check(library.ERR_UNSUPPORTED)
             raise KVError(f"llama.cpp cannot create a context of {config.n_ctx} tokens: {self._why()}.")
         self._handle: Any = handle
-        self._free = weakref.finalize(self, self._llama.llama_free, handle)
+        self._pools: list[SleepingPool] = []
+        self._free = weakref.finalize(self, _release, self._llama, handle, self._pools)
+        if not self._native.openmp and not model.no_alloc:
+            self._pools.append(self._make_pool())
         self.cache = PagedCache(self.handle, config.formats, config.kivi_group or 32) if config.paged else None
         if self.cache is not None and config.mass != "none":
             try:
@@ -132,6 +140,10 @@ class Context:
                 raise
         self._make_batch(config.n_batch)
         self.n_decoded = 0
+
+    def _make_pool(self) -> SleepingPool:
+        base, cpu = library.open_library("ggml-base"), library.open_library("ggml-cpu")
+        return SleepingPool(base, cpu, self._native.lib, self.handle, self.n_threads)
 
     def _why(self) -> str:
         line = self._native.log[-1] if self._native.log else "its log gives no reason"
@@ -209,8 +221,9 @@ class Context:
         all of them. More than ``n_batch`` tokens are computed in parts.
 
         Raises:
-            KVError: no room in the cache, or the computation failed; the sequences are as before.
+            KVError: no room in the cache, the computation failed, or this is a forked process; the sequences are as before.
         """
+        check_process()
         self.n_decoded += 1
         n = len(tokens)
         where = np.arange(pos, pos + n) if isinstance(pos, int) else np.asarray(pos)

@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native.fork import check_process, note_loaded
+from kvlocal.native.spinning import short_spins
 from kvlocal.native.structs import KvlBreakdown, KvlLayerInfo, KvlParams, KvlSeqStats, KvlStats
 
 ABI_VERSION = 6
@@ -122,7 +124,9 @@ class Native:
     """The loaded library: ``llama`` is the binding's low-level module, ``lib`` has the ``kvl_*`` functions."""
 
     def __init__(self) -> None:
-        self.llama = _import_binding()
+        with short_spins() as loading:
+            self.llama = _import_binding()
+        note_loaded()
         self.lib = self.llama._lib
         if not hasattr(self.lib, "kvl_abi_version"):
             raise KVError(
@@ -135,6 +139,8 @@ class Native:
         self._log_callback = self.llama.llama_log_callback(self._on_log)
         self.llama.llama_log_set(self._log_callback, None)
         self.llama.llama_backend_init()
+        self.openmp = "OPENMP = 1" in self.llama.llama_print_system_info().decode()
+        self.spinning = loading.judge(self.openmp)
 
     def _check(self) -> None:
         """The library is of this version and lays out its structs as we do."""
@@ -176,9 +182,18 @@ class Native:
         raise (UsageError if status == ERR_UNSUPPORTED else KVError)(what[0].upper() + what[1:] + ".")
 
 
-@functools.cache
 def load() -> Native:
-    """The native library, loaded once per process."""
+    """The native library, loaded once per process.
+
+    Raises:
+        KVError: it is not installed, not ours, or was loaded before this process was forked.
+    """
+    check_process()
+    return _load()
+
+
+@functools.cache
+def _load() -> Native:
     return Native()
 
 

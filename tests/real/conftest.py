@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +16,6 @@ from kvlocal.errors import KVError
 from kvlocal.models.resolve import resolve_model
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
-
-# Read by OpenMP when the library is loaded, here and in the processes that tests start: threads that wait for each
-# other sleep. Spinning on cores that other programs use makes two threads many times slower than one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"

@@ -139,7 +139,7 @@ def stack(*decorators: Decorator) -> Decorator:
 _HF = option("Model", "-hf", "--hf", "hf", metavar="USER/REPO[:FILE]", help="Model on Hugging Face; as MODEL hf:…")
 _MODEL = stack(click.argument("model", required=False, metavar="[MODEL]", shell_complete=completers.models), _HF)
 _THREADS = stack(
-    count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: all cores."),
+    count("Model", "-t", "--threads", "n_threads", default=0, minimum=0, help="CPU threads; 0: physical cores."),
     count("Model", "-ngl", "--n-gpu-layers", "n_gpu_layers", default=0, minimum=0, help="Layers on the GPU."),
 )
 _CONTEXT = count(

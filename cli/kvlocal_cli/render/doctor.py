@@ -81,13 +81,26 @@ def _library(library: Report) -> Rows:
     yield "llama.cpp", f"{library['llama_cpp_commit']}, KVL ABI {library['abi']}"
     yield "ours", "yes" if library["ours"] else "no"
     yield "page kernels", library["kernels"]
+    if library["spinning"] is not None:
+        yield "waiting threads", _waiting(library["spinning"])
     for backend, features in library["system_info"].items():
         yield f"{backend} built with", " ".join(n if v == "1" else f"{n}={v}" for n, v in features.items())
 
 
+def _waiting(how: Report) -> str:
+    runtime = f", {how['runtime']}" if how["runtime"] else ""
+    return {
+        "kvlocal": f"spin a little, then sleep ({how['setting']}{runtime})",
+        "environment": f"as your environment says ({how['setting']}{runtime})",
+        "earlier": f"as the OpenMP library says that was loaded before ({how['runtime']})",
+        "other": f"as their OpenMP library says ({how['runtime'] or 'unknown'})",
+        "own": f"sleep between graphs, spin within one (no OpenMP, {how['setting']})",
+    }[how["source"]]
+
+
 def _cpu(cpu: Report) -> Rows:
-    cores = f"{cpu['cores']} core{'' if cpu['cores'] == 1 else 's'}"
-    yield "name", f"{cpu['name']} ({cpu['architecture']}), {cores}"
+    yield "name", f"{cpu['name']} ({cpu['architecture']})"
+    yield "threads", f"{cpu['threads']}: {cpu['threads_reason']}"
     yield "has", " ".join(cpu["features"]) or "unknown"
     for label, key in (("lacks of the build", "lacking"), ("unused by the build", "unused")):
         if cpu[key]:

@@ -25,10 +25,12 @@ def plan_view(plan: Mapping[str, Any], *, helps: bool) -> list[RenderableType]:
 def _run(plan: Mapping[str, Any]) -> str:
     kept = plan["policy"] if plan["policy"] == "full" else f"{plan['policy']} {plan['budget']}"
     each = f"{number(plan['parallel'])} sequences, each " if plan["parallel"] > 1 else ""
+    threads = f"{plan['threads']} thread{'' if plan['threads'] == 1 else 's'}"
     return (
         f"{plan['model']} · {kept} · kv {plan['storage']} · {plan['prefill']} prefill\n"
         f"{each}a context of {number(plan['n_ctx'])}: a prompt of {number(plan['n_prompt'])} tokens, "
-        f"{number(plan['n_generate'])} generated"
+        f"{number(plan['n_generate'])} generated\n"
+        f"{threads}: {plan['threads_reason']}"
     )
 
 

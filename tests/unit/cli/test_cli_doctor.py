@@ -18,6 +18,7 @@ from kvlocal.doctor.installation import Device, Library
 from kvlocal.doctor.report import Cpu, Memory, ModelInfo, Place, Report
 from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native.spinning import Spinning
 
 GIB = 2**30
 REPORT = Report(
@@ -31,9 +32,20 @@ REPORT = Report(
         abi=7,
         ours=True,
         kernels="AVX2",
+        spinning=Spinning("kvlocal", "GOMP_SPINCOUNT=7", "/lib/libgomp.so.1"),
         system_info={"CPU": {"AVX2": "1", "FMA": "1", "SVE_CNT": "16"}},
     ),
-    cpu=Cpu("Fast Chip 9", "x86_64", 4, ["AVX2", "FMA", "AVX512"], ["AVX2", "FMA"], [], ["AVX512"]),
+    cpu=Cpu(
+        "Fast Chip 9",
+        "x86_64",
+        4,
+        4,
+        "4 physical cores of 8 usable processors",
+        ["AVX2", "FMA", "AVX512"],
+        ["AVX2", "FMA"],
+        [],
+        ["AVX512"],
+    ),
     devices=[Device("CUDA0", "Big GPU", "gpu", "CUDA", 6 * GIB, 8 * GIB)],
     memory=Memory(16 * GIB, 12 * GIB, 0, 0),
     places=[Place("models", "/home/ann/models", True), Place("config file", "/etc/config.toml", False)],
@@ -67,10 +79,12 @@ Library
   llama.cpp           0c1e57098, KVL ABI 7
   ours                yes
   page kernels        AVX2
+  waiting threads     spin a little, then sleep (GOMP_SPINCOUNT=7, /lib/libgomp.so.1)
   CPU built with      AVX2 FMA SVE_CNT=16
 
 Processor
-  name                Fast Chip 9 (x86_64), 4 cores
+  name                Fast Chip 9 (x86_64)
+  threads             4: 4 physical cores of 8 usable processors
   has                 AVX2 FMA AVX512
   unused by the build AVX512
 

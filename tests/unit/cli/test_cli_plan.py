@@ -19,6 +19,7 @@ GIB = 2**30
 FITS = """\
 fake · ladder 2048 · kv f16 · exact prefill
 a context of 8,192: a prompt of 7,679 tokens, 512 generated
+4 threads: 4 physical cores of 8 usable processors
 
  weights            92.1 MiB
  KV peak           168.8 MiB   23.4 MiB in use at the end; full f16: 180.0 MiB
@@ -36,6 +37,7 @@ Largest context, exact prefill: ladder 8,192.
 FITS_NOT = """\
 fake · full · kv f16 · exact prefill
 8 sequences, each a context of 8,192: a prompt of 7,679 tokens, 512 generated
+1 thread: as asked for
 
  weights           92.1 MiB
  KV peak           1.41 GiB   1.40 GiB in use at the end; full f16: 1.40 GiB
@@ -73,6 +75,8 @@ def make_plan(**changes: Any) -> Plan:
         "n_prompt": 7679,
         "n_generate": 512,
         "parallel": 1,
+        "threads": 4,
+        "threads_reason": "4 physical cores of 8 usable processors",
         "need": Need(
             weights_bytes=int(92.1 * MIB),
             kv=KVPlan(180 * MIB, int(23.4 * MIB), int(168.8 * MIB), int(8.4 * MIB), int(2.8 * MIB)),
@@ -100,6 +104,8 @@ def too_large(**changes: Any) -> Plan:
         "free_bytes": GIB,
         "fits": False,
         "parallel": 8,
+        "threads": 1,
+        "threads_reason": "as asked for",
         "max_context": {"f16": 5120, "q8": 0, "kv3": None},
     }
     return make_plan(**(values | changes))

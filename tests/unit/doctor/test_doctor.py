@@ -16,6 +16,8 @@ from kvlocal.doctor.installation import Device, Library, find_library, read_syst
 from kvlocal.doctor.report import ModelInfo, examine
 from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError
+from kvlocal.native.spinning import Spinning
+from kvlocal.native.threads import Cores
 
 BUILD = {"AVX2": "1", "FMA": "1", "F16C": "1", "OPENMP": "1"}
 LIBRARY = Library(path="/lib/libllama.so", folder="/lib", ours=True, kernels="AVX2", system_info={"CPU": BUILD})
@@ -102,6 +104,30 @@ def test_instructions_that_lie_idle_are_a_warning(fake: Fake) -> None:
 def test_plain_loops_are_a_warning(fake: Fake) -> None:
     fake.opened = replace(LIBRARY, kernels="plain loops")
     assert "compiled to plain loops" in examine(None).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "warning"),
+    [
+        (Spinning("kvlocal", "GOMP_SPINCOUNT=1", "/lib/libgomp.so.1"), None),
+        (Spinning("environment", "OMP_WAIT_POLICY=active", "/lib/libgomp.so.1"), None),
+        (Spinning("own", "poll=0"), None),
+        (Spinning("earlier", "", "/lib/libgomp.so.1"), "(/lib/libgomp.so.1) was loaded before kvlocal"),
+        (Spinning("other", "", "/lib/libomp.so"), "OMP_WAIT_POLICY=passive"),
+    ],
+)
+def test_threads_that_spin_for_long_are_a_warning(how: Spinning, warning: str | None, fake: Fake) -> None:
+    fake.opened = replace(LIBRARY, spinning=how)
+    report = examine(None)
+    assert report.ok and len(report.warnings) == (warning is not None)
+    assert warning is None or warning in report.warnings[0]
+
+
+def test_the_threads_come_with_their_reason(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "usable_cores", lambda: Cores(16, 8, 0, 1.5))
+    cpu = examine(None).cpu
+    assert (cpu.cores, cpu.threads) == (8, 2)
+    assert cpu.threads_reason.endswith("limited to 1.5 by the control group")
 
 
 def test_what_is_not_known_of_the_processor_is_not_held_against_it(fake: Fake) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvlocal.measure import machine
+from kvlocal.native.threads import Cores
 
 
 def test_the_processor_is_named_as_it_names_itself(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_bandwidth_is_the_bytes_over_the_seconds_of_the_fastest_pass(
 
 def test_the_description_has_the_threads_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "read_bandwidth", lambda n: float(n))
-    monkeypatch.setattr(machine, "n_cores", lambda: 6)
+    monkeypatch.setattr(machine, "usable_cores", lambda: Cores(12, 6, 0, 2.5))
     assert machine.describe_machine(2).read_bytes_per_s == 2
     all_cores = machine.describe_machine(0)
-    assert (all_cores.cores, all_cores.threads, all_cores.read_bytes_per_s) == (6, 6, 6)
+    assert (all_cores.cores, all_cores.threads, all_cores.read_bytes_per_s) == (6, 3, 3)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import UsageError
 from kvlocal.measure.plan import STEP, KVPlan, Need, Planner, alternatives
+from kvlocal.native.threads import Cores
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage
@@ -158,3 +159,11 @@ def test_alternatives_are_settings_of_their_own_words() -> None:
 def test_a_budget_that_leaves_no_room_for_a_chunk_is_no_alternative() -> None:
     budgets = [options.get("budget") for options, _ in alternatives(make_config("full", n_ctx=1000), 1000)]
     assert budgets == ["256"]
+
+
+def test_the_plan_says_how_many_threads_compute_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlocal.measure.plan.usable_cores", lambda: Cores(16, 8, 0, 2.5))
+    plan = Imagined(lambda config: 0, 1).plan(make_config())
+    assert plan.threads == 3 and plan.threads_reason.startswith("8 physical cores of 16")
+    plan = Imagined(lambda config: 0, 1).plan(make_config(n_threads=5))
+    assert (plan.threads, plan.threads_reason) == (5, "as asked for")
