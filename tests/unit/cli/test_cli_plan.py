@@ -179,6 +179,8 @@ def test_json_is_one_object_with_a_command_line_that_would_fit(planner: FakePlan
         "n_prompt": 7679,
         "n_generate": 512,
         "parallel": 1,
+        "threads": 1,
+        "threads_reason": "as asked for",
         "free_bytes": GIB,
         "device_free_bytes": 0,
         "fits": False,
