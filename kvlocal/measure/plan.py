@@ -16,7 +16,8 @@ import psutil
 
 from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
-from kvlocal.measure.rehearsal import Rehearsal
+from kvlocal.measure.rehearsal import Rehearsal, grown
+from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 from kvlocal.native.threads import usable_cores
 from kvlocal.policies import make_policy
@@ -188,11 +189,33 @@ class Planner:
         config = config if paged else replace(config, n_ctx=config.n_ctx * config.n_seq_max)
         with Rehearsal(config, self.model) as run:
             n_played = run.enough(n_prompt)
-            run.play(n_played, n_generate, to_peak=to_peak)
-            kv, stats = run.report().kv, run.context.stats()
-            if run.cache is not None:
-                kv.full_bytes += run.cache.bytes_per_token * (n_prompt - n_played) * config.n_seq_max
-            main, device = run.context.breakdown(), run.context.breakdown(on_device=True)
+            lengths = run.lengths(n_played, n_generate)
+            if len(lengths) == 1:
+                run.play(n_played, n_generate, to_peak=to_peak)
+                return self._taken(run, run.context, n_prompt - n_played)
+            # our own cache takes longer, the more it has room for; llama.cpp's takes all of its room from the start
+            room = lengths[1] + n_generate + 1
+            with Rehearsal(replace(config, n_ctx=min(config.n_ctx, room)) if paged else config, self.model) as small:
+                needs = []
+                for n in lengths:
+                    small.again()
+                    small.play(n, n_generate, to_peak=to_peak)
+                    needs.append(self._taken(small, run.context))
+        # a budget in tokens or bytes is all that is held in the end, whatever the length
+        settled = paged and config.budget.unit != "percent" and not to_peak
+        return _grown(needs[0], needs[1], lengths, n_prompt, settled=settled)
+
+    def _taken(self, run: Rehearsal, context: Context, n_left: int = 0) -> Need:
+        """What has been played takes in ``context``; ``n_left``: tokens of a prompt that were not, and would change
+        nothing."""
+        kv, stats = run.report().kv, context.stats()
+        if run.cache is not None:
+            kv.full_bytes += run.cache.bytes_per_token * n_left * run.config.n_seq_max
+        main, device = context.breakdown(), context.breakdown(on_device=True)
+        if context is not run.context:
+            # a decode may have made the buffers larger
+            for ours, theirs in ((main, run.context.breakdown()), (device, run.context.breakdown(on_device=True))):
+                ours.compute_bytes = max(ours.compute_bytes, theirs.compute_bytes)
         self.device_free_bytes = int(device.free_bytes)
         query_bytes = int(stats.query_bytes)
         # what lies on an accelerator is allocated whole; the rest shrinks in proportion
@@ -285,6 +308,19 @@ def alternatives(config: EngineConfig, n_tokens: int) -> Iterator[tuple[Options,
         smaller = not (evicts and config.budget.unit == "tokens" and config.budget.value <= n)
         if smaller and n >= chunked.policy.min_budget and n + config.chunk + config.guide <= config.n_ctx:
             yield {"budget": str(n), **options}, replace(chunked, budget=Budget("tokens", n))
+
+
+def _grown(first: Need, second: Need, lengths: tuple[int, ...], n_prompt: int, *, settled: bool) -> Need:
+    """What a prompt takes that is longer than two that were rehearsed; ``settled``: it holds as much in the end."""
+    a, b = first.kv, second.kv
+    kv = KVPlan(
+        full_bytes=grown(a.full_bytes, b.full_bytes, lengths, n_prompt),
+        used_bytes=b.used_bytes if settled else grown(a.used_bytes, b.used_bytes, lengths, n_prompt),
+        peak_bytes=grown(a.peak_bytes, b.peak_bytes, lengths, n_prompt),
+        query_bytes=b.query_bytes,
+        table_bytes=grown(a.table_bytes, b.table_bytes, lengths, n_prompt),
+    )
+    return replace(second, kv=kv, total_bytes=grown(first.total_bytes, second.total_bytes, lengths, n_prompt))
 
 
 def _stored(config: EngineConfig, name: str) -> EngineConfig:

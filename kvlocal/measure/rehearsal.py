@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -13,7 +14,10 @@ from kvlocal.engine.evictor import Bounds, Event, Evictor
 from kvlocal.engine.sequence import Sequence, append
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
+from kvlocal.native.formats import PAGE_SLOTS
 from kvlocal.native.model import Model
+
+_PAGES = 2 * PAGE_SLOTS  # the largest kivi group fills two
 
 _TABLE = 65_521
 """Length of the tables. A prime, so that positions of different heads walk through the table out of step."""
@@ -21,6 +25,12 @@ _TABLE = 65_521
 
 _TURNS = 6
 """How often all of a budget is read anew until a sequence is taken to hold what it ever will."""
+
+_LONG = 16_384
+"""Tokens of a prompt from which on the bytes of a run are taken to grow evenly with every further one."""
+
+_TIMES = 8
+"""How many times a budget such a prompt has at least: tokens are stored in an eighth of f16 at most."""
 
 
 class MadeUpCache(PagedCache):
@@ -118,6 +128,11 @@ class Rehearsal(Engine):
     def note_tables(self) -> None:
         self.peak_table_bytes = max(self.peak_table_bytes, int(self.context.stats().table_bytes))
 
+    def again(self) -> None:
+        """Be as if nothing had been played."""
+        self.reset()
+        self.peak_table_bytes = 0
+
     def play(self, n_prompt: int, n_generate: int, *, to_peak: bool = False) -> None:
         """Every sequence reads a prompt of so many tokens, one after the other; then all of them grow together.
 
@@ -165,6 +180,26 @@ class Rehearsal(Engine):
             return n_prompt
         turns = _TURNS * (self.budget_tokens() + config.chunk) // config.chunk
         return min(n_prompt, turns * config.chunk + n_prompt % config.chunk)
+
+    def lengths(self, n_prompt: int, n_generate: int) -> tuple[int, ...]:
+        """Prompts to play instead of one of ``n_prompt`` tokens: itself, or two that are shorter and tell what a longer
+        one takes. They end as it does: in as full a page, as long a chunk.
+
+        Both are long beside the budget, what stays in f16 whatever happens, and what is generated.
+        """
+        config = self.config
+        step = math.lcm(_PAGES, config.chunk)
+        fixed = 0 if config.budget.unit == "percent" else self.budget_tokens(0)
+        fixed += config.storage.sink + config.storage.tail + config.chunk + config.guide + self.policy.n_window
+        least = max(_LONG // 2, _TIMES * (fixed + n_generate * config.n_seq_max))
+        first = -(-least // step) * step + n_prompt % step
+        second = first + -(-_LONG // 2 // step) * step
+        return (first, second) if second < n_prompt else (n_prompt,)
+
+
+def grown(first: int, second: int, lengths: tuple[int, ...], n: int) -> int:
+    """Bytes at ``n`` tokens on the line through those at two :meth:`Rehearsal.lengths`."""
+    return second + (second - first) * (n - lengths[1]) // (lengths[1] - lengths[0])
 
 
 class _Watched(Evictor):
