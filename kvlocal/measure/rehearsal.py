@@ -189,7 +189,7 @@ class Rehearsal(Engine):
         """
         config = self.config
         step = math.lcm(_PAGES, config.chunk)
-        fixed = 0 if config.budget.unit == "percent" else self.budget_tokens(0)
+        fixed = 0 if config.budget.unit == "percent" else self.budget_tokens()
         fixed += config.storage.sink + config.storage.tail + config.chunk + config.guide + self.policy.n_window
         least = max(_LONG // 2, _TIMES * (fixed + n_generate * config.n_seq_max))
         first = -(-least // step) * step + n_prompt % step
