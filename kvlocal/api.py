@@ -10,6 +10,7 @@ with kvlocal.load("model.gguf", policy="ada-snapkv", budget="25%") as llm:
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -68,7 +69,8 @@ def load(
             ``ada-snapkv``.
         budget: how much is kept: tokens per head (1024, "1024"), a share ("25%") or bytes ("512MiB").
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
-        n_ctx: tokens the context has room for; 0: what the model was trained for.
+        n_ctx: tokens the context has room for; 0: what the model was trained for, or less if memory is short, with a
+            warning.
         n_threads: 0: the physical cores. n_gpu_layers: layers on the accelerator.
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
         on_download: called with bytes done, bytes in all, and a name.
@@ -97,7 +99,10 @@ def load(
         guide=guide,
         evict_every=evict_every,
     )
-    return LLM(Engine(config))
+    engine = Engine(config)
+    for note in engine.notes:
+        warnings.warn(note, stacklevel=2)
+    return LLM(engine)
 
 
 class LLM:

@@ -22,7 +22,7 @@ class EngineConfig:
         model: path of a GGUF file.
         policy: which tokens are kept; one with ``evicts = False`` runs on llama.cpp's own cache.
         budget: how many.
-        n_ctx: tokens the cache has room for (0 = what the model was trained for).
+        n_ctx: tokens the cache has room for (0: what the model was trained for, or less if memory is short).
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
         n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
         n_gpu_layers: layers on the accelerator.
@@ -113,10 +113,19 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
     )
 
 
+def _least_budget(config: EngineConfig) -> int:
+    return int(config.budget.value) if config.budget.unit == "tokens" else config.policy.min_budget
+
+
+def chunk_fits(config: EngineConfig, n_ctx: int) -> bool:
+    """Whether the budget and a chunk have room together."""
+    return _least_budget(config) + config.chunk + config.guide <= n_ctx
+
+
 def check_chunk(config: EngineConfig, n_ctx: int) -> None:
     """Refuses chunked prefill where the budget and a chunk have no room together."""
-    budget = int(config.budget.value) if config.budget.unit == "tokens" else config.policy.min_budget
-    if budget + config.chunk + config.guide > n_ctx:
+    if not chunk_fits(config, n_ctx):
+        budget = _least_budget(config)
         guide = f" and a guide of {config.guide}" if config.guide else ""
         raise UsageError(
             f"A budget of {budget} tokens and a chunk of {config.chunk}{guide} do not fit into a context of "

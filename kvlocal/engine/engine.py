@@ -13,8 +13,10 @@ import psutil
 
 from kvlocal.engine.config import EngineConfig, check_chunk, context_config
 from kvlocal.engine.evictor import Bounds, Evictor
+from kvlocal.engine.hints import beyond_training
 from kvlocal.engine.reading import Mode, Reader
 from kvlocal.engine.report import KV, Budgeted, Report, Timing, Tokens, peak_rss_bytes
+from kvlocal.engine.room import context_tokens
 from kvlocal.engine.scheduler import Job, Scheduler
 from kvlocal.engine.sequence import Sequence
 from kvlocal.engine.stepper import Plain
@@ -39,6 +41,7 @@ class Engine:
 
     Attributes:
         sequences: those of the cache, ``config.n_seq_max``.
+        notes: what is worth knowing of the context, sentences.
         lock: hold it to have the engine for more than one call.
 
     Raises:
@@ -65,7 +68,8 @@ class Engine:
         self.reset()
 
     def _open(self, config: EngineConfig) -> None:
-        self.n_ctx = config.n_ctx or self.model.n_ctx_train
+        self.n_ctx, note = context_tokens(self.model, config)
+        self.notes = [text for text in (note, beyond_training(self.n_ctx, self.model.n_ctx_train)) if text]
         if config.prefill == "chunked" and config.policy.evicts and not config.budget.keeps_all:
             check_chunk(config, self.n_ctx)
         self.context = Context(self.model, context_config(self.model, config, self.n_ctx))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Literal
 
-from kvlocal.engine.config import EngineConfig, check_chunk
+from kvlocal.engine.config import EngineConfig, check_chunk, chunk_fits
 from kvlocal.engine.evictor import Evictor
+from kvlocal.engine.hints import prompt_hint
 from kvlocal.engine.sequence import Sequence, append
 from kvlocal.errors import ContextFullError, UsageError
 from kvlocal.native.context import Context
@@ -123,13 +124,15 @@ class Reader:
             room = min(room, self.n_ctx - max(held, 0))
         if n < room:
             return
-        if chunked:
-            trained = self.context.model.n_ctx_train
-            hint = f"the model was trained for {trained}; to go beyond, use a larger context (-c)"
-        elif self.config.policy.evicts:
-            hint = "use --prefill chunked, which needs room only for the budget, or a larger context (-c)"
-        else:
-            hint = "use a larger context (-c), or a policy that evicts with --prefill chunked"
+        hint = prompt_hint(
+            n_before + n,
+            n_ctx=self.n_ctx,
+            n_ctx_train=self.context.model.n_ctx_train,
+            chunked=chunked,
+            policy_evicts=self.config.policy.evicts,
+            keeps_all=self.config.budget.keeps_all,
+            chunk_fits=chunk_fits(self.config, self.n_ctx),
+        )
         before = f" after the {n_before} already read" if n_before else ""
         raise ContextFullError(
             f"The prompt has {n} tokens, the context has room for {max(room - 1, 0)}{before}; {hint}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kvlocal_cli.backend.engine import engine_config
+from kvlocal_cli.backend.engine import engine_config, show_notes
 from kvlocal_cli.terminal.prompt import file_path
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def open_batch(
             model.close()
             raise
         engine = Engine(config, model)
+    show_notes(engine, screen)
     with engine:
         cache = None if prompt_cache is None else file_path(prompt_cache)
         yield Batch(engine, prompt, n_predict, sampling, cache)

@@ -74,7 +74,15 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
 
     config = engine_config(settings, screen)
     with screen.status(f"Loading {config.model.name}"):
-        return Engine(config)
+        engine = Engine(config)
+    show_notes(engine, screen)
+    return engine
+
+
+def show_notes(engine: Engine, screen: Screen) -> None:
+    """What is worth knowing of the context."""
+    for note in engine.notes:
+        screen.line(note, "yellow")
 
 
 def prefill_cached(

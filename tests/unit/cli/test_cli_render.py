@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,9 +155,12 @@ def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_p
         return tmp_path / "model.gguf"
 
     monkeypatch.setattr(models, "resolve_model", resolve)
-    monkeypatch.setattr(engine, "Engine", lambda config: config)
+    monkeypatch.setattr(engine, "Engine", lambda config: SimpleNamespace(config=config, notes=["It is large."]))
     settings = Settings("m.gguf", "ada-snapkv", {"window": "16"}, "25%", 4096, 64, 32, 2, 1, "chunked", 128)
-    config: Any = backend.open_engine(settings, Screen())
+    lines: list[str] = []
+    monkeypatch.setattr(Screen, "line", lambda _screen, text, style="": lines.append(text))
+    config: Any = backend.open_engine(settings, Screen()).config
+    assert lines == ["It is large."]
     assert seen["model"] == "m.gguf" and config.model == tmp_path / "model.gguf"
     assert (config.policy.name, config.policy.window, str(config.budget)) == ("ada-snapkv", 16, "25%")
     assert (config.n_ctx, config.n_batch, config.n_ubatch, config.n_threads) == (4096, 64, 32, 2)
