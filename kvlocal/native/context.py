@@ -221,7 +221,8 @@ class Context:
         all of them. More than ``n_batch`` tokens are computed in parts.
 
         Raises:
-            KVError: no room in the cache, the computation failed, or this is a forked process; the sequences are as before.
+            KVError: no room in the cache, the computation failed, or this is a forked process; the sequences are as
+                before.
         """
         check_process()
         self.n_decoded += 1
