@@ -129,16 +129,34 @@ def test_a_budget_below_what_is_always_kept_names_the_minimum(options: str, mini
 
 @pytest.mark.parametrize("policy", ["full", "ada-snapkv"])
 def test_a_prompt_longer_than_the_context(policy: str, tiny_path: Path) -> None:
-    options = f"-t 1 -c 256 --no-chat-template --policy {policy}"
-    message = refused(USAGE, "run", tiny_path, *options.split(), stdin="a " * 600)
-    assert "255" in message and "--prefill chunked" in message and "-c" in message
+    options = f"-t 1 -c 1024 --no-chat-template --policy {policy} --budget 64"
+    message = refused(USAGE, "run", tiny_path, *options.split(), stdin="a " * 1500)
+    assert "1023" in message and "--prefill chunked" in message and "-c" in message
     n_tokens = int(message.split("has ")[1].split()[0])
-    assert 600 <= n_tokens <= 1201
+    assert 1500 <= n_tokens <= 3001
 
 
 def test_a_turn_longer_than_the_context(tiny_path: Path) -> None:
-    message = refused(USAGE, "chat", tiny_path, "-t", "1", "-c", "256", stdin="a " * 600 + "\n")
-    assert "255" in message and "--prefill chunked" in message
+    options = "-t 1 -c 1024 --budget 64"
+    message = refused(USAGE, "chat", tiny_path, *options.split(), stdin="a " * 1500 + "\n")
+    assert "1023" in message and "--prefill chunked" in message
+
+
+def test_what_is_advised_for_a_long_prompt_works(tiny_path: Path) -> None:
+    # trained for 4,096: chunks would be refused as well
+    options = ("-t", "1", "-c", "1024", "--budget", "64", "--no-chat-template")
+    message = refused(USAGE, "run", tiny_path, *options, stdin="a " * 5000)
+    assert "chunked" not in message and "trained for 4096" in message and "-c" in message
+    # a budget and a chunk that do not fit into the context, likewise
+    message = refused(USAGE, "run", tiny_path, "-c", "512", "--budget", "64", stdin="a " * 1000)
+    assert "chunked" not in message and "-c" in message
+
+
+def test_a_context_beyond_the_training_is_warned_of(tiny_path: Path) -> None:
+    result = call("run", tiny_path, "-t", "1", "-c", "12000", "-p", "Hello", "-n", "1")
+    assert result.code == 0 and "12,000 tokens is larger than the 4,096" in " ".join(result.stderr.split())
+    result = call("run", tiny_path, "-t", "1", "-c", "1024", "--budget", "64", "-p", "Hello", "-n", "1")
+    assert result.code == 0 and "larger" not in result.stderr
 
 
 def test_an_empty_prompt(tiny_path: Path) -> None:
