@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kvlocal_cli.backend.engine import engine_config, show_notes
+from kvlocal_cli.backend.engine import engine_config
+from kvlocal_cli.backend.loading import load_engine
 from kvlocal_cli.terminal.prompt import file_path
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def open_batch(
 ) -> Iterator[Batch]:
     """An engine for as many documents at a time, and what works through them."""
     from kvlocal.batch.batch import Batch, Prompt, batch_config
-    from kvlocal.engine.engine import Engine
     from kvlocal.native.model import Model
 
     config = engine_config(settings, screen)
@@ -60,8 +60,7 @@ def open_batch(
         except BaseException:
             model.close()
             raise
-        engine = Engine(config, model)
-    show_notes(engine, screen)
+        engine = load_engine(config, screen, model)
     with engine:
         cache = None if prompt_cache is None else file_path(prompt_cache)
         yield Batch(engine, prompt, n_predict, sampling, cache)

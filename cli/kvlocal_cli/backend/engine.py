@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvlocal.errors import UsageError
+from kvlocal_cli.backend.loading import load_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,19 +71,9 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
 
 def open_engine(settings: Settings, screen: Screen) -> Engine:
     """Load the model and make its cache, showing a download and the loading on `screen`."""
-    from kvlocal.engine.engine import Engine
-
     config = engine_config(settings, screen)
     with screen.status(f"Loading {config.model.name}"):
-        engine = Engine(config)
-    show_notes(engine, screen)
-    return engine
-
-
-def show_notes(engine: Engine, screen: Screen) -> None:
-    """What is worth knowing of the context."""
-    for note in engine.notes:
-        screen.line(note, "yellow")
+        return load_engine(config, screen)
 
 
 def prefill_cached(
