@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from kvlocal import settings
 from kvlocal.engine.chat import Chat
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine, Progress
@@ -49,16 +51,19 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     policy: str | Policy | None = None,
-    policy_args: Mapping[str, Any] | None = None,
-    budget: str | int | Budget = "2048",
-    kv: str | Storage = "f16",
-    n_ctx: int = 0,
-    n_threads: int = 0,
-    n_gpu_layers: int = 0,
-    prefill: Literal["exact", "chunked"] = "exact",
-    chunk: int = 512,
-    guide: int = 0,
-    evict_every: int = 32,
+    policy_args: Mapping[str, Any] | None = settings.POLICY_ARGS.default,
+    budget: str | int | Budget = settings.BUDGET.default,
+    kv: str | Storage = settings.KV.default,
+    kv_tail: int = settings.KV_TAIL.default,
+    n_ctx: int = settings.N_CTX.default,
+    n_batch: int = settings.N_BATCH.default,
+    n_ubatch: int = settings.N_UBATCH.default,
+    n_threads: int = settings.N_THREADS.default,
+    n_gpu_layers: int = settings.N_GPU_LAYERS.default,
+    prefill: Literal["exact", "chunked"] = settings.PREFILL.default,
+    chunk: int = settings.CHUNK.default,
+    guide: int = settings.GUIDE.default,
+    evict_every: int = settings.EVICT_EVERY.default,
     on_download: Callable[[int, int | None, str], None] | None = None,
 ) -> LLM:
     """Load a model.
@@ -69,29 +74,41 @@ def load(
             ``ada-snapkv``.
         budget: how much is kept: tokens per head (1024, "1024"), a share ("25%") or bytes ("512MiB").
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
-        n_ctx: tokens the context has room for; 0: what the model was trained for, or less if memory is short, with a
-            warning.
-        n_threads: 0: the physical cores. n_gpu_layers: layers on the accelerator.
+    # last, so that nobody waits for a download to learn of a typing error
+    path = resolve_model(None if model is None else os.fspath(model), progress=on_download)
+    engine = Engine(replace(config, model=path))
+    for note in engine.notes:
+        warnings.warn(note, stacklevel=2)
+    return LLM(engine)
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
         on_download: called with bytes done, bytes in all, and a name.
 
     Raises:
-        UsageError: no such model, policy or storage, or settings that do not fit each other.
+        UsageError: no such model, policy or storage, a value of another type or out of range, or settings that do not
+            fit each other.
         KVError: the model cannot be fetched or loaded.
     """
-    storage = Storage.parse(kv) if isinstance(kv, str) else kv
+    settings.MODEL.check(model)
+    settings.POLICY_ARGS.check(policy_args)
+    storage = (
+        kv if isinstance(kv, Storage) else Storage.parse(settings.KV.check(kv), tail=settings.KV_TAIL.check(kv_tail))
+    )
     if policy is None:
-        policy = "ada-snapkv" if storage.demotes else "ladder"
+        policy = settings.STORED_POLICY if storage.demotes else settings.POLICY.default
     if isinstance(policy, str):
         policy = make_policy(policy, policy_args or {})
+    elif not isinstance(policy, Policy):
+        raise settings.refusal("policy", policy, "a name or a policy")
     elif policy_args:
         raise UsageError("policy_args belong to the name of a policy; set them on the policy that was given.")
     config = EngineConfig(
-        model=resolve_model(None if model is None else os.fspath(model), progress=on_download),
+        model=Path(),
         policy=policy,
-        budget=budget if isinstance(budget, Budget) else Budget.parse(str(budget)),
+        budget=budget if isinstance(budget, Budget) else Budget.parse(str(settings.BUDGET.check(budget))),
         storage=storage,
         n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
         prefill=prefill,
@@ -99,7 +116,9 @@ def load(
         guide=guide,
         evict_every=evict_every,
     )
-    engine = Engine(config)
+    # last, so that nobody waits for a download to learn of a typing error
+    path = resolve_model(None if model is None else os.fspath(model), progress=on_download)
+    engine = Engine(replace(config, model=path))
     for note in engine.notes:
         warnings.warn(note, stacklevel=2)
     return LLM(engine)
@@ -133,8 +152,8 @@ class LLM:
         self,
         prompt: str | Messages,
         *,
-        n_predict: int = 512,
-        raw: bool = False,
+        n_predict: int = settings.N_PREDICT.default,
+        raw: bool = settings.RAW.default,
         on_progress: Progress | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> str:
@@ -146,8 +165,8 @@ class LLM:
         self,
         prompt: str | Messages,
         *,
-        n_predict: int = 512,
-        raw: bool = False,
+        n_predict: int = settings.N_PREDICT.default,
+        raw: bool = settings.RAW.default,
         on_progress: Progress | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
@@ -155,14 +174,16 @@ class LLM:
 
         Args:
             prompt: a question, or messages ``{"role", "content"}``.
-            n_predict: most tokens of the answer; below 0: until the model ends or the context is full.
+            n_predict: most tokens of the answer; -1: until the model ends or the context is full.
             raw: continue the text as it is, without the model's chat template.
             on_progress: called with tokens read and tokens in all while the prompt is read.
 
         Raises:
-            UsageError: the prompt is empty or too long, or a setting makes no sense.
+            UsageError: the prompt is empty, too long or neither text nor messages, or a setting is of another type or
+                out of range.
         """
-        drawing = Sampling(**sampling)
+        n_predict, raw, drawing = settings.N_PREDICT.check(n_predict), settings.RAW.check(raw), Sampling(**sampling)
+        _check_prompt(prompt)
         if raw and not isinstance(prompt, str):
             raise UsageError("Messages need the chat template; give a text with raw=True.")
         if isinstance(prompt, str):
@@ -184,11 +205,30 @@ class LLM:
         Raises:
             UsageError: the session does not fit the model or the settings. KVError: it is damaged.
         """
+        settings.SYSTEM.check(system)
+        if session is not None:
+            _check_path("session", session)
         self.engine.reset()
         talk = Conversation(self.engine, system)
         if session is not None:
             talk.load(session)
         return talk
+
+
+def _check_prompt(prompt: object) -> None:
+    messages = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
+    if not isinstance(prompt, str) and not messages:
+        raise settings.refusal("prompt", prompt, "a text, or messages such as {'role': 'user', 'content': '…'}")
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise settings.refusal(name, text, "a text")
+
+
+def _check_path(name: str, path: object) -> None:
+    if not settings.MODEL.accepts(path):
+        raise settings.refusal(name, path, settings.MODEL.allowed)
 
 
 def _user(text: str) -> dict[str, str]:
@@ -211,23 +251,28 @@ class Conversation:
         """Whether the last turn made all of it be read again, since what had changed was evicted."""
         return self._chat.reread
 
-    def ask(self, text: str, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> str:
+    def ask(
+        self, text: str, *, n_predict: int = settings.N_PREDICT.default, **sampling: Unpack[SamplingOptions]
+    ) -> str:
         """The answer, as a whole."""
         with self._chat.engine.lock:  # other threads wait for their turn
             return "".join(self.stream(text, n_predict=n_predict, **sampling))
 
-    def stream(self, text: str, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+    def stream(
+        self, text: str, *, n_predict: int = settings.N_PREDICT.default, **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[str]:
         """The answer, piece by piece; closing the iterator early keeps what was said so far.
 
         Raises:
             UsageError: the conversation does not fit; it is as before the question.
         """
-        return self._chat.ask(text, n_predict, Sampling(**sampling))
+        _check_text("text", text)
+        return self._chat.ask(text, settings.N_PREDICT.check(n_predict), Sampling(**sampling))
 
-    def again(self, *, n_predict: int = 512, **sampling: Unpack[SamplingOptions]) -> str:
+    def again(self, *, n_predict: int = settings.N_PREDICT.default, **sampling: Unpack[SamplingOptions]) -> str:
         """Another answer to the last question, in place of the one there is."""
         with self._chat.engine.lock:
-            return "".join(self._chat.again(n_predict, Sampling(**sampling)))
+            return "".join(self._chat.again(settings.N_PREDICT.check(n_predict), Sampling(**sampling)))
 
     def undo(self) -> str:
         """Take the last question and its answer back; returns the question."""
@@ -235,8 +280,10 @@ class Conversation:
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the conversation and its cache; returns the bytes written."""
+        _check_path("path", path)
         return self._chat.save(Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on with a saved conversation."""
+        _check_path("path", path)
         self._chat.load(Path(path))

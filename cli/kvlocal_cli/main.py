@@ -25,14 +25,12 @@ from kvlocal_cli.commands.policies import policies
 from kvlocal_cli.commands.pull import pull
 from kvlocal_cli.commands.run import run
 from kvlocal_cli.options import config_file, twins
-from kvlocal_cli.options.settings import GroupedCommand
+from kvlocal_cli.options.option import GroupedGroup
 from kvlocal_cli.terminal.stream import INTERRUPTED
 
 
-class Cli(click.Group):
+class Cli(GroupedGroup):
     """A group that ends every failure with one sentence on stderr and an exit code, without a traceback."""
-
-    command_class = GroupedCommand
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         twins.name_twins(cmd)

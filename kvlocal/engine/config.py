@@ -6,12 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kvlocal import settings
 from kvlocal.errors import UsageError
 from kvlocal.native.context import ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
+
+CHECKED = (
+    *(settings.N_CTX, settings.N_BATCH, settings.N_UBATCH, settings.N_THREADS, settings.N_GPU_LAYERS),
+    *(settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY),
+)
+"""The settings whose values an engine takes as they are."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +49,30 @@ class EngineConfig:
     model: Path
     policy: Policy
     budget: Budget
-    n_ctx: int = 0
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_threads: int = 0
-    n_gpu_layers: int = 0
-    prefill: Literal["exact", "chunked"] = "exact"
-    chunk: int = 512
-    guide: int = 0
+    n_ctx: int = settings.N_CTX.default
+    n_batch: int = settings.N_BATCH.default
+    n_ubatch: int = settings.N_UBATCH.default
+    n_threads: int = settings.N_THREADS.default
+    n_gpu_layers: int = settings.N_GPU_LAYERS.default
+    prefill: Literal["exact", "chunked"] = settings.PREFILL.default
+    chunk: int = settings.CHUNK.default
+    guide: int = settings.GUIDE.default
     storage: Storage = field(default_factory=Storage)
-    evict_every: int = 32
+    evict_every: int = settings.EVICT_EVERY.default
     n_seq_max: int = 1
     n_pool: int = 0
     n_outputs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_ctx", "n_threads", "n_gpu_layers", "guide", "n_pool"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("n_batch", "n_ubatch", "chunk", "evict_every", "n_seq_max"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in ("n_ctx", "n_batch", "n_ubatch", "chunk", "evict_every"):
-            if getattr(self, name) >= 2**31:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be below {2**31}.")
-        if self.prefill not in ("exact", "chunked"):
-            raise UsageError(f"prefill is {self.prefill!r}; it must be exact or chunked.")
+        for setting in CHECKED:
+            object.__setattr__(self, setting.name, setting.check(getattr(self, setting.name)))
+        for name, low, high in (
+            ("n_seq_max", 1, settings.MAX_SEQUENCES),
+            ("n_pool", 0, settings.MAX_INT),
+            ("n_outputs", 0, settings.MAX_INT),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise settings.refusal(name, getattr(self, name), f"a whole number from {low} to {high}")
         if self.guide and self.prefill != "chunked":
             raise UsageError("A guide has no effect on an exact prefill; give --prefill chunked as well.")
         if self.guide and "scores" not in self.policy.needs:

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from kvlocal.errors import UsageError
+from kvlocal import settings
 from kvlocal.native import library
+
+LEAST_TEMP = 1e-4
+"""Below this the likeliest token is taken: logits divided by less may exceed what a float holds."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the names and defaults are llama.cpp's.
+    """How the next token is chosen; the names and defaults are llama.cpp's, the ranges those of
+    :mod:`kvlocal.settings`.
 
     Attributes:
         temp: temperature; 0 takes the most likely token.
@@ -26,29 +30,23 @@ class Sampling:
         repeat_penalty: divides the logits of the last 64 tokens (1: off).
         seed: of the random generator (-1: a random one).
         ignore_eos: never end the text, go on to the limit.
+
+    Raises:
+        UsageError: a value of another type, or out of range.
     """
 
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int = -1
-    ignore_eos: bool = False
+    temp: float = settings.TEMP.default
+    top_k: int = settings.TOP_K.default
+    top_p: float = settings.TOP_P.default
+    min_p: float = settings.MIN_P.default
+    repeat_penalty: float = settings.REPEAT_PENALTY.default
+    seed: int = settings.SEED.default
+    ignore_eos: bool = settings.IGNORE_EOS.default
 
     def __post_init__(self) -> None:
-        if self.temp < 0:
-            raise UsageError(f"The temperature is {self.temp}; it must be 0 or more.")
-        if self.top_k < 0:
-            raise UsageError(f"top-k is {self.top_k}; it must be 0 (all) or more.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p is {self.top_p}; it must be above 0 and at most 1.")
-        if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min-p is {self.min_p}; it must be from 0 to 1.")
-        if self.repeat_penalty <= 0:
-            raise UsageError(f"The repeat penalty is {self.repeat_penalty}; it must be above 0 (1 is off).")
-        if not -1 <= self.seed < 2**32 - 1:
-            raise UsageError(f"The seed is {self.seed}; it must be -1 (random) or from 0 to 4294967294.")
+        for setting in settings.SETTINGS:
+            if setting.taker == "sampling":
+                object.__setattr__(self, setting.name, setting.check(getattr(self, setting.name)))
 
 
 class Sampler:
@@ -65,7 +63,7 @@ class Sampler:
             self._add("logit_bias", n_vocab, len(ends), bias)
         if sampling.repeat_penalty != 1:
             self._add("penalties", n_vocab, 64, sampling.repeat_penalty, 0.0, 0.0)
-        if sampling.temp == 0:
+        if sampling.temp < LEAST_TEMP:
             self._add("greedy")
             return
         if sampling.top_k > 0:

@@ -11,17 +11,16 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
+from kvlocal.settings import RAW
 from kvlocal_cli.backend import batch as backend_batch
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.options import twins
+from kvlocal_cli.options.option import Callback, GroupedCommand, declared, option
 from kvlocal_cli.options.settings import (
-    Callback,
-    GroupedCommand,
     SamplingSettings,
     Settings,
-    count,
     inputs_options,
-    option,
+    parallel_option,
     predict_option,
     sampling_options,
     system_option,
@@ -44,7 +43,7 @@ def task_options(command: Callback) -> Callback:
     @option("Task", "--instruction", metavar="TEXT", help="What to do with every document; it stands before its text.")
     @option("Task", "--task", type=click.Choice(list(TASKS)), help="An instruction that is ready made.")
     @option("Task", "--question", metavar="TEXT", help="After every document that has no question of its own.")
-    @option("Task", "--no-chat-template", "raw", is_flag=True, help="Continue every text as it is: no roles.")
+    @declared(RAW, section="Task", help="Continue every text as it is: no roles.")
     @functools.wraps(command)
     def gather(**options: Any) -> Any:
         task, raw = options.pop("task"), options["raw"]
@@ -73,7 +72,7 @@ def task_options(command: Callback) -> Callback:
 @option("Input", "--field", default="text", metavar="NAME", help="The text's field in a .jsonl file.")
 @option("Input", "--id-field", default="id", metavar="NAME", help="The id's; without it FILE:LINE is the id.")
 @option("Input", "--question-field", default="question", metavar="NAME", help="The question's, if there is one.")
-@count("Task", "--parallel", default=1, minimum=1, help="Documents at a time; a budget in bytes is for all of them.")
+@parallel_option(1, "Documents at a time; a budget in bytes is for all of them.", section="Task")
 @option("Task", "--prompt-cache", metavar="FILE", help="Keep the cache of what all documents have in common here.")
 @task_options
 @system_option

@@ -7,105 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
+from kvlocal import settings
 from kvlocal.errors import KVError, UsageError
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.options import completers, twins
-from kvlocal_cli.options.settings import GroupedCommand, Settings, check_chunked, count, option, sweep_options
+from kvlocal_cli.options.click_types import Wholes
+from kvlocal_cli.options.option import GroupedCommand, count, declared, declared_list, option
+from kvlocal_cli.options.output import table_options
+from kvlocal_cli.options.settings import Settings, check_chunked, n_prompt_option, sweep_options
 from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
 
 
-class Names(click.ParamType):
-    """`a,b,c` as a tuple; `choices`: what an item may be (anything when empty)."""
-
-    name = "list"
-
-    def __init__(self, *choices: str) -> None:
-        self.choices = choices
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        items = [item.strip() for item in str(value).split(",")]
-        if not all(items):
-            self.fail(f"'{value}' is not a list: an item is empty.", param, ctx)
-        return tuple(self.item(item, param, ctx) for item in items)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return completers.items_of_list(self.choices, incomplete)
-
-    def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if self.choices and text not in self.choices:
-            self.fail(f"'{text}' is not one of {', '.join(self.choices)}.", param, ctx)
-        return text
-
-
-class Sizes(Names):
-    """`1024,25%` as a tuple of budgets."""
-
-    numbers = True
-
-
-class Wholes(Names):
-    """`0,4096` as a tuple of whole numbers."""
-
-    numbers = True
-
-    def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        # int() also reads "1_000" and other digits
-        if not (text.isascii() and text.isdecimal()):
-            self.fail(f"'{text}' is not a whole number of at least 0.", param, ctx)
-        return int(text)
-
-
 @click.command(cls=GroupedCommand)
 @option("Sweep", "-d", "--depth", "depths", type=Wholes(), default="0,4096", metavar="N,…", help="Tokens read before.")
-@count("Sweep", "-p", "--n-prompt", default=512, minimum=0, help="Tokens of a prompt batch at each depth; 0: skip.")
+@n_prompt_option("Sweep", "Tokens of a prompt batch at each depth; 0: skip.", default=512)
 @count("Sweep", "-n", "--n-gen", default=32, minimum=0, help="Tokens to decode at each depth; 0: skip.")
 @count("Sweep", "-r", "--repetitions", default=3, minimum=1, help="Rounds; medians are shown.")
-@option(
-    "KV cache",
-    "--policy",
+@declared_list(
+    settings.POLICY,
     "policies",
-    type=Names(),
+    "full,ada-snapkv",
     shell_complete=completers.policies,
-    default="full,ada-snapkv",
-    metavar="NAME,…",
     help="full: llama.cpp's own cache, the baseline; paged: ours with nothing evicted; else as in `kvlocal policies`.",
 )
-@option(
-    "KV cache",
-    "--budget",
+@declared_list(
+    settings.BUDGET,
     "budgets",
-    type=Sizes(),
+    "25%",
     shell_complete=completers.budgets,
-    default="25%",
-    metavar="SIZE,…",
     help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of the depth) or 512MiB.",
 )
-@option(
-    "KV cache",
-    "--kv",
+@declared_list(
+    settings.KV,
     "storages",
-    type=Names(),
+    "f16",
     shell_complete=completers.storages,
-    default="f16",
-    metavar="TYPE,…",
     help="How it is stored; q8 and q4 of full are llama.cpp's own types.",
 )
-@option(
-    "KV cache",
-    "--prefill",
+@declared_list(
+    settings.PREFILL,
     "prefills",
-    type=Names("exact", "chunked"),
-    default="exact",
-    metavar="MODE,…",
+    "exact",
+    metavar="MODE",
     help="exact: evict once, at the depth; chunked: after every chunk on the way there.",
 )
-@count("KV cache", "--chunk", "n_chunk", default=512, minimum=1, help="Tokens per chunk of --prefill chunked.")
+@declared(settings.CHUNK, name="n_chunk")
 @sweep_options
 @option(
     "Model",
@@ -113,11 +62,7 @@ class Wholes(Names):
     type=click.Choice(RANDOM_MODELS),
     help="Random weights in the shape of a real model, or of 2 or 4 of its layers, instead of MODEL.",
 )
-@option(
-    "Output", "-o", "--output", "form", type=click.Choice(["md", "json", "csv"]), default="md", help="What is printed."
-)
-@option("Output", "--output-file", type=click.Path(path_type=Path), metavar="FILE", help="Not to standard output.")
-@option("Output", "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too: FILE.svg or FILE.png.")
+@table_options
 def bench(
     settings: Settings,
     depths: tuple[int, ...],
@@ -142,7 +87,7 @@ def bench(
 
     \b
     kvlocal bench model.gguf -d 0,8192,32768 --budget 1024,25%
-    kvlocal bench --policy full,paged,snapkv,ada-snapkv -o json --output-file speed.json
+    kvlocal bench --policy full,paged,snapkv,ada-snapkv --format json --output-file speed.json
     kvlocal bench --policy full,paged --kv f16,q8,q4,kv2
     kvlocal bench --random-model llama-1b -d 0,16384 --plot speed.svg
     kvlocal bench -d 65536 -p 0 --prefill exact,chunked --budget 2048

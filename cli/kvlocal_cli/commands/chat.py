@@ -13,12 +13,11 @@ import click
 from kvlocal.errors import ContextFullError, KVError, UsageError
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.commands import slash as chat_commands
+from kvlocal_cli.options.option import GroupedCommand, option
 from kvlocal_cli.options.settings import (
-    GroupedCommand,
     SamplingSettings,
     Settings,
     engine_options,
-    option,
     predict_option,
     sampling_options,
     system_option,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from kvlocal_cli.options.settings import GroupedCommand
+from kvlocal_cli.options.option import GroupedCommand
 
 
 @click.command(cls=GroupedCommand)

@@ -11,7 +11,7 @@ import click
 
 from kvlocal.errors import UsageError
 from kvlocal_cli.options import config_file, twins
-from kvlocal_cli.options.settings import GroupedCommand
+from kvlocal_cli.options.option import GroupedGroup
 
 EXAMPLE = """\
 # kvlocal's configuration. A key is the long name of an option without its dashes, and holds where neither the command
@@ -46,11 +46,7 @@ EXAMPLE = """\
 """
 
 
-class ConfigGroup(click.Group):
-    command_class = GroupedCommand
-
-
-@click.group(cls=ConfigGroup, invoke_without_command=True)
+@click.group(cls=GroupedGroup, invoke_without_command=True)
 @click.pass_context
 def config(ctx: click.Context) -> None:
     """Show the configuration file and what is set.

@@ -11,14 +11,8 @@ from kvlocal.errors import UsageError
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.commands.run import complete, messages
 from kvlocal_cli.options import completers
-from kvlocal_cli.options.settings import (
-    GroupedCommand,
-    SamplingSettings,
-    Settings,
-    model_options,
-    option,
-    predict_option,
-)
+from kvlocal_cli.options.option import GroupedCommand, option
+from kvlocal_cli.options.settings import SamplingSettings, Settings, model_options, predict_option
 from kvlocal_cli.terminal import prompt
 from kvlocal_cli.terminal.stream import INTERRUPTED, Answer
 
@@ -31,7 +25,8 @@ CACHES = (("full", "100%"), ("ladder", "25%"))
 )
 @option(
     "Prompt",
-    "--question",
+    "--question-file",
+    "question",
     required=True,
     metavar="FILE",
     shell_complete=completers.files,
@@ -45,7 +40,7 @@ def demo(settings: Settings, document: str, question: str, n_predict: int) -> No
     Prints both answers and a table of the memory and the speed that were measured, to standard output.
 
     \b
-    kvlocal demo --document expedition.txt --question question.txt
+    kvlocal demo --document expedition.txt --question-file question.txt
     """
     from kvlocal_cli.render.screen import Screen, comparison_table, out
 

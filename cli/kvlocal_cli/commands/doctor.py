@@ -7,12 +7,14 @@ import json
 import click
 
 from kvlocal_cli.backend import machine as backend
-from kvlocal_cli.options.settings import GroupedCommand, Settings, model_options, option
+from kvlocal_cli.options.option import GroupedCommand
+from kvlocal_cli.options.output import json_option
+from kvlocal_cli.options.settings import Settings, model_options
 
 
 @click.command(cls=GroupedCommand)
 @model_options
-@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def doctor(settings: Settings, as_json: bool) -> None:
     """Look for what is wrong here, for a bug report.
 

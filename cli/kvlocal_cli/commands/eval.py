@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from kvlocal import settings
 from kvlocal.errors import KVError, UsageError
 from kvlocal_cli.backend import engine as backend
-from kvlocal_cli.commands.bench import Names, check_folder
+from kvlocal_cli.commands.bench import check_folder
+from kvlocal_cli.options.click_types import Lengths, Names, Shares
 from kvlocal_cli.options.eval import (
     Common,
-    Lengths,
-    Shares,
+    ask_option,
     common_options,
     data_options,
-    question_option,
     text_options,
 )
-from kvlocal_cli.options.settings import GroupedCommand, Settings, check_chunked, count, option
+from kvlocal_cli.options.option import GroupedGroup, count, declared, option
+from kvlocal_cli.options.settings import Settings, check_chunked
 from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 
-class Evaluations(click.Group):
-    command_class = GroupedCommand
-
-
-@click.group("eval", cls=Evaluations)
+@click.group("eval", cls=GroupedGroup)
 def evaluate() -> None:
     """Measure what policies lose, on texts and questions.
 
@@ -54,7 +52,7 @@ def kld(common: Common, source: dict[str, Any]) -> None:
 
     \b
     kvlocal eval kld --text novel.txt --text essays.txt --budget 50%,25%,12.5%
-    kvlocal eval kld model.gguf --f32 --text novel.txt --policy full,snapkv -o json --output-file kld.json
+    kvlocal eval kld model.gguf --f32 --text novel.txt --policy full,snapkv --format json --output-file kld.json
     """
     if _n_ubatch(common.settings) < 2:
         raise UsageError("the noise floor needs batches of two sizes; give -b and -ub of at least 2.")
@@ -109,8 +107,13 @@ def ppl(common: Common, source: dict[str, Any]) -> None:
     help="One fact; one of four facts that are alike; three facts, asked for one after the other.",
 )
 @count("Cases", "--repeats", default=1, minimum=1, help="Documents for each length and depth.")
-@count("Cases", "--seed", default=0, minimum=0, help="The same seed gives the same documents.")
-@question_option("both")
+@declared(
+    settings.SEED,
+    section="Cases",
+    default=0,
+    help="The same seed gives the same documents; -1: other ones every time.",
+)
+@ask_option("both")
 @common_options
 def needle(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     """A fact in a long text, and a question about it.
@@ -122,13 +125,15 @@ def needle(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     kvlocal eval needle --policy paged,snapkv,ada-snapkv --budget 25% --plot needle.svg
     kvlocal eval needle model.gguf --lengths 4096,8192 --mode multi-turn --repeats 3
     """
+    if source["seed"] < 0:
+        source["seed"] = secrets.randbelow(settings.MAX_SEED + 1)
     _measure(common, "needle", source, questions)
 
 
 @evaluate.command()
 @data_options("DIR", "Folder with one .jsonl file per task, as RULER's generator writes them.")
 @option("Cases", "--tasks", type=Names(), default=None, metavar="NAME,…", help="Only these; without it, all.")
-@question_option("both")
+@ask_option("both")
 @common_options
 def ruler(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     """RULER: rows made by its generator, by task.
@@ -137,14 +142,14 @@ def ruler(common: Common, questions: tuple[str, ...], **source: Any) -> None:
 
     \b
     kvlocal eval ruler --data ruler-4096 --rows 5 --policy paged,snapkv
-    kvlocal eval ruler model.gguf --data ruler-4096 --tasks niah_single_1,vt --question after
+    kvlocal eval ruler model.gguf --data ruler-4096 --tasks niah_single_1,vt --ask after
     """
     _measure(common, "ruler", source | {"tasks": source["tasks"] or ()}, questions)
 
 
 @evaluate.command()
 @data_options("FILE", "JSON Lines of CNN/DailyMail or of LongBench's multi_news.")
-@question_option("inside")
+@ask_option("inside")
 @common_options
 def summarize(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     """Summaries of articles, scored by ROUGE.
@@ -159,7 +164,7 @@ def summarize(common: Common, questions: tuple[str, ...], **source: Any) -> None
 
 @evaluate.command("kv-retrieval")
 @data_options("FILE", "JSON Lines of lost-in-the-middle's key-value retrieval.")
-@question_option("both")
+@ask_option("both")
 @common_options
 def kv_retrieval(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     """One value out of a long object of random keys.
@@ -170,15 +175,15 @@ def kv_retrieval(common: Common, questions: tuple[str, ...], **source: Any) -> N
     _measure(common, "kv-retrieval", source, questions)
 
 
-def _n_ubatch(settings: Settings) -> int:
+def _n_ubatch(chosen: Settings) -> int:
     """As llama.cpp has it: no physical batch is larger than the logical one."""
-    return min(settings.n_ubatch, settings.n_batch)
+    return min(chosen.n_ubatch, chosen.n_batch)
 
 
 def _measure(common: Common, metric: str, source: dict[str, Any], questions: Sequence[str] = ()) -> None:
     from kvlocal_cli.render.screen import Screen
 
-    settings = common.settings
+    chosen = common.settings
     if "chunked" not in common.prefills:
         check_chunked("n_chunk", "--chunk")
         if any(common.guides):
@@ -188,7 +193,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
     if common.plot is not None:
         backend.check_plot(common.plot)
     plan = backend.plan_eval(
-        settings,
+        chosen,
         metric,
         source,
         policies=common.policies,
@@ -198,16 +203,16 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         guides=common.guides,
         questions=questions,
         chunk=common.n_chunk,
-        n_ubatch=_n_ubatch(settings),
+        n_ubatch=_n_ubatch(chosen),
         parallel=common.parallel,
     )
     screen = Screen()
-    file = backend.find_model(settings, None, screen)
+    file = backend.find_model(chosen, None, screen)
     if common.f32:
         file = backend.f32_model(file, screen)
     records: list[Any] = []
     failure: BaseException | None = None
-    with backend.open_eval(file, plan, settings.n_gpu_layers, common.fresh, screen) as evaluation:
+    with backend.open_eval(file, plan, chosen.n_gpu_layers, common.fresh, screen) as evaluation:
         about = {"metric": metric, "model": evaluation.model, "settings": _settings(common, source, questions)}
         with Interrupt() as interrupt, screen.evaluation() as show:
 
@@ -223,7 +228,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
     if records:
         if common.form == "json":
             with screen.status("Measuring memory bandwidth"):
-                about["machine"] = backend.describe_machine(settings.n_threads)
+                about["machine"] = backend.describe_machine(chosen.n_threads)
         _write(common, about, backend.eval_rows(records))
         if common.plot is not None:
             backend.write_eval_plot(records, common.plot)
@@ -235,13 +240,13 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
 
 def _settings(common: Common, source: dict[str, Any], questions: Sequence[str]) -> dict[str, Any]:
     """What the results depend on beside the variants, for the output."""
-    settings = common.settings
+    chosen = common.settings
     return {
         "f32": common.f32,
         "chunk": common.n_chunk,
-        "evict_every": settings.evict_every,
-        "n_ubatch": _n_ubatch(settings),
-        "n_gpu_layers": settings.n_gpu_layers,
+        "evict_every": chosen.evict_every,
+        "n_ubatch": _n_ubatch(chosen),
+        "n_gpu_layers": chosen.n_gpu_layers,
         "parallel": common.parallel,
         **({"questions": questions} if questions else {}),
         **source,

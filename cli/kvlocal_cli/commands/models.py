@@ -14,22 +14,18 @@ import click
 
 from kvlocal.errors import UsageError
 from kvlocal_cli.backend import machine as backend
-from kvlocal_cli.options.settings import GroupedCommand
+from kvlocal_cli.options.option import GroupedGroup, option
+from kvlocal_cli.options.output import json_option
 
 if TYPE_CHECKING:
     from kvlocal.models.listing import ModelFile
 
 
-class Models(click.Group):
-    command_class = GroupedCommand
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _spec_argument = click.argument("spec", metavar="SPEC")
 
 
-@click.group(cls=Models, invoke_without_command=True)
-@_json_option
+@click.group(cls=GroupedGroup, invoke_without_command=True)
+@json_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
     """List the models on disk.
@@ -56,7 +52,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 @models.command()
 @_spec_argument
-@_json_option
+@json_option
 @click.pass_obj
 def path(all_json: bool, spec: str, as_json: bool) -> None:
     """Print the path of a model on disk.
@@ -76,8 +72,8 @@ def path(all_json: bool, spec: str, as_json: bool) -> None:
 
 @models.command()
 @_spec_argument
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@_json_option
+@option("Options", "-y", "--yes", is_flag=True, typed_only=True, help="Do not ask.")
+@json_option
 @click.pass_obj
 def rm(all_json: bool, spec: str, yes: bool, as_json: bool) -> None:
     """Remove a model from its cache.

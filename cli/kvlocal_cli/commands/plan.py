@@ -11,36 +11,24 @@ from typing import Any
 import click
 
 from kvlocal.errors import UsageError
+from kvlocal.settings import POLICY, SETTINGS, STORED_POLICY
 from kvlocal_cli.backend import engine as backend
-from kvlocal_cli.options.settings import (
-    DEFAULT_POLICY,
-    STORED_POLICY,
-    GroupedCommand,
-    Settings,
-    Whole,
-    count,
-    engine_options,
-    option,
-)
+from kvlocal_cli.options.click_types import Whole
+from kvlocal_cli.options.option import GroupedCommand, option
+from kvlocal_cli.options.output import json_option
+from kvlocal_cli.options.settings import Settings, engine_options, n_prompt_option, parallel_option
 
-_FLAGS = {
-    "n_ctx": "-c",
-    "budget": "--budget",
-    "storage": "--kv",
-    "storage_tail": "--kv-tail",
-    "prefill": "--prefill",
-    "chunk": "--chunk",
-    "guide": "--guide",
-    "evict_every": "--evict-every",
-    "n_batch": "-b",
-    "n_ubatch": "-ub",
-    "n_threads": "-t",
-    "n_gpu_layers": "-ngl",
-}
+_NAMES = (
+    *("n_ctx", "budget", "storage", "storage_tail", "prefill", "chunk", "guide", "evict_every"),
+    *("n_batch", "n_ubatch", "n_threads", "n_gpu_layers"),
+)
+"""The settings that a suggested command line repeats, in its order."""
+
+_FLAGS = {setting.name: setting.flags[0] for name in _NAMES for setting in SETTINGS if setting.name == name}
 
 
 @click.command(cls=GroupedCommand)
-@count("Run", "--prompt", "n_prompt", default=0, minimum=0, help="Tokens of the prompt; 0: what the context holds.")
+@n_prompt_option("Run", "Tokens of the prompt; 0: what the context holds.", default=0)
 @option(
     "Run",
     "--generate",
@@ -49,10 +37,10 @@ _FLAGS = {
     metavar="N",
     help="Tokens of the answer.  [default: 512, or a quarter of the context if that is less]",
 )
-@count("Run", "--parallel", default=1, minimum=1, help="Sequences that do so in one cache, each with its own context.")
+@parallel_option(1, "Sequences that do so in one cache, each with its own context.")
 @engine_options
 @option("Run", "--memory", metavar="SIZE", help="Plan for a machine that has so much memory free, such as 16GiB.")
-@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def plan(
     settings: Settings,
     n_prompt: int,
@@ -106,7 +94,7 @@ def suggested(settings: Settings, changes: Mapping[str, Any], figures: Mapping[s
         settings = replace(settings, policy_args={})
     settings = replace(settings, **changes)
     words = ["kvlocal", "run" if parallel == 1 else "plan", *([settings.model] if settings.model else [])]
-    default = DEFAULT_POLICY if settings.storage == "f16" else STORED_POLICY
+    default = POLICY.default if settings.storage == "f16" else STORED_POLICY
     if settings.policy != default:
         words += ["--policy", settings.policy]
     for name, value in settings.policy_args.items():
@@ -116,7 +104,7 @@ def suggested(settings: Settings, changes: Mapping[str, Any], figures: Mapping[s
         if getattr(settings, name) != getattr(plain, name):
             words += [flag, str(getattr(settings, name))]
     if parallel > 1:
-        words += ["--prompt", str(figures["n_prompt"]), "--generate", str(figures["n_generate"])]
+        words += ["--n-prompt", str(figures["n_prompt"]), "--generate", str(figures["n_generate"])]
         words += ["--parallel", str(parallel)]
     return shlex.join(words)
 

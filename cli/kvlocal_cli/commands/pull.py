@@ -8,7 +8,7 @@ import click
 
 from kvlocal.errors import UsageError
 from kvlocal_cli.backend import machine as backend
-from kvlocal_cli.options.settings import GroupedCommand
+from kvlocal_cli.options.option import GroupedCommand
 
 
 @click.command(cls=GroupedCommand)

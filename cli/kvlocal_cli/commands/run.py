@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvlocal.settings import RAW
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.options import completers
+from kvlocal_cli.options.option import GroupedCommand, declared, option
 from kvlocal_cli.options.settings import (
-    GroupedCommand,
     SamplingSettings,
     Settings,
     engine_options,
-    option,
     predict_option,
     sampling_options,
     system_option,
@@ -34,12 +34,15 @@ if TYPE_CHECKING:
     "Prompt",
     "-f",
     "--file",
+    "files",
+    type=click.Path(),
+    multiple=True,
     metavar="FILE",
     shell_complete=completers.files,
-    help="A UTF-8 file with the prompt; - reads standard input.",
+    help="A UTF-8 file with the prompt; - reads standard input. May be repeated: one text after the other.",
 )
 @system_option
-@option("Prompt", "--no-chat-template", "raw", is_flag=True, help="Continue the text as it is: no roles, no template.")
+@declared(RAW)
 @option(
     "Prompt",
     "--prompt-cache",
@@ -55,7 +58,7 @@ def run(
     settings: Settings,
     sampling: SamplingSettings,
     text: str | None,
-    file: str | None,
+    files: tuple[str, ...],
     system: str | None,
     raw: bool,
     prompt_cache: str | None,
@@ -66,7 +69,7 @@ def run(
     """Answer one prompt.
 
     MODEL is a GGUF file or hf:USER/REPO[:FILE]; without it, a small default model is used. The prompt comes from -p,
-    from -f or through a pipe; text of a file or a pipe comes first, then a blank line, then the text of -p.
+    from -f or through a pipe; text of files or a pipe comes first, then the text of -p, blank lines between them.
 
     The answer goes to standard output, everything else to standard error.
 
@@ -78,7 +81,7 @@ def run(
     from kvlocal_cli.render.screen import Screen, figures
 
     system = prompt.system_text(system, raw=raw)
-    question = prompt.gather(text, file)
+    question = prompt.gather(text, files)
     drawing = backend.new_sampling(sampling)
     screen = Screen()
     with backend.open_engine(settings, screen) as engine:

@@ -97,6 +97,8 @@ def _load(path: Path) -> dict[str, Any]:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}; a line is `key = value`, a text stands in quotes.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, tables in tables without end
+        raise UsageError(f"{path} holds a value that cannot be read: {error}.") from None
 
 
 @dataclass(frozen=True)

@@ -10,38 +10,12 @@ from typing import Any, Literal
 
 import click
 
+from kvlocal import settings
 from kvlocal.errors import UsageError
-from kvlocal_cli.commands.bench import Names, Sizes, Wholes
 from kvlocal_cli.options import completers
-from kvlocal_cli.options.settings import Callback, Decorator, Settings, Whole, count, option, stack, sweep_options
-
-MAX_PARALLEL = 255
-"""llama.cpp's most sequences, less the one that holds the text."""
-
-
-class Lengths(Wholes):
-    """`1024,2048` as a tuple of numbers of tokens."""
-
-    def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        length = super().item(text, param, ctx)
-        if length < 1:
-            self.fail(f"'{text}' is not a length: it must be at least 1 token.", param, ctx)
-        return length
-
-
-class Shares(Names):
-    """`0,0.5,1` as a tuple of numbers from 0 to 1."""
-
-    numbers = True
-
-    def item(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            share = float(text)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1:
-            self.fail(f"'{text}' is not a number from 0 to 1.", param, ctx)
-        return share
+from kvlocal_cli.options.option import Callback, Decorator, count, declared, declared_list, option, stack
+from kvlocal_cli.options.output import table_options
+from kvlocal_cli.options.settings import Settings, parallel_option, sweep_options
 
 
 @dataclass(frozen=True)
@@ -64,61 +38,38 @@ class Common:
 
 
 _COMMON = stack(
-    option(
-        "KV cache",
-        "--policy",
+    declared_list(
+        settings.POLICY,
         "policies",
-        type=Names(),
+        "streaming,snapkv,ada-snapkv",
         shell_complete=completers.policies,
-        default="streaming,snapkv,ada-snapkv",
-        metavar="NAME,…",
         help="full: llama.cpp's own cache; paged: ours with nothing evicted, to compare scores with; else as in "
         "`kvlocal policies`.",
     ),
-    option(
-        "KV cache",
-        "--budget",
+    declared_list(
+        settings.BUDGET,
         "budgets",
-        type=Sizes(),
+        "50%,25%",
         shell_complete=completers.budgets,
-        default="50%,25%",
-        metavar="SIZE,…",
         help="How much is kept: 1024 (tokens per KV head and layer, on average), 25% (of what was read) or 512MiB.",
     ),
-    option(
-        "KV cache",
-        "--kv",
-        "storages",
-        type=Names(),
-        default="f16",
-        shell_complete=completers.storages,
-        metavar="TYPE,…",
-        help="How it is stored.",
-    ),
-    option(
-        "KV cache",
-        "--prefill",
+    declared_list(settings.KV, "storages", "f16", shell_complete=completers.storages, help="How it is stored."),
+    declared_list(
+        settings.PREFILL,
         "prefills",
-        type=Names("exact", "chunked"),
-        default="exact",
-        metavar="MODE,…",
+        "exact",
+        metavar="MODE",
         help="exact: evict once, after all that is read; chunked: after every chunk of it.",
     ),
-    count("KV cache", "--chunk", "n_chunk", default=512, minimum=1, help="Tokens per chunk of --prefill chunked."),
-    option(
-        "KV cache",
-        "--guide",
+    declared(settings.CHUNK, name="n_chunk"),
+    declared_list(
+        settings.GUIDE,
         "guides",
-        type=Wholes(),
-        default="0",
-        metavar="N,…",
+        "0",
         help="With --prefill chunked: the last N tokens (the question) decide what every chunk leaves.",
     ),
-    count(
-        "KV cache",
-        "--evict-every",
-        default=32,
-        minimum=1,
+    declared(
+        settings.EVICT_EVERY,
         help="Tokens that what follows may exceed the budget by until it is evicted again; 1: at every token.",
     ),
     sweep_options,
@@ -132,34 +83,15 @@ _COMMON = stack(
         "without either, F32 for the default model, and a MODEL as it is. On quantized weights, kernels that do the "
         "same differ by a KL of about .003.",
     ),
-    count("Model", "-c", "--ctx-size", "n_ctx", default=0, minimum=0, help="Context; 0: what the longest case needs."),
-    option(
-        "Model",
-        "--parallel",
-        type=Whole(min=1, max=MAX_PARALLEL),
-        default=16,
-        metavar="N",
-        help="Variants that are decoded together (kld: one); more is faster and takes more memory.",
-    ),
+    declared(settings.N_CTX, help="Context; 0: what the longest case needs."),
+    parallel_option(16, "Variants decoded together (kld: one); more is faster and takes more memory.", section="Model"),
     option(
         "Output",
         "--fresh",
         is_flag=True,
         help="Measure again what is on record; without it, a run goes on where an earlier one stopped.",
     ),
-    option(
-        "Output",
-        "-o",
-        "--output",
-        "form",
-        type=click.Choice(["md", "json", "csv"]),
-        default="md",
-        help="What is printed.",
-    ),
-    option("Output", "--output-file", type=click.Path(path_type=Path), metavar="FILE", help="Not to standard output."),
-    option(
-        "Output", "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too: FILE.svg or FILE.png."
-    ),
+    table_options,
 )
 
 
@@ -177,15 +109,15 @@ def common_options(command: Callback) -> Callback:
     return _COMMON(gather)
 
 
-def question_option(default: str) -> Decorator:
-    """--question, as a tuple of modes."""
+def ask_option(default: str) -> Decorator:
+    """--ask, as a tuple of modes."""
 
     def modes(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
         return ("inside", "after") if value == "both" else (value,)
 
     return option(
         "Cases",
-        "--question",
+        "--ask",
         "questions",
         type=click.Choice(["inside", "after", "both"]),
         default=default,
@@ -232,7 +164,14 @@ def text_options(n_context: int, n_continue: int, per_text: int) -> Decorator:
 
 def data_options(kind: Literal["FILE", "DIR"], help: str) -> Decorator:
     """--data and --rows."""
-    path = click.Path(path_type=Path, exists=True, file_okay=kind == "FILE", dir_okay=kind == "DIR")
-    data = option("Cases", "--data", type=path, required=True, metavar=kind, help=help)
+
+    def path(_ctx: click.Context, _param: click.Parameter, value: Path) -> Path:
+        if value.is_dir() != (kind == "DIR"):
+            is_, wanted = ("folder", "file") if kind == "FILE" else ("file", "folder")
+            raise click.BadParameter(f"'{value}' is a {is_}; give a {wanted}.")
+        return value
+
+    exists = click.Path(path_type=Path, exists=True)
+    data = option("Cases", "--data", type=exists, required=True, metavar=kind, callback=path, help=help)
     rows = count("Cases", "--rows", default=0, minimum=0, help="Rows of every file, from the first; 0: all.")
     return lambda command: data(rows(command))

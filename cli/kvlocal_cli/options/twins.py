@@ -15,7 +15,12 @@ Path = tuple[str, ...]
 
 
 def key(param: click.Parameter) -> str | None:
-    """The name of a parameter without dashes: the first long one of an option, `model` of MODEL; else None."""
+    """The name of a parameter without dashes: the first long one of an option, `model` of MODEL; else None.
+
+    None too for what has to be typed, such as --yes: no file or variable may answer for the user.
+    """
+    if getattr(param, "typed_only", False):
+        return None
     if isinstance(param, click.Option):
         long = (name.removeprefix("--") for name in param.opts if name.startswith("--"))
         return None if param.is_eager else next(long, None)

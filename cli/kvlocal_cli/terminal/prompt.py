@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvlocal.errors import UsageError
@@ -12,19 +12,19 @@ from kvlocal_cli.options import twins
 HOW = "give one with -p TEXT, with -f FILE, or through a pipe"
 
 
-def gather(prompt: str | None, file: str | None) -> str:
-    """The prompt: a document (from `file`, else from a pipe) and then the text of -p, a blank line between them."""
+def gather(prompt: str | None, files: Sequence[str]) -> str:
+    """The prompt: the texts of `files` (else of a pipe) and then the text of -p, a blank line between them."""
     if prompt is not None:
         check_text(prompt, "the text of -p")
-    if file is not None and file != "-":
-        document: str | None = read_file(file)
-    elif file == "-" or not stdin_is_terminal():
-        document = read_stdin()
-    else:
-        document = None
-    if document is None and prompt is None:
+    if files.count("-") > 1:
+        raise UsageError(f"-f - is given {files.count('-')} times, and standard input can be read once.")
+    documents = [read_stdin() if file == "-" else read_file(file) for file in files]
+    if not files and not stdin_is_terminal():
+        documents = [read_stdin()]
+    if not documents and prompt is None:
         raise UsageError(f"there is no prompt; {HOW}.")
-    text = "\n\n".join(part for part in ((document or "").rstrip("\n"), prompt or "") if part.strip())
+    parts = [*(document.rstrip("\n") for document in documents), prompt or ""]
+    text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise UsageError(f"the prompt is empty; {HOW}.")
     return text
