@@ -229,8 +229,8 @@ POLICY = Setting(
     ("--policy",),
     "KV cache",
     "ladder",
-    "Which tokens are kept; `kvlocal policies` lists them. With --kv the default is ada-snapkv: ladder stores each token "
-    "as precisely as it is worth, and takes no --kv.",
+    "Which tokens are kept; `kvlocal policies` lists them. With --kv the default is ada-snapkv: ladder stores each "
+    "token as precisely as it is worth, and takes no --kv.",
     "NAME",
 )
 STORED_POLICY = "ada-snapkv"

@@ -85,11 +85,13 @@ def expand(
     storages: Sequence[str] = ("f16",),
     prefills: Sequence[Prefill] = ("exact",),
     guides: Sequence[int] = (0,),
+    here: bool = True,
 ) -> tuple[Variant, ...]:
     """All combinations, by policy, storage, budget, prefill, guide; what does not evict appears once per storage.
 
     ``full`` exists in :data:`STOCK_STORAGES` only. ``policy_args`` go to the policies that have such a parameter; a
-    guide to chunked prefill of those that look at attention scores.
+    guide to chunked prefill of those that look at attention scores. ``here``: as of
+    :func:`kvlocal.policies.make_policy`.
 
     Raises:
         UsageError: unknown policy, budget or storage; a parameter that no policy has; a budget in tokens below what
@@ -98,7 +100,7 @@ def expand(
     for storage in storages:
         Storage.parse(storage)  # says which there are
     parsed = [Budget.parse(text) for text in budgets]
-    policies = _policies(names, policy_args)
+    policies = _policies(names, policy_args, here)
     if policies.keys() == {"full"} and storages and not set(storages) & set(STOCK_STORAGES):
         raise UsageError(
             f"'full' is llama.cpp's own cache, which is never stored in {' or '.join(storages)}; "
@@ -122,15 +124,15 @@ def expand(
     return tuple(out)
 
 
-def _policies(names: Sequence[str], args: Mapping[str, str]) -> dict[str, Policy]:
+def _policies(names: Sequence[str], args: Mapping[str, str], here: bool) -> dict[str, Policy]:
     out: dict[str, Policy] = {}
     unused = set(args)
     for name in names:
         if name == PAGED:
             out[name] = Full()
             continue
-        rules = declared_rules(type(make_policy(name)))
-        out[name] = make_policy(name, {key: value for key, value in args.items() if key in rules})
+        rules = declared_rules(type(make_policy(name, here=here)))
+        out[name] = make_policy(name, {key: value for key, value in args.items() if key in rules}, here)
         unused -= rules.keys()
     if unused:
         raise UsageError(f"None of the policies {', '.join(out)} has a parameter {min(unused)!r}.")

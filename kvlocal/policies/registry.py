@@ -7,7 +7,8 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
@@ -53,7 +54,7 @@ class PolicyInfo:
     summary: str
 
 
-def find_policy(name: str) -> type[Policy]:
+def find_policy(name: str, here: bool = True) -> type[Policy]:
     """The class that a name stands for; see :func:`make_policy`.
 
     Raises:
@@ -70,13 +71,12 @@ def find_policy(name: str) -> type[Policy]:
             "A policy of your own is package.module:Class."
         )
     module, _, attribute = target.partition(":")
-    sys.path.append(os.getcwd())  # a file beside the user's work, as with `python -m`
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"The policy {name!r} cannot be loaded from {target!r}: {error}.") from error
-    finally:
-        sys.path.pop()
+        with _importable(here and ":" in name):
+            cls = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the code of the module raises
+        kind = "" if isinstance(error, ImportError | AttributeError | ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"The policy {name!r} cannot be loaded from {target!r}: {kind}{error}.") from error
     if not (isinstance(cls, type) and issubclass(cls, Policy) and dataclasses.is_dataclass(cls)):
         raise UsageError(
             f"{target!r} is not a policy: it must be a dataclass that derives from kvlocal.policies.Policy."
@@ -84,16 +84,30 @@ def find_policy(name: str) -> type[Policy]:
     return cls
 
 
-def make_policy(name: str, args: Mapping[str, object] | None = None) -> Policy:
+@contextmanager
+def _importable(here: bool) -> Iterator[None]:
+    """With ``here``, modules in the working directory can be imported for now; ``sys.path`` is as before after that,
+    whatever they did to it."""
+    path, before = sys.path, list(sys.path)
+    if here:
+        path.append(os.getcwd())
+    try:
+        yield
+    finally:
+        path[:] = before
+        sys.path = path
+
+
+def make_policy(name: str, args: Mapping[str, object] | None = None, here: bool = True) -> Policy:
     """Builds a policy from its name and hyper-parameters; text is converted to the type of the field.
 
     ``name`` is one of :data:`REGISTRY`, of an installed package's entry points in the group ``kvlocal.policies``, or
-    ``package.module:Class``.
+    ``package.module:Class``; with ``here`` its module may lie in the working directory.
 
     Raises:
         UsageError: unknown policy, unknown parameter or a value that is not allowed.
     """
-    cls = find_policy(name)
+    cls = find_policy(name, here)
     rules = declared_rules(cls)
     values: dict[str, object] = {}
     for key, value in (args or {}).items():

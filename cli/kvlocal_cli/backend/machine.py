@@ -1,7 +1,8 @@
-"""What the commands about this machine (doctor, pull, models) need of kvlocal; as backend.py, for tests to replace."""
+"""The models and the machine that commands run on; imported as in :mod:`kvlocal_cli.backend.engine`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvlocal.errors import KVError, UsageError
@@ -22,6 +23,26 @@ def fetch_model(spec: str | None, screen: Screen) -> Path:
     named = None if spec is None else hub_spec(spec)
     with screen.download() as on_progress:
         return resolve_model(named, progress=on_progress, verify=True)
+
+
+def find_model(settings: Settings, random: str | None, screen: Screen) -> Path:
+    """The file to measure, fetched or written first if need be."""
+    from kvlocal.models.resolve import resolve_model
+
+    if random is not None:
+        from kvlocal.models.random import random_model
+
+        with screen.status(f"Writing random weights: {random}"):
+            return random_model(random)
+    with screen.download() as on_progress:
+        return resolve_model(settings.model, progress=on_progress)
+
+
+def describe_machine(n_threads: int) -> dict[str, Any]:
+    """Processor, cores, threads and measured memory bandwidth."""
+    from kvlocal.measure.machine import describe_machine
+
+    return asdict(describe_machine(n_threads))
 
 
 def model_caches() -> dict[str, str | None]:

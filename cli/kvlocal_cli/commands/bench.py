@@ -10,7 +10,8 @@ import click
 
 from kvlocal import settings
 from kvlocal.errors import KVError, UsageError
-from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.backend import bench as backend
+from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.options import completers, twins
 from kvlocal_cli.options.click_types import Wholes
 from kvlocal_cli.options.option import GroupedCommand, count, declared, declared_list, option
@@ -115,9 +116,9 @@ def bench(
     if plot is not None:
         backend.check_plot(plot)
     screen = Screen()
-    path = backend.find_model(settings, random_model, screen)
+    path = backend_machine.find_model(settings, random_model, screen)
     with screen.status("Measuring memory bandwidth"):
-        machine = backend.describe_machine(settings.n_threads)
+        machine = backend_machine.describe_machine(settings.n_threads)
     rows: list[dict[str, Any]] = []
     with Interrupt() as interrupt, screen.bench() as show:
 

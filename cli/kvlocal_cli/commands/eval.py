@@ -11,7 +11,9 @@ import click
 
 from kvlocal import settings
 from kvlocal.errors import KVError, UsageError
-from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.backend import bench as backend_bench
+from kvlocal_cli.backend import eval as backend
+from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.commands.bench import check_folder
 from kvlocal_cli.options.click_types import Lengths, Names, Shares
 from kvlocal_cli.options.eval import (
@@ -141,8 +143,8 @@ def ruler(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     The score is the share of the expected strings that the answer holds.
 
     \b
-    kvlocal eval ruler --data ruler-4096 --rows 5 --policy paged,snapkv
-    kvlocal eval ruler model.gguf --data ruler-4096 --tasks niah_single_1,vt --ask after
+    kvlocal eval ruler --data-dir ruler-4096 --rows 5 --policy paged,snapkv
+    kvlocal eval ruler model.gguf --data-dir ruler-4096 --tasks niah_single_1,vt --ask after
     """
     _measure(common, "ruler", source | {"tasks": source["tasks"] or ()}, questions)
 
@@ -191,7 +193,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
     for path in filter(None, (common.output_file, common.plot)):
         check_folder(path)
     if common.plot is not None:
-        backend.check_plot(common.plot)
+        backend_bench.check_plot(common.plot)
     plan = backend.plan_eval(
         chosen,
         metric,
@@ -207,7 +209,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         parallel=common.parallel,
     )
     screen = Screen()
-    file = backend.find_model(chosen, None, screen)
+    file = backend_machine.find_model(chosen, None, screen)
     if common.f32:
         file = backend.f32_model(file, screen)
     records: list[Any] = []
@@ -228,7 +230,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
     if records:
         if common.form == "json":
             with screen.status("Measuring memory bandwidth"):
-                about["machine"] = backend.describe_machine(chosen.n_threads)
+                about["machine"] = backend_machine.describe_machine(chosen.n_threads)
         _write(common, about, backend.eval_rows(records))
         if common.plot is not None:
             backend.write_eval_plot(records, common.plot)

@@ -163,15 +163,9 @@ def text_options(n_context: int, n_continue: int, per_text: int) -> Decorator:
 
 
 def data_options(kind: Literal["FILE", "DIR"], help: str) -> Decorator:
-    """--data and --rows."""
-
-    def path(_ctx: click.Context, _param: click.Parameter, value: Path) -> Path:
-        if value.is_dir() != (kind == "DIR"):
-            is_, wanted = ("folder", "file") if kind == "FILE" else ("file", "folder")
-            raise click.BadParameter(f"'{value}' is a {is_}; give a {wanted}.")
-        return value
-
-    exists = click.Path(path_type=Path, exists=True)
-    data = option("Cases", "--data", type=exists, required=True, metavar=kind, callback=path, help=help)
+    """--data or, for a folder, --data-dir, as `data`; and --rows."""
+    path = click.Path(path_type=Path, exists=True, file_okay=kind == "FILE", dir_okay=kind == "DIR")
+    flag = "--data" if kind == "FILE" else "--data-dir"
+    data = option("Cases", flag, "data", type=path, required=True, metavar=kind, help=help)
     rows = count("Cases", "--rows", default=0, minimum=0, help="Rows of every file, from the first; 0: all.")
     return lambda command: data(rows(command))

@@ -22,7 +22,8 @@ class Settings:
     """What an engine is opened with, as it was typed.
 
     Attributes:
-        policy_typed: the policy stands on the command line; only then may it lie in the working directory.
+        policy_typed: the policy stands on the command line; only then may its module lie in the working directory. A
+            variable or a file may be somebody else's.
     """
 
     model: str | None = None
@@ -161,7 +162,10 @@ def _gather(command: Callback) -> Callback:
                 check_chunked(name, f"--{name}")
                 if name == "guide":
                     values[name] = 0
-        return command(settings=Settings(model=model, policy_args=args, policy_typed=typed, **values), **options)
+        return command(
+            settings=Settings(model=model, policy_args=args, policy_typed=typed, **values),
+            **options,
+        )
 
     return gather
 

@@ -89,7 +89,7 @@ def test_a_needle_is_lost_when_the_question_comes_later(run: Run, tmp_path: Path
 
 def test_later_questions_have_a_score_of_their_own(run: Run) -> None:
     line = NEEDLE.replace("400,600", "400").replace("0,0.5", "0.5")
-    (row,) = run(f"{line} --mode multi-turn --question inside --policy paged --parallel 1")["results"]
+    (row,) = run(f"{line} --mode multi-turn --ask inside --policy paged --parallel 1")["results"]
     assert row["score"] == pytest.approx((row["score_first"] + 2 * row["score_later"]) / 3)
 
 

@@ -111,14 +111,14 @@ def test_the_largest_context_fits_and_a_hundredth_more_does_not(default_path: Pa
 
 
 def test_the_command_says_whether_it_fits_and_what_would(default_path: Path) -> None:
-    fits = call("plan", default_path, *["-c", "2048", "--prompt", "1000", "--generate", "8", "--json"])
+    fits = call("plan", default_path, *["-c", "2048", "--n-prompt", "1000", "--generate", "8", "--json"])
     assert (fits.code, fits.stderr) == (0, "")
     plan = json.loads(fits.stdout)
     assert plan["fits"] and plan["suggestion"] is None
     assert plan["total_bytes"] == plan["weights_bytes"] + plan["compute_bytes"] + sum(
         plan["kv"][name] for name in ("peak_bytes", "query_bytes", "table_bytes")
     )
-    options = ["--prompt", "6000", "--generate", "8", "--memory", "180MiB", "--json"]
+    options = ["--n-prompt", "6000", "--generate", "8", "--memory", "180MiB", "--json"]
     fits_not = call("plan", default_path, "--policy", "full", *options)
     assert fits_not.code == 1
     words = json.loads(fits_not.stdout)["suggestion"].split()

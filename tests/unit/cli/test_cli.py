@@ -34,7 +34,7 @@ def test_help_names_every_flag() -> None:
     run, chat = (set(call(name, "--help").stdout.replace(",", " ").split()) for name in ("run", "chat"))
     assert flags <= run
     assert flags - NOT_IN_CHAT <= chat
-    assert {"--document", "--question"} <= set(call("demo", "-h").stdout.split())
+    assert {"--document", "--question-file"} <= set(call("demo", "-h").stdout.split())
 
 
 def test_help_groups_the_options_and_shows_an_example() -> None:
@@ -111,7 +111,7 @@ def test_demo_asks_twice_and_compares(fake: Fake, tmp_path: Path) -> None:
     document, question = tmp_path / "log.txt", tmp_path / "question.txt"
     document.write_text("Day 1: rain.\n")
     question.write_text("When did it rain?\n")
-    result = call("demo", "--document", str(document), "--question", str(question), "-t", "2")
+    result = call("demo", "--document", str(document), "--question-file", str(question), "-t", "2")
     assert (result.exit_code, result.stderr) == (0, "")
     lines, caption = cells(result.stdout)[:10], cells(result.stdout)[10:]
     assert lines == [
@@ -138,9 +138,9 @@ def test_demo_needs_both_files(fake: Fake, tmp_path: Path) -> None:
     text, empty = tmp_path / "text.txt", tmp_path / "empty.txt"
     text.write_text("x")
     empty.write_text("")
-    assert sentence("demo", "--document", str(text)).startswith("Missing option '--question'")
-    assert sentence("demo", "--document", str(text), "--question", str(empty)) == f"'{empty}' is empty."
-    assert "there is no file" in sentence("demo", "--document", str(tmp_path / "no"), "--question", str(text))
+    assert sentence("demo", "--document", str(text)).startswith("Missing option '--question-file'")
+    assert sentence("demo", "--document", str(text), "--question-file", str(empty)) == f"'{empty}' is empty."
+    assert "there is no file" in sentence("demo", "--document", str(tmp_path / "no"), "--question-file", str(text))
 
 
 def test_unknown_commands_are_usage_errors(fake: Fake) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from fake_engine import call, fail, press_ctrl_c, sentence
-from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.backend import bench as backend
+from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.commands.bench import RANDOM_MODELS
 from kvlocal_cli.render.screen import step_text
 
@@ -84,9 +85,9 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     fake = Fake()
-    monkeypatch.setattr(backend, "find_model", fake.find_model)
+    monkeypatch.setattr(backend_machine, "find_model", fake.find_model)
     monkeypatch.setattr(backend, "run_bench", fake.run_bench)
-    monkeypatch.setattr(backend, "describe_machine", lambda _n_threads: MACHINE)
+    monkeypatch.setattr(backend_machine, "describe_machine", lambda _n_threads: MACHINE)
     return fake
 
 
@@ -172,7 +173,7 @@ def test_json_is_the_machine_and_every_field(fake: Fake) -> None:
 
 
 def test_csv_is_the_same_columns(fake: Fake) -> None:
-    text = call("bench", "--output", "csv").stdout
+    text = call("bench", "--format", "csv").stdout
     rows = list(csv.DictReader(io.StringIO(text)))
     assert list(rows[0]) == [each.name for each in fields(Result)] and len(rows) == 2
     assert (rows[1]["policy"], rows[1]["evict_s"], rows[0]["evict_s"]) == ("ada-snapkv", "0.375", "")
@@ -258,7 +259,7 @@ def test_the_model_is_a_path_a_repository_or_random(fake: Fake) -> None:
         ("--prefill exact,fast", "Invalid value for '--prefill': 'fast' is not one of exact, chunked;"),
         ("-p -1", "Invalid value for '-p' / '--n-prompt': -1 is not in the range x>=0;"),
         ("-r 0", "Invalid value for '-r' / '--repetitions': 0 is not in the range x>=1;"),
-        ("-o xml", "Invalid value for '-o' / '--output': 'xml' is not one of 'md', 'json', 'csv';"),
+        ("-o xml", "Invalid value for '-o' / '--format': 'xml' is not one of 'md', 'json', 'csv';"),
         ("--kv q5", "There is no storage 'q5' for the KV cache; give f16, q8, q4, "),
         ("--kv q8,", "Invalid value for '--kv': 'q8,' is not a list: an item is empty;"),
         ("--policy full --kv kv2", "'full' is llama.cpp's own cache, which is never stored in kv2; give f16, q8, q4, "),

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from fake_engine import call, fail, press_ctrl_c, sentence
-from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.backend import eval as backend
+from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.render import eval as eval_output
 from kvlocal_cli.render import screen as render
 from kvlocal_cli.render.screen import Screen, case_text
@@ -117,10 +118,10 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     fake = Fake()
-    monkeypatch.setattr(backend, "find_model", fake.find_model)
+    monkeypatch.setattr(backend_machine, "find_model", fake.find_model)
     monkeypatch.setattr(backend, "f32_model", fake.f32_model)
     monkeypatch.setattr(backend, "open_eval", fake.open_eval)
-    monkeypatch.setattr(backend, "describe_machine", lambda _n_threads: MACHINE)
+    monkeypatch.setattr(backend_machine, "describe_machine", lambda _n_threads: MACHINE)
     return fake
 
 
@@ -236,7 +237,7 @@ def test_json_is_what_was_measured_how_and_where(fake: Fake, text: str) -> None:
         "per_text": 2,
     }
     assert shown["results"] == records.rows(TEXTS)
-    shown = json.loads(call("eval", "needle", "--lengths", "64", "--question", "after", "-o", "json").stdout)
+    shown = json.loads(call("eval", "needle", "--lengths", "64", "--ask", "after", "-o", "json").stdout)
     assert shown["settings"]["questions"] == ["after"] and shown["settings"]["lengths"] == [64]
 
 
@@ -320,7 +321,7 @@ def test_the_defaults_are_those_of_the_help(fake: Fake, text: str) -> None:
 def test_every_option_arrives(fake: Fake) -> None:
     line = (
         "eval needle my.gguf --lengths 64,96 --depths 0.5 --kind numbers --mode multi-turn --repeats 2 --seed 5"
-        " --question after --policy paged,snapkv --policy-arg window=8 --budget 10,25% --kv f16 --prefill exact,chunked"
+        " --ask after --policy paged,snapkv --policy-arg window=8 --budget 10,25% --kv f16 --prefill exact,chunked"
         " --chunk 32 --guide 0,16 --evict-every 4 --parallel 3 -c 999 -t 3 -ngl 99 -ub 64 -b 48 --fresh"
     )
     assert call(*line.split()).exit_code == 0
@@ -341,7 +342,7 @@ def test_every_option_arrives(fake: Fake) -> None:
 def test_cases_are_read_from_files_before_the_model(fake: Fake, tmp_path: Path) -> None:
     (tmp_path / "vt.jsonl").write_text(2 * '{"index": 0, "input": "Facts.\\nWhich?", "outputs": ["a"]}\n')
     (tmp_path / "qa.jsonl").write_text('{"index": 0, "input": "Facts.\\nWho?", "outputs": ["b"]}\n' * 2)
-    args = ["eval", "ruler", "--data", str(tmp_path)]
+    args = ["eval", "ruler", "--data-dir", str(tmp_path)]
     assert sentence(*args).endswith("qa.jsonl, line 2: the index 0 was there before; give every row its own.")
     assert not fake.log
     assert call(*args, "--rows", "1").exit_code == 0
@@ -396,7 +397,7 @@ def test_weights_are_f32_for_the_default_model_or_when_asked(fake: Fake, args: s
         ("needle --depths nan", "Invalid value for '--depths': 'nan' is not a number from 0 to 1;"),
         ("needle --depths 0,,1", "Invalid value for '--depths': '0,,1' is not a list: an item is empty;"),
         ("needle --mode many", "Invalid value for '--mode': 'many' is not one of "),
-        ("needle --question never", "Invalid value for '--question': 'never' is not one of 'inside', 'after', 'both';"),
+        ("needle --ask never", "Invalid value for '--ask': 'never' is not one of 'inside', 'after', 'both';"),
         ("needle --repeats 0", "Invalid value for '--repeats': 0 is not in the range x>=1;"),
         ("needle --parallel 256", "Invalid value for '--parallel': 256 is not in the range 1<=x<=255;"),
         ("needle --policy snapky", "There is no policy 'snapky' (did you mean 'snapkv'?); known policies: "),
@@ -412,8 +413,8 @@ def test_weights_are_f32_for_the_default_model_or_when_asked(fake: Fake, args: s
         ("kld", "Missing option '--text';"),
         ("kld --text no.txt", "Invalid value for '--text': File 'no.txt' does not exist;"),
         ("ppl --text . ", "Invalid value for '--text': File '.' is a directory;"),
-        ("ruler", "Missing option '--data';"),
-        ("ruler --data no", "Invalid value for '--data': Directory 'no' does not exist;"),
+        ("ruler", "Missing option '--data-dir';"),
+        ("ruler --data-dir no", "Invalid value for '--data-dir': Directory 'no' does not exist;"),
         ("summarize --data no.jsonl", "Invalid value for '--data': File 'no.jsonl' does not exist;"),
         ("sing", "No such command 'sing'; see `kvlocal eval --help`."),
     ],

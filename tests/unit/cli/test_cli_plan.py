@@ -133,7 +133,7 @@ def test_a_plan_that_fits_is_shown_and_the_exit_code_is_0(planner: FakePlanner) 
 def test_a_plan_that_does_not_fit_says_what_would_and_the_exit_code_is_1(planner: FakePlanner) -> None:
     planner.plan = too_large(suggestion={"budget": "1024", "prefill": "chunked", "policy": "ladder", "storage": "f16"})
     result = call("plan", "m.gguf", "-c", "8192", "--policy", "full", "--parallel", "8")
-    line = "kvlocal plan m.gguf -c 8192 --budget 1024 --prefill chunked --prompt 7679 --generate 512 --parallel 8"
+    line = "kvlocal plan m.gguf -c 8192 --budget 1024 --prefill chunked --n-prompt 7679 --generate 512 --parallel 8"
     assert (result.exit_code, result.stderr) == (1, "")
     assert plain(result.stdout) == f"{FITS_NOT}This would:\n{line}\n"
 
@@ -199,7 +199,7 @@ def test_plan_passes_its_options_on(planner: FakePlanner) -> None:
     call(
         "plan",
         "m.gguf",
-        *["--prompt", "1000", "--generate", "0", "--parallel", "3", "--memory", "16GiB", "--kv", "q4", "-c", "4096"],
+        *["--n-prompt", "1000", "--generate", "0", "--parallel", "3", "--memory", "16GiB", "--kv", "q4", "-c", "4096"],
     )
     assert planner.asked == {
         "settings": Settings(model="m.gguf", policy="ada-snapkv", storage="q4", n_ctx=4096),

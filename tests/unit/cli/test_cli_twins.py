@@ -19,7 +19,7 @@ OPTIONS = [
     pytest.param(name, option, id=f"{name}-{option.name}")
     for name, command in COMMANDS.items()
     for option in command.params
-    if isinstance(option, click.Option)
+    if isinstance(option, click.Option) and twins.key(option) is not None
 ]
 
 ROOT = click.Context(main, info_name="kvlocal", **main.context_settings)
