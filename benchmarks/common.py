@@ -17,7 +17,7 @@ from kvlocal.native.context import Context
 from kvlocal.native.threads import default_threads, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("KVLOCAL_DATA", ROOT.parent / "shared" / "data"))
+DATA = Path(os.environ.get("KVLOCAL_BENCHMARK_DATA", ROOT.parent / "shared" / "data"))
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

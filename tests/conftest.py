@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-KEPT = ("KVLOCAL_CACHE", "KVLOCAL_DATA")
+KEPT = ("KVLOCAL_CACHE", "KVLOCAL_BENCHMARK_DATA")
 """Where the default model and the evaluation data are."""
 
 for name in [name for name in os.environ if name.startswith("KVLOCAL_") and name not in KEPT]:

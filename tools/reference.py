@@ -1,8 +1,9 @@
-"""Writes docs/reference: a page for every command there is, from what `--help` says.
+"""Writes docs/reference, a page for every command from what `--help` says, and the table of docs/configuration.md.
 
     python tools/reference.py
 
-A test compares the pages with the commands. MkDocs loads this file as well, so that its navigation has all pages.
+Tests compare the pages with the commands, the table with the settings. MkDocs loads this file as well, so that its
+navigation has all pages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER = "reference"
 WIDTH = 100
 COMMAND = "python tools/reference.py"
+BEGIN = f"<!-- Written by `{COMMAND}` from the settings; do not edit. -->"
+END = "<!-- The end of what is written. -->"
 
 
 def pages() -> dict[str, str]:
@@ -39,6 +42,29 @@ def pages() -> dict[str, str]:
     return out
 
 
+def table() -> str:
+    """The settings, a row each."""
+    from kvlocal.settings import SETTINGS
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|")
+
+    rows = ["| option | variable | key | Python | default | |", "|---|---|---|---|---|---|"]
+    for setting in SETTINGS:
+        default = "" if setting.default is None or setting.default is False else f"{setting.default}"
+        flags = ", ".join(f"`{flag}`" for flag in setting.flags)
+        keyword = f"`{setting.keyword}`" if setting.keyword else ""
+        names = f"{flags} | `{setting.variable}` | `{setting.key}` | {keyword}"
+        rows.append(f"| {names} | {default} | {cell(setting.help)} |")
+    return "\n".join(rows)
+
+
+def configuration(text: str) -> str:
+    """The page with the table as it is now."""
+    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:before]}\n\n{table()}\n\n{text[after:]}"
+
+
 def on_config(config: Any) -> Any:
     """MkDocs: the pages of all commands below the entry of the navigation that names the first of them."""
     names = sorted(path.name for path in (DOCS / FOLDER).glob("*.md"))
@@ -59,6 +85,8 @@ def main() -> None:
             path.unlink()
     for name, text in wanted.items():
         (folder / name).write_text(text, "utf-8")
+    page = DOCS / "configuration.md"
+    page.write_text(configuration(page.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
     paged = policy.evicts or storage.demotes
     formats = storage.formats
     if paged:
-        model.check_paged()
+        check_paged(model, policy, storage)
         formats = tuple(filter(model.stores, policy.formats)) or formats
     return ContextConfig(
         n_ctx=n_ctx if paged else max(n_ctx, config.n_pool),
@@ -125,6 +125,22 @@ def _least_budget(config: EngineConfig) -> int:
 def chunk_fits(config: EngineConfig, n_ctx: int) -> bool:
     """Whether the budget and a chunk have room together."""
     return _least_budget(config) + config.chunk + config.guide <= n_ctx
+
+
+def check_paged(model: Model, policy: Policy, storage: Storage) -> None:
+    """Refuses a model that the paged cache cannot serve, and says which settings run it.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    try:
+        model.check_paged()
+    except UsageError as error:
+        if not storage.demotes:
+            raise
+        reason = str(error).partition("; use --policy full")[0].rstrip(".")
+        what = f"use --policy full without --kv {storage.name}" if policy.evicts else f"leave out --kv {storage.name}"
+        raise UsageError(f"{reason}; {what}, which runs it on llama.cpp's own cache.") from None
 
 
 def check_chunk(config: EngineConfig, n_ctx: int) -> None:

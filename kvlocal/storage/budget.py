@@ -10,7 +10,9 @@ from typing import Literal
 
 from kvlocal.errors import UsageError
 from kvlocal.native.formats import PAGE_SLOTS
+from kvlocal.settings import MAX_INT
 
+MAX_BYTES = 2**63 - 1
 _DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 _UNITS = {name.lower(): size for name, size in (_DECIMAL | _BINARY).items()}
@@ -36,6 +38,9 @@ class Budget:
             raise UsageError(f"A budget of {self} is negative: {_HELP}.")
         if self.value == 0:
             raise UsageError(f"A budget of {self} keeps nothing: {_HELP}.")
+        most = {"tokens": MAX_INT, "bytes": MAX_BYTES}.get(self.unit)
+        if most is not None and self.value > most:
+            raise UsageError(f"A budget of {self.value} {self.unit} is more than there can be: at most {most}.")
         if self.unit == "percent" and self.value > 100:
             raise UsageError(f"A budget of {self} is more than everything: 100% already keeps all tokens.")
 
@@ -46,9 +51,10 @@ class Budget:
         Raises:
             UsageError: not a budget, zero, negative, or more than 100 %.
         """
-        match = _PATTERN.fullmatch(text.strip())
+        match = _PATTERN.fullmatch(text.strip()) if len(text) < 100 else None
         if match is None:
-            raise UsageError(f"{text!r} is not a budget: {_HELP}.")
+            shown = text if len(text) < 100 else f"{text[:40]}…"
+            raise UsageError(f"{shown!r} is not a budget: {_HELP}.")
         sign, digits, unit = match.groups()
         number = Decimal(sign + digits)
         if unit == "%":

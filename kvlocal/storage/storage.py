@@ -12,6 +12,7 @@ from kvlocal.errors import UsageError
 from kvlocal.native.cache import Layer, PagedCache
 from kvlocal.native.formats import BITS, PAGE_SLOTS
 from kvlocal.policies.parts.policy import Policy
+from kvlocal.settings import KV_TAIL, refusal
 from kvlocal.storage.budget import Budget
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
@@ -47,20 +48,20 @@ class Storage:
 
     name: str = "f16"
     sink: int = -1
-    tail: int = 128
+    tail: int = KV_TAIL.default
     centre: bool = True
     bits: int = 2
     group: int = 32
     quantizer: str = "channel"
 
     def __post_init__(self) -> None:
-        if self.name not in STORAGES:
+        if not isinstance(self.name, str) or self.name not in STORAGES:
             raise UsageError(f"There is no storage {self.name!r} for the KV cache; give {', '.join(STORAGES)}.")
         if self.sink == -1:
             object.__setattr__(self, "sink", 0 if self._published else SINK)
         for what in ("sink", "tail"):
-            if getattr(self, what) < 0:
-                raise UsageError(f"The {what} of the storage is {getattr(self, what)}; it must be 0 or more.")
+            if not KV_TAIL.accepts(getattr(self, what)):
+                raise refusal(f"The {what} of the storage", getattr(self, what), KV_TAIL.allowed)
         if self.name == "logquant" and self.tail < 3:
             raise UsageError(f"The tail of logquant is {self.tail}; it must be 3 or more (three windows).")
         for what, allowed in (("bits", (2, 4)), ("group", (32, 64)), ("quantizer", ("channel", "token"))):
@@ -89,6 +90,7 @@ class Storage:
             try:
                 values[key] = value if key == "quantizer" else int(value)
             except ValueError:
+                setting = setting if len(setting) < 100 else f"{setting[:40]}…"
                 raise UsageError(f"{setting} is not possible for the storage {name}: give a whole number.") from None
         if "centre" in values:
             values["centre"] = bool(values["centre"])

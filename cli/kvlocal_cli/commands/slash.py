@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kvlocal.errors import UsageError
+from kvlocal.settings import N_PREDICT
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.terminal import prompt
 
@@ -102,7 +103,7 @@ def _set(talk: Conversation, rest: str) -> None:
     if name == "n-predict":
         if number != int(number) or number < -1:
             raise UsageError(f"n-predict is {value.strip()}; it must be a whole number, -1 or more.")
-        talk.n_predict = int(number)
+        talk.n_predict = N_PREDICT.check(int(number))
     else:
         old: Any = getattr(talk.sampling, names[name].name)
         if isinstance(old, int) and number != int(number):

@@ -27,7 +27,7 @@ class Whole(click.IntRange):
     def convert(self, value: Any, param: Param, ctx: Context) -> Any:
         # int() also reads "1_000" and other digits
         if not isinstance(value, int) and not re.fullmatch(r"\s*[+-]?[0-9]{1,4000}\s*", str(value)):
-            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+            self.fail(f"{_short(value)!r} is not a valid {self.name}.", param, ctx)
         number = int(value)
         low, high = int(self.min or 0), int(self.max or 0)
         if number < low:
@@ -49,9 +49,9 @@ class Real(click.FloatRange):
         try:
             number = float(value)
         except ValueError:
-            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+            self.fail(f"{_short(value)!r} is not a valid {self.name}.", param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+            self.fail(f"{_short(value)} is not in the range {self._describe_range()}.", param, ctx)
         return super().convert(number, param, ctx)
 
 
@@ -100,7 +100,7 @@ class Wholes(Names):
 
     def item(self, text: str, param: Param, ctx: Context) -> int:
         if not (text.isascii() and text.isdecimal()):
-            self.fail(f"'{text}' is not a whole number of at least 0.", param, ctx)
+            self.fail(f"'{_short(text)}' is not a whole number of at least 0.", param, ctx)
         if len(text) > len(str(MAX_INT)) or int(text) > MAX_INT:
             self.fail(f"'{_short(text)}' is not a whole number from 0 to {MAX_INT}.", param, ctx)
         return int(text)
@@ -127,10 +127,10 @@ class Shares(Names):
         except ValueError:
             share = -1.0
         if not 0 <= share <= 1:
-            self.fail(f"'{text}' is not a number from 0 to 1.", param, ctx)
+            self.fail(f"'{_short(text)}' is not a number from 0 to 1.", param, ctx)
         return share
 
 
-def _short(number: int | str) -> str:
-    digits = str(number)
-    return digits if len(digits) < 40 else f"{digits[:20]}…"
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:20]}…"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvlocal.errors import UsageError
+from kvlocal.settings import MAX_INT
 
 
 class Rule(Protocol):
@@ -47,7 +48,7 @@ class Whole:
     def accepts(self, value: object) -> bool:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             return False
-        return int(value) >= self.low and (not self.odd or int(value) % 2 == 1)
+        return self.low <= int(value) <= MAX_INT and (not self.odd or int(value) % 2 == 1)
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,11 @@ def parameters(cls: type) -> list[Parameter]:
 
 def refusal(policy: str, name: str, value: object, rule: Rule) -> UsageError:
     """The error for a value that the rule does not allow."""
+    allowed = rule.allowed
+    if isinstance(rule, Whole) and isinstance(value, numbers.Integral) and int(value) > MAX_INT:
+        allowed += f" and at most {MAX_INT}"
     shown = value if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
-    return UsageError(f"{name}={shown} is not possible for policy {policy}: give {rule.allowed}.")
+    return UsageError(f"{name}={shown} is not possible for policy {policy}: give {allowed}.")
 
 
 def validate(policy: Any) -> None:

@@ -147,6 +147,19 @@ def test_no_answer_is_a_usage_error(fake: Fake) -> None:
     assert fake.removed == []
 
 
+def test_nothing_but_the_command_line_answers(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("KVLOCAL_YES", "KVLOCAL_Y", "KVLOCAL_MODELS_RM_YES"):
+        monkeypatch.setenv(variable, "1")
+    result = call("models", "rm", OWN.name)
+    assert (result.exit_code, fake.removed) == (2, [])
+    assert "KVLOCAL_YES" not in call("models", "rm", "--help").stdout
+    file = tmp_path / "config.toml"
+    for table in ("defaults", "models", "models.rm"):
+        file.write_text(f"[{table}]\nyes = true\n")
+        assert f"[{table}] has no key 'yes'" in sentence("--config", str(file), "models", "rm", OWN.name)
+    assert fake.removed == []
+
+
 def test_yes_does_not_ask(fake: Fake) -> None:
     result = call("models", "rm", OWN.name, "--yes", "--json")
     assert (result.exit_code, result.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def test_the_example_of_the_documentation(folder: Path) -> None:
 def test_an_entry_point_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("strided", "strided:Strided", "kvlocal.policies")
     monkeypatch.setattr(policies, "entry_points", lambda group: [point])
+    # an installed package is not in the working directory
+    monkeypatch.delitem(sys.modules, "strided", raising=False)
+    with pytest.raises(UsageError, match="No module named 'strided'"):
+        make_policy("strided")
+    monkeypatch.syspath_prepend(folder)
     assert make_policy("strided").name == "strided"
     with pytest.raises(UsageError, match="did you mean 'strided'"):
         make_policy("stridde")
@@ -56,3 +62,42 @@ def test_an_entry_point_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_refused(name: str, why: str, folder: Path) -> None:
     with pytest.raises(UsageError, match=re.escape(why)):
         make_policy(name)
+
+
+def test_the_working_directory_can_be_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "strided", raising=False)
+    with pytest.raises(UsageError, match="No module named 'strided'"):
+        make_policy("strided:Strided", here=False)
+    assert make_policy("strided:Strided", here=True).name == "strided"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "sys.path.append('added')",
+        "sys.path.insert(0, 'added')",
+        "sys.path.remove(sys.path[0])",
+        "sys.path = [*sys.path, 'added']",
+        "sys.path.clear()",
+        "sys.path.append('added'); raise RuntimeError('no')",
+        "sys.path.append('added'); raise SystemExit(3)",
+    ],
+)
+def test_the_path_is_as_before(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    (folder / "extends.py").write_text(f"import sys\n{code}\n")
+    monkeypatch.delitem(sys.modules, "extends", raising=False)
+    path, before = sys.path, list(sys.path)
+    with pytest.raises((UsageError, SystemExit)):
+        make_policy("extends:Missing")
+    assert sys.path is path and sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [("1 +", "SyntaxError: "), ("unknown", "NameError: name 'unknown'"), ("1 / 0", "ZeroDivisionError: ")],
+)
+def test_code_that_fails_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, why: str) -> None:
+    (folder / "fails.py").write_text(code + "\n")
+    monkeypatch.delitem(sys.modules, "fails", raising=False)
+    with pytest.raises(UsageError, match=why):
+        make_policy("fails:Policy")
