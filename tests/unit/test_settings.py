@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -305,7 +306,9 @@ def test_load_refuses_before_it_looks_for_a_model(
 
 
 class Untouched:
-    """An engine that must not be reached."""
+    """An engine that must not be reached, save to wait for one's turn."""
+
+    lock = nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the engine's {name} was reached")
