@@ -8,7 +8,7 @@ NATIVE := $(shell find vendor/fetch.py vendor/CMakeLists.txt vendor/llama.cpp.lo
 .PHONY: demo test lint docs bench clean
 
 demo: $(STAMP)
-	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question demo/question.txt
+	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question-file demo/question.txt
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
