@@ -19,6 +19,9 @@ from kvlocal.errors import UsageError
 MAX_INT = 2**31 - 1
 """The most that llama.cpp's whole numbers (int32) hold."""
 
+MAX_TOKENS = 2**30
+"""The most tokens of a context or a batch that the paged cache can index."""
+
 MAX_SEED = 2**32 - 2
 """llama.cpp's own -1 is the one number above it."""
 
@@ -218,9 +221,11 @@ MODEL = File(
 HF = Setting(
     "hf", ("-hf", "--hf"), "Model", None, "Model on Hugging Face; as MODEL hf:…", "USER/REPO[:FILE]", taker="command"
 )
-N_CTX = Whole("n_ctx", ("-c", "--ctx-size"), "Model", 0, "Context; 0: the model's, if memory allows.")
-N_BATCH = Whole("n_batch", ("-b", "--batch-size"), "Model", 2048, "Tokens per logical batch.", low=1)
-N_UBATCH = Whole("n_ubatch", ("-ub", "--ubatch-size"), "Model", 512, "Tokens per physical batch.", low=1)
+N_CTX = Whole("n_ctx", ("-c", "--ctx-size"), "Model", 0, "Context; 0: the model's, if memory allows.", high=MAX_TOKENS)
+N_BATCH = Whole("n_batch", ("-b", "--batch-size"), "Model", 2048, "Tokens per logical batch.", low=1, high=MAX_TOKENS)
+N_UBATCH = Whole(
+    "n_ubatch", ("-ub", "--ubatch-size"), "Model", 512, "Tokens per physical batch.", low=1, high=MAX_TOKENS
+)
 N_THREADS = Whole("n_threads", ("-t", "--threads"), "Model", 0, "CPU threads; 0: physical cores.", high=MAX_THREADS)
 N_GPU_LAYERS = Whole("n_gpu_layers", ("-ngl", "--n-gpu-layers"), "Model", 0, "Layers on the GPU.")
 

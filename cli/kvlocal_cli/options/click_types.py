@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from kvlocal.settings import MAX_INT
+from kvlocal.settings import MAX_INT, MAX_TOKENS
 from kvlocal_cli.options import completers
 
 Param = click.Parameter | None
@@ -37,7 +37,8 @@ class Whole(click.IntRange):
         return number
 
     def _describe_range(self) -> str:
-        return f"x>={self.min}" if self.max == MAX_INT else f"{self.min}<=x<={self.max}"
+        # nobody comes near the most that llama.cpp takes
+        return f"x>={self.min}" if self.max is not None and self.max >= MAX_TOKENS else f"{self.min}<=x<={self.max}"
 
 
 class Real(click.FloatRange):

@@ -63,7 +63,9 @@ def test_a_file_is_held_to_it_too(fake: Fake, tmp_path: Path, key: str, text: st
 
 
 @pytest.mark.parametrize("text", ["4294967297", "2147483648", "9" * 5000])
-@pytest.mark.parametrize("key", ["top-k", "threads", "n-gpu-layers", "n-predict", "kv-tail", "kv-sink", "chunk"])
+@pytest.mark.parametrize(
+    "key", ["top-k", "ctx-size", "threads", "n-gpu-layers", "n-predict", "kv-tail", "kv-sink", "chunk"]
+)
 def test_a_whole_number_of_a_file_too(fake: Fake, tmp_path: Path, key: str, text: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f"[run]\n{key} = {text}\n")
@@ -80,7 +82,7 @@ def test_a_whole_number_of_a_file_too(fake: Fake, tmp_path: Path, key: str, text
         ("-t 513", "513 is not in the range 0<=x<=512"),
         ("-t 100000", "100000 is not in the range 0<=x<=512"),
         ("-ngl 2147483648", "2147483648 is not in the range 0<=x<=2147483647"),
-        ("-b 4294967296", "4294967296 is not in the range 1<=x<=2147483647"),
+        ("-b 4294967296", "4294967296 is not in the range 1<=x<=1073741824"),
         ("-n 9999999999", "9999999999 is not in the range -1<=x<=2147483647"),
         ("-s 4294967295", "4294967295 is not in the range -1<=x<=4294967294"),
     ],
