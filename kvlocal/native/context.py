@@ -103,8 +103,11 @@ class Context:
         self.n_threads = config.n_threads or default_threads()
         params = self._llama.llama_context_default_params()
         params.n_ctx = config.n_ctx
-        params.n_batch = config.n_batch
-        params.n_ubatch = min(config.n_ubatch, config.n_batch)
+        # buffers are made for the largest batch, and none is larger than what the cache can hold
+        most = config.n_ctx * (config.n_seq_max if config.paged else 1)
+        self._n_batch = min(config.n_batch, max(most, config.n_seq_max))
+        params.n_batch = self._n_batch
+        params.n_ubatch = min(config.n_ubatch, self._n_batch)
         params.n_threads = params.n_threads_batch = self.n_threads
         params.n_seq_max = config.n_seq_max
         params.n_outputs_max = max(config.n_outputs, config.n_seq_max)
@@ -138,7 +141,7 @@ class Context:
             except BaseException:
                 self.close()
                 raise
-        self._make_batch(config.n_batch)
+        self._make_batch(self._n_batch)
         self.n_decoded = 0
 
     def _make_pool(self) -> SleepingPool:
@@ -234,7 +237,7 @@ class Context:
             # the last token of every sequence
             last = {seq: n - 1} if isinstance(seq, int) else {int(s): i for i, s in enumerate(whose)}
             read[[i for i in last.values() if i >= 0]] = True
-        size = self.config.n_batch
+        size = self._n_batch
         self._kept = None
         if n <= size:
             self._decode(tokens, where, whose, read, event)

@@ -60,3 +60,14 @@ def test_what_has_no_room_leaves_nothing_behind(paged: bool, open_model: OpenMod
         context.decode(tokens[100:], 100)
     assert context.n_seen(0) == 100
     context.decode(tokens[100:256], 100)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_buffers_are_for_no_more_than_the_context_holds(
+    paged: bool, open_model: OpenModel, open_context: OpenContext
+) -> None:
+    model = open_model("llama")
+    small, large = (
+        open_context(model, paged=paged, n_ctx=256, n_batch=size, n_ubatch=size).breakdown() for size in (256, 8192)
+    )
+    assert large.compute_bytes == small.compute_bytes
