@@ -122,34 +122,31 @@ class PagedCache:
 
     def stats(self) -> KvlStats:
         out = KvlStats()
-        self._check(self._lib.kvl_get_stats(self._ctx, ctypes.byref(out)))
+        self._check(self._lib.kvl_get_stats(self._ctx, ctypes.byref(out), 0, None, None, None))
         return out
 
     def seq_stats(self, seq: int) -> KvlSeqStats:
         out = KvlSeqStats()
-        self._check(self._lib.kvl_get_seq_stats(self._ctx, seq, ctypes.byref(out)))
+        self._check(self._lib.kvl_get_stats(self._ctx, None, seq, ctypes.byref(out), None, None))
         return out
 
     def lengths(self, seq: int, layer: int) -> np.ndarray:
         """Slots held per KV head, int32 ``[n_head_kv]``."""
         out = np.empty(self._layer(layer).n_head_kv, np.int32)
-        self._check(self._lib.kvl_lengths(self._ctx, seq, layer, _ints(out)))
+        self._check(self._lib.kvl_slots(self._ctx, seq, layer, _ints(out), 0, None, None, None))
         return out
 
     def positions(self, seq: int, layer: int) -> list[np.ndarray]:
         """True positions per KV head, int32 ``[n_slots]``, ascending."""
-        lengths = self.lengths(seq, layer)
-        out = np.empty(int(lengths.sum()), np.int32)
-        self._check(self._lib.kvl_positions(self._ctx, seq, layer, _ints(out)))
-        return np.split(out, np.cumsum(lengths)[:-1])
+        return self._slot_arrays(seq, layer, "pos")[0]
 
     def slot_formats(self, seq: int, layer: int) -> list[np.ndarray]:
         """How the slots are stored per KV head: index into :data:`FORMATS`, int32 ``[n_slots]``."""
-        return self._slot_pages(seq, layer)[0]
+        return self._slot_arrays(seq, layer, "format")[0]
 
     def slot_pages(self, seq: int, layer: int) -> list[np.ndarray]:
         """In which of the head's pages the slots lie, per KV head int32 ``[n_slots]``."""
-        return self._slot_pages(seq, layer)[1]
+        return self._slot_arrays(seq, layer, "page")[0]
 
     def kivi_groups(self, seq: int, layer: int) -> list[np.ndarray]:
         """Which kivi group of the head the slots lie in, per KV head int32 ``[n_slots]``, -1: in none.
@@ -157,18 +154,20 @@ class PagedCache:
         A group takes the bytes of :attr:`kivi_group` slots until the last of its slots is evicted.
         """
         out = []
-        for formats, pages in zip(*self._slot_pages(seq, layer), strict=True):
+        for formats, pages in zip(*self._slot_arrays(seq, layer, "format", "page"), strict=True):
             first = 1 + max(pages[formats == FORMATS.index("token2")], default=-1)  # kivi pages come next
             group = (pages - first) * PAGE_SLOTS // self.kivi_group
             out.append(np.where(formats == FORMATS.index("kivi"), group, -1).astype(np.int32))
         return out
 
-    def _slot_pages(self, seq: int, layer: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _slot_arrays(self, seq: int, layer: int, *names: Literal["pos", "format", "page"]) -> list[list[np.ndarray]]:
+        """What ``kvl_slots`` says of every slot, per name and KV head."""
         lengths = self.lengths(seq, layer)
-        out = np.empty((2, int(lengths.sum())), np.int32)
-        self._check(self._lib.kvl_slot_pages(self._ctx, seq, layer, _ints(out[0]), _ints(out[1])))
-        ends = np.cumsum(lengths)[:-1]
-        return np.split(out[0], ends), np.split(out[1], ends)
+        n = int(lengths.sum())
+        out: dict[str, np.ndarray] = {name: np.empty(n, np.int32) for name in names}
+        at = [_ints(out[name]) if name in out else None for name in ("pos", "format", "page")]
+        self._check(self._lib.kvl_slots(self._ctx, seq, layer, _ints(lengths), n, *at))
+        return [np.split(out[name], np.cumsum(lengths)[:-1]) for name in names]
 
     def window_scores(self, seq: int, layer: int, n_queries: int = 0, rms: bool = False) -> np.ndarray:
         """Mean attention of the last ``n_queries`` remembered queries (0: all), float32 ``[n_head, longest head]``.
@@ -182,7 +181,7 @@ class PagedCache:
     def mass(self, seq: int, layer: int) -> np.ndarray:
         """What every slot received since :meth:`accumulate_mass`, float32 ``[n_head, longest head]``."""
         out = np.empty((self._layer(layer).n_head, int(self.lengths(seq, layer).max())), np.float32)
-        self._check(self._lib.kvl_read_mass(self._ctx, seq, layer, _floats(out), out.shape[1]))
+        self._check(self._lib.kvl_slot_mass(self._ctx, seq, layer, _floats(out), out.shape[1], False))
         return out
 
     def keys_values(self, seq: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +240,8 @@ class PagedCache:
         :attr:`kivi_group` slots per head, which are grouped as they come; from kivi there is no way to another format.
         """
         counts, flat = self._slots(layer, slots)
-        self._check(self._lib.kvl_demote(self._ctx, seq, layer, FORMATS.index(storage), _ints(counts), _ints(flat)))
+        kind = FORMATS.index(storage)
+        self._check(self._lib.kvl_demote(self._ctx, seq, layer, kind, _ints(counts), _ints(flat), 0, 0))
 
     def demote_due(self, seq: int, layer: int, positions: np.ndarray, storage: str, n_most: int = 0) -> int:
         """Store in another format what the heads have in f16 at these positions (ascending).
@@ -252,27 +252,26 @@ class PagedCache:
             How many slots were demoted.
         """
         at = _whole(positions, "Positions to demote")
-        storage_index = FORMATS.index(storage)
-        return self._check(self._lib.kvl_demote_due(self._ctx, seq, layer, storage_index, len(at), _ints(at), n_most))
+        kind = FORMATS.index(storage)
+        return self._check(self._lib.kvl_demote(self._ctx, seq, layer, kind, None, _ints(at), len(at), n_most))
 
     def set_mu(self, seq: int, layer: int, mu: np.ndarray) -> None:
-        """What is taken from keys before they are demoted, and given back by attention: float32 ``[n_head_kv, d_k]``.
-
-        Only while nothing of the layer is demoted; kept until the sequence is emptied.
+        """Mean of the keys per head, float32 ``[n_head_kv, d_k]``: demoted keys are stored without it, attention adds
+        it back. Fails once a slot of the layer is demoted; kept until the sequence is emptied.
         """
         mu, want = np.ascontiguousarray(mu, np.float32), (self._layer(layer).n_head_kv, self._layer(layer).d_k)
         if mu.shape != want:
             raise KVError(f"The mean of the keys has the shape {mu.shape}; layer {layer} needs {want}.")
-        self._check(self._lib.kvl_set_mu(self._ctx, seq, layer, _floats(mu)))
+        self._check(self._lib.kvl_set_mean(self._ctx, seq, layer, _floats(mu), 0, 0, 0))
 
     def centre(self, seq: int, layer: int, first: int, end: int, n_least: int = 1) -> int:
-        """Take the mean of the f16 keys at the positions ``first`` to before ``end`` from what will be demoted; see
-        :meth:`set_mu`. Once: with a mean set already it changes nothing.
+        """Use the mean of the f16 keys at positions ``[first, end)`` as the mean of later demotions (:meth:`set_mu`).
+        No effect if one is set.
 
         Returns:
             The most such keys of a head, or ``n_least`` if a mean was set already; if they are fewer, none is set.
         """
-        return self._check(self._lib.kvl_centre(self._ctx, seq, layer, first, end, n_least))
+        return self._check(self._lib.kvl_set_mean(self._ctx, seq, layer, None, first, end, n_least))
 
     def select(self, seq: int, layer: int, slots: Sequence[np.ndarray] | None) -> None:
         """Let attention see only these slot indices of every KV head (ascending) and what comes later; ``None``: all.
@@ -304,7 +303,7 @@ class PagedCache:
                 f"The mass has the shape {mass.shape}; layer {layer} needs a row for each of its "
                 f"{self._layer(layer).n_head} query heads."
             )
-        self._check(self._lib.kvl_write_mass(self._ctx, seq, layer, _floats(mass), mass.shape[1]))
+        self._check(self._lib.kvl_slot_mass(self._ctx, seq, layer, _floats(mass), mass.shape[1], True))
 
     def branch(self, src: int, dst: int) -> None:
         """Make ``dst`` a copy of ``src`` that shares its pages until one of them writes."""
@@ -320,10 +319,6 @@ class PagedCache:
     def truncate(self, seq: int, n: int) -> None:
         """Remove the tokens at positions >= n from every head."""
         self._check(self._lib.kvl_truncate(self._ctx, seq, n))
-
-    def set_limit(self, seq: int, n_slots: int) -> None:
-        """Slots per head, on average, past which a decode step ends in an eviction (0: never)."""
-        self._check(self._lib.kvl_set_limit(self._ctx, seq, n_slots))
 
     def trim(self) -> None:
         """Give the scratch memory of an eviction back to the operating system."""

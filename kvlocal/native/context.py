@@ -218,7 +218,6 @@ class Context:
         seq: int | np.ndarray = 0,
         *,
         outputs: Literal["last", "all", "none"] = "last",
-        event: int = library.EVENT_NONE,
     ) -> None:
         """Run tokens through the model. ``pos`` and ``seq`` are per token, or the first position and the sequence of
         all of them. More than ``n_batch`` tokens are computed in parts.
@@ -240,13 +239,13 @@ class Context:
         size = self._n_batch
         self._kept = None
         if n <= size:
-            self._decode(tokens, where, whose, read, event)
+            self._decode(tokens, where, whose, read)
             return
         kept = []
         for i in range(0, n, size):
             part = slice(i, i + size)
             try:
-                self._decode(tokens[part], where[part], whose[part], read[part], event if i + size >= n else 0)
+                self._decode(tokens[part], where[part], whose[part], read[part])
             except BaseException:
                 for s in np.unique(whose[:i]) if i else ():
                     self.truncate(int(s), int(where[whose == s][0]))
@@ -255,7 +254,7 @@ class Context:
                 kept.append(self.logits(int(read[part].sum())))
         self._kept = np.concatenate(kept) if kept else None
 
-    def _decode(self, tokens: Any, pos: np.ndarray, seq: np.ndarray, outputs: np.ndarray, event: int) -> None:
+    def _decode(self, tokens: Any, pos: np.ndarray, seq: np.ndarray, outputs: np.ndarray) -> None:
         """One batch of at most ``n_batch`` tokens."""
         n = len(tokens)
         self._tokens[:n] = tokens
@@ -263,22 +262,16 @@ class Context:
         self._seq[:n] = seq
         self._output[:n] = outputs
         self._batch.n_tokens = n
-        if self.cache is not None:
-            status = self._native.lib.kvl_decode(self.handle, self._batch, event)
-            if status == library.ERR_HOOK:
-                raise KVError(self._native.last_error())
-            if status != 0:
-                reason = self._native.last_error() or f"the batch of {n} tokens could not be computed (code {status})"
-                raise KVError(reason[0].upper() + reason[1:] + ".")
-            return
-        decode = self._native.lib.kvl_append if self.model.no_alloc else self._llama.llama_decode
-        status = decode(self.handle, self._batch)
-        if status == 1:
+        self._native.log.clear()
+        status = self._native.lib.kvl_decode(self.handle, self._batch)
+        if status == 1 and self.cache is None:
             raise KVError(
                 f"The context of {self.config.n_ctx} tokens is full; use a larger one (-c) or a policy that evicts."
             )
         if status != 0:
-            raise KVError(f"llama.cpp could not decode the batch (code {status}): {self._why()}.")
+            reason = self._native.last_error()
+            detail = f": {self._why()}" if self._native.log and self.cache is None else ""
+            raise KVError(f"{reason[0].upper()}{reason[1:]}{detail}.")
 
     def logits(self, n: int = 1) -> np.ndarray:
         """Logits of the first n outputs of the last :meth:`decode`, float32 ``[n, n_vocab]``, a copy."""
@@ -370,7 +363,7 @@ class Context:
     def stats(self) -> KvlStats:
         """Bytes of the cache, paged or stock."""
         out = KvlStats()
-        self._native.check(self._native.lib.kvl_get_stats(self.handle, ctypes.byref(out)))
+        self._native.check(self._native.lib.kvl_get_stats(self.handle, ctypes.byref(out), 0, None, None, None))
         return out
 
     def breakdown(self, *, on_device: bool = False) -> KvlBreakdown:
@@ -379,10 +372,6 @@ class Context:
         Of a model without weights (``no_alloc``): what they would be.
         """
         out = KvlBreakdown()
-        self._native.check(self._native.lib.kvl_get_breakdown(self.handle, on_device, ctypes.byref(out)))
+        at = (None, ctypes.byref(out)) if on_device else (ctypes.byref(out), None)
+        self._native.check(self._native.lib.kvl_get_stats(self.handle, None, 0, None, *at))
         return out
-
-    def set_evict_hook(self, hook: Any) -> None:
-        """Register a callback made by :func:`kvlocal.native.library.evict_hook`; keeps it alive."""
-        self._hook = hook
-        self._native.check(self._native.lib.kvl_set_evict_hook(self.handle, hook, None))

@@ -12,7 +12,6 @@ import importlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
@@ -23,14 +22,10 @@ from kvlocal.native.fork import check_process, note_loaded
 from kvlocal.native.spinning import short_spins
 from kvlocal.native.structs import KvlBreakdown, KvlLayerInfo, KvlParams, KvlSeqStats, KvlStats
 
-ABI_VERSION = 6
-ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE, ERR_HOOK = -1, -2, -3, -4, -5
-EVENT_NONE, EVENT_CHUNK, EVENT_PROMPT, EVENT_LIMIT = 0, 1, 2, 3
+ABI_VERSION = 7
+ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE = -1, -2, -3, -4
 
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
-
-
-EVICT_HOOK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
 
 
 def installed(part: str) -> Path:
@@ -84,33 +79,26 @@ def _declare(lib: Any) -> None:
         "kvl_is_paged": (ctypes.c_bool, [ptr]),
         "kvl_n_layer": (i32, [ptr]),
         "kvl_get_layer": (i32, [ptr, i32, ctypes.POINTER(KvlLayerInfo)]),
-        "kvl_decode": (i32, [ptr, binding.llama_batch, i32]),
-        "kvl_append": (i32, [ptr, binding.llama_batch]),
-        "kvl_set_evict_hook": (i32, [ptr, EVICT_HOOK, ptr]),
-        "kvl_set_limit": (i32, [ptr, i32, i32]),
-        "kvl_lengths": (i32, [ptr, i32, i32, ints]),
-        "kvl_positions": (i32, [ptr, i32, i32, ints]),
-        "kvl_slot_pages": (i32, [ptr, i32, i32, ints, ints]),
+        "kvl_decode": (i32, [ptr, binding.llama_batch]),
+        "kvl_slots": (i32, [ptr, i32, i32, ints, i64, ints, ints, ints]),
         "kvl_window_scores": (i32, [ptr, i32, i32, i32, i32, floats, i64]),
         "kvl_set_mass": (i32, [ptr, i32]),
-        "kvl_read_mass": (i32, [ptr, i32, i32, floats, i64]),
-        "kvl_write_mass": (i32, [ptr, i32, i32, floats, i64]),
+        "kvl_slot_mass": (i32, [ptr, i32, i32, floats, i64, ctypes.c_bool]),
         "kvl_read_kv": (i32, [ptr, i32, i32, i32, floats, floats]),
         "kvl_value_norms": (i32, [ptr, i32, i32, floats]),
         "kvl_read_queries": (i32, [ptr, i32, i32, i32, floats]),
         "kvl_keep": (i32, [ptr, i32, i32, ints, ints]),
-        "kvl_demote": (i32, [ptr, i32, i32, i32, ints, ints]),
-        "kvl_demote_due": (i32, [ptr, i32, i32, i32, i32, ints, i32]),
-        "kvl_set_mu": (i32, [ptr, i32, i32, floats]),
-        "kvl_centre": (i32, [ptr, i32, i32, i32, i32, i32]),
+        "kvl_demote": (i32, [ptr, i32, i32, i32, ints, ints, i32, i32]),
+        "kvl_set_mean": (i32, [ptr, i32, i32, floats, i32, i32, i32]),
         "kvl_select": (i32, [ptr, i32, i32, ints, ints]),
         "kvl_branch": (i32, [ptr, i32, i32]),
         "kvl_rotate": (i32, [ptr, i32, i32, floats, ints]),
         "kvl_roll": (i32, [ptr, i32]),
         "kvl_truncate": (i32, [ptr, i32, i32]),
-        "kvl_get_stats": (i32, [ptr, ctypes.POINTER(KvlStats)]),
-        "kvl_get_breakdown": (i32, [ptr, ctypes.c_bool, ctypes.POINTER(KvlBreakdown)]),
-        "kvl_get_seq_stats": (i32, [ptr, i32, ctypes.POINTER(KvlSeqStats)]),
+        "kvl_get_stats": (
+            i32,
+            [ptr, ctypes.POINTER(KvlStats), i32, ctypes.POINTER(KvlSeqStats), *[ctypes.POINTER(KvlBreakdown)] * 2],
+        ),
         "kvl_trim": (i32, [ptr]),
         "kvl_reset_peak": (i32, [ptr]),
     }
@@ -215,17 +203,3 @@ def build_info() -> dict[str, str | int]:
     """``llama_cpp_commit`` and ``abi_version`` of the library that is installed."""
     native = load()
     return {"llama_cpp_commit": native.commit, "abi_version": native.lib.kvl_abi_version()}
-
-
-def evict_hook(function: Callable[[int, int], None], errors: list[BaseException]) -> Any:
-    """``function(seq, event)`` as a C callback. What it raises is put into ``errors``: it cannot cross the C frames."""
-
-    def call(ctx: int, seq: int, event: int, user: int) -> int:
-        try:
-            function(seq, event)
-        except BaseException as error:
-            errors.append(error)
-            return 1
-        return 0
-
-    return EVICT_HOOK(call)

@@ -41,8 +41,8 @@ struct kvl_attn_params {
     float soft_cap; // 0: none
     // attention mass per stream and query head of its group, f32 [n_slots]: added to. NULL: not asked for
     float * const * mass;
-    // NULL: the mass is a sum. Else each slot keeps the number of the last query that gave it at least the mean of what
-    // the query saw (a probability of 1 / slots seen): last[s] for the first new token of sequence s, counting on
+    // NULL: sum probabilities. Else record for each slot the number of the last query with p >= 1 / (slots seen), where
+    // last[s] is the number of the first new token of sequence s: its 1-based position
     const int32_t * last;
     // [KVL_PAGE_FORMATS], the first one unused. NULL: all pages are f16
     const struct kvl_attn_format * formats;

@@ -1,8 +1,7 @@
 // kvl: a paged KV cache with its own page table in every (sequence, layer, KV head).
 //
-// Mechanism only: which slots stay is decided by the caller. Plain C, versioned by kvl_abi_version().
-// Every function checks its arguments; on failure it returns a negative kvl_status (or NULL) and
-// kvl_last_error() holds one sentence, per thread. Nothing here ends the process.
+// The caller decides which slots stay. Every function checks its arguments. On failure it returns a negative kvl_status
+// (or NULL), and kvl_last_error() holds one sentence, per thread. Functions return 0 where nothing else is said.
 
 #pragma once
 
@@ -12,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 6
+#define KVL_ABI_VERSION 7
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -21,16 +20,7 @@ typedef enum kvl_status {
     KVL_ERR_UNSUPPORTED = -2, // the model or the operation is not supported
     KVL_ERR_MEMORY = -3,      // the pool or the machine has no room
     KVL_ERR_COMPUTE = -4,     // a graph failed
-    KVL_ERR_HOOK = -5,        // the evict hook reported a failure
 } kvl_status;
-
-// When the evict hook is called.
-typedef enum kvl_event {
-    KVL_EVENT_NONE = 0,   // nothing special: only the limit is watched
-    KVL_EVENT_CHUNK = 1,  // end of a prompt chunk
-    KVL_EVENT_PROMPT = 2, // end of the prompt
-    KVL_EVENT_LIMIT = 3,  // a sequence has passed its limit
-} kvl_event;
 
 // What is accumulated per query head and slot.
 typedef enum kvl_mass {
@@ -104,122 +94,131 @@ typedef struct kvl_breakdown {
     uint64_t free_bytes;    // of accelerators, as their backends say; 0 of main memory: the system knows better
 } kvl_breakdown;
 
-// Called after a decode step has been computed: it still saw everything. Non-zero: failure.
-typedef int32_t (*kvl_evict_hook)(struct llama_context * ctx, llama_seq_id seq, int32_t event, void * user);
+//
+// library
+//
 
 LLAMA_API int32_t kvl_abi_version(void);
 LLAMA_API const char * kvl_llama_commit(void);
 LLAMA_API const char * kvl_last_error(void);
-// Size in bytes of a struct of this ABI by name ("kvl_params", "llama_context_params", ...), 0 if unknown.
+// Size in bytes of a struct by name ("kvl_params", "llama_context_params", ...), 0 if unknown.
 LLAMA_API size_t kvl_struct_size(const char * name);
 
-LLAMA_API kvl_params kvl_default_params(void);
-// 0 if the paged cache can serve this model; else KVL_ERR_UNSUPPORTED, the reason in kvl_last_error().
-LLAMA_API int32_t kvl_model_check(const struct llama_model * model);
-// 0 if its keys and values can be stored in a kvl_format; else KVL_ERR_UNSUPPORTED, the reason in kvl_last_error().
-LLAMA_API int32_t kvl_format_check(const struct llama_model * model, int32_t format);
-// llama_model_load_from_file, but where a damaged file breaks what the loader takes for granted that is a failure too,
-// and not the end of the process. NULL on failure, the reason in llama.cpp's log or kvl_last_error().
+//
+// models
+//
+
+// Load a model file. NULL if it is damaged, or describes a model that llama.cpp cannot run; the reason is in
+// kvl_last_error() or llama.cpp's log.
 LLAMA_API struct llama_model * kvl_load_model(const char * path, struct llama_model_params params);
-// Like llama_init_from_model, with paged memory. NULL on failure.
+// 0 if the paged cache can serve this model, else KVL_ERR_UNSUPPORTED.
+LLAMA_API int32_t kvl_model_check(const struct llama_model * model);
+// 0 if the paged cache can store its keys and values in a kvl_format, else KVL_ERR_UNSUPPORTED.
+LLAMA_API int32_t kvl_format_check(const struct llama_model * model, int32_t format);
+
+//
+// contexts
+//
+
+LLAMA_API kvl_params kvl_default_params(void);
+// Create a context with a paged cache, or with llama.cpp's own if kvl is NULL. NULL on failure, the reason in
+// kvl_last_error() or llama.cpp's log.
 LLAMA_API struct llama_context * kvl_init_from_model(struct llama_model * model, struct llama_context_params params,
                                                      const kvl_params * kvl);
 LLAMA_API bool kvl_is_paged(const struct llama_context * ctx);
-
-// Attention layers: index 0 .. kvl_n_layer()-1 counts only layers that own a cache.
+// Number of layers with a cache. Functions count layers among these.
 LLAMA_API int32_t kvl_n_layer(const struct llama_context * ctx);
 LLAMA_API int32_t kvl_get_layer(const struct llama_context * ctx, int32_t layer, kvl_layer_info * out);
 
-// llama_decode, then the evict hook: with `event` for every sequence of the batch, or with KVL_EVENT_LIMIT for those
-// past their limit. Returns llama_decode's code when that is not 0, else a kvl_status.
-LLAMA_API int32_t kvl_decode(struct llama_context * ctx, struct llama_batch batch, int32_t event);
-// What llama_decode does to the cache, without computing anything, for a model that was loaded with no_alloc: cells or
-// pages are taken, and hold nothing. kvl_decode does the same of such a model, and calls the hook. Over a stock context
-// as well. Returns llama_decode's codes or a kvl_status.
-LLAMA_API int32_t kvl_append(struct llama_context * ctx, struct llama_batch batch);
-LLAMA_API int32_t kvl_set_evict_hook(struct llama_context * ctx, kvl_evict_hook hook, void * user);
-// Slots per head, on average, past which the hook is called with KVL_EVENT_LIMIT (0: never).
-LLAMA_API int32_t kvl_set_limit(struct llama_context * ctx, llama_seq_id seq, int32_t n_slots);
+// Compute a batch, on either kind of cache. With a model loaded with no_alloc: take cells or pages for the batch and
+// compute nothing. Returns llama_decode's code or a kvl_status.
+LLAMA_API int32_t kvl_decode(struct llama_context * ctx, struct llama_batch batch);
 
-// Slots held per KV head: out[n_head_kv].
-LLAMA_API int32_t kvl_lengths(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
-// Positions of all heads of a layer, head after head: out[sum of lengths].
-LLAMA_API int32_t kvl_positions(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * out);
-// How the slots that kvl_positions names are stored, and where: format[i] is a kvl_format, page[i] the index of the
-// slot's page among those of its head (either may be NULL). A head's kivi pages come right behind its token2 pages, of
-// which none is empty; with kivi_group = 64, two of them in turn are a group.
-LLAMA_API int32_t kvl_slot_pages(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * format,
-                                 int32_t * page);
-// Attention of the last n_queries remembered window queries (0: of all): f32 out[n_head][stride], softmax in f32 over
-// all slots of the head, mean over the queries (rms: root mean square), zero beyond the head's length; stride >= the
-// longest head. Returns the number of queries used.
-LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
-                                    int32_t rms, float * out, int64_t stride);
-// Accumulate from now on what every slot receives, starting at 0, or stop and forget (a kvl_mass). Needs the page
-// kernels. Truncation does not undo what the tokens removed had given to others.
-LLAMA_API int32_t kvl_set_mass(struct llama_context * ctx, int32_t kind);
-// What was accumulated: f32 [n_head][stride], zero beyond the head's length when read; stride >= the longest head.
-LLAMA_API int32_t kvl_read_mass(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out,
-                                int64_t stride);
-LLAMA_API int32_t kvl_write_mass(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * in,
-                                 int64_t stride);
-// Keys or values as stored, converted to f32: k[len][d_k], v[len][d_v] (either may be NULL).
+// Bytes, each into a struct or NULL: of all sequences; of sequence seq; of main memory; of all accelerators together.
+// Cheap but for the last two. On llama.cpp's own cache `one` must be NULL; allocated, reserved and peak are then its
+// buffers, used is the share of its tokens.
+LLAMA_API int32_t kvl_get_stats(const struct llama_context * ctx, kvl_stats * all, llama_seq_id seq,
+                                kvl_seq_stats * one, kvl_breakdown * host, kvl_breakdown * device);
+// Start the peak anew from what is allocated.
+LLAMA_API int32_t kvl_reset_peak(struct llama_context * ctx);
+// Return free heap memory of the process to the operating system, as after the scratch of an eviction.
+LLAMA_API int32_t kvl_trim(struct llama_context * ctx);
+
+//
+// slots of a sequence in a layer: read
+//
+// The slots of a head are numbered in the order of their positions. Arrays over the slots of all heads hold one head
+// after the other.
+//
+
+// Read the number of slots of every KV head, n[n_head_kv], and of every slot its position, its kvl_format and the index
+// of its page among those of the head. The last three have room for `room` slots, or are NULL. A head's kivi pages come
+// right behind its token2 pages, of which none is empty; with kivi_group = 64, two of them in turn are a group.
+LLAMA_API int32_t kvl_slots(const struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t * n,
+                            int64_t room, int32_t * pos, int32_t * format, int32_t * page);
+// Read the keys and values of a KV head as f32: k[n][d_k], v[n][d_v] (either may be NULL).
 LLAMA_API int32_t kvl_read_kv(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t head, float * k,
                               float * v);
-// Euclidean norms of the values, head after head in the order of kvl_positions: out[sum of lengths].
+// Compute the Euclidean norm of every value: out[sum of n].
 LLAMA_API int32_t kvl_value_norms(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * out);
-// The last n_queries window queries, oldest first: q[n][n_head][d_k] with room for n_queries. Returns n, which is less
-// if fewer are remembered.
+// Read the last n_queries remembered window queries, oldest first: q[n_queries][n_head][d_k]. Returns how many there
+// are.
 LLAMA_API int32_t kvl_read_queries(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
                                    float * q);
-
-// Apply a layer's rotary embedding to rows x[n][d_k] at positions pos[n], in place; negative positions turn back. Only
-// the angle: a magnitude that the model scales along with it is left alone. A layer without RoPE changes nothing.
+// Compute the attention of the last n_queries window queries (0: of all): f32 out[n_head][stride], softmax over the
+// slots of the head, mean over the queries (rms: root mean square), zero beyond the head's slots; stride >= the longest
+// head. Returns the number of queries used.
+LLAMA_API int32_t kvl_window_scores(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t n_queries,
+                                    int32_t rms, float * out, int64_t stride);
+// Accumulate what every slot receives from now on (a kvl_mass), from 0; KVL_MASS_NONE stops and forgets. Needs the page
+// kernels. Truncation does not undo what the tokens removed had given to others.
+LLAMA_API int32_t kvl_set_mass(struct llama_context * ctx, int32_t kind);
+// Read, or write, what was accumulated: f32 mass[n_head][stride], zero beyond the head's slots when read; stride >= the
+// longest head.
+LLAMA_API int32_t kvl_slot_mass(struct llama_context * ctx, llama_seq_id seq, int32_t layer, float * mass,
+                                int64_t stride, bool write);
+// Turn rows x[n][d_k] by a layer's rotary embedding to positions pos[n], in place; negative positions turn back.
+// Changes angles only, not the magnitude that YaRN scales; nothing in a layer without RoPE.
 LLAMA_API int32_t kvl_rotate(struct llama_context * ctx, int32_t layer, int32_t n, float * x, const int32_t * pos);
 
-// Keep these slots of every KV head of a layer and give the rest back: n_keep[n_head_kv] counts, slots concatenated,
-// strictly ascending within a head. All or nothing. A kivi group is given back once none of its slots is left.
+//
+// slots of a sequence in a layer: change
+//
+// Chosen slots are counts per KV head, n[n_head_kv], and one array of slots, strictly ascending within a head. All or
+// nothing.
+//
+
+// Keep these slots and free the rest, at least one per head. A kivi group is freed once none of its slots is left.
 LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep,
                            const int32_t * slots);
-// Store these slots of every KV head of a layer in another format: n_demote[n_head_kv] counts, slots as for kvl_keep.
-// Slots that are in this format stay as they are. Needs the page kernels and a format named in kvl_params. All or
-// nothing. To kivi go multiples of kivi_group slots per head, a group being the next kivi_group of them by position;
-// from kivi there is no way to another format.
-LLAMA_API int32_t kvl_demote(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format,
-                             const int32_t * n_demote, const int32_t * slots);
-// Store in another format what a head has in f16 at these positions, n of them, ascending: the earliest first, n_most
-// per head at most (0: all), for kivi whole groups only. Looks at f16 slots alone, so it costs little while a long
-// sequence grows. Returns how many slots were demoted. All or nothing.
-LLAMA_API int32_t kvl_demote_due(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format, int32_t n,
-                                 const int32_t * positions, int32_t n_most);
-// f32 [n_head_kv][d_k], as keys are read: taken from them before they are stored in any format but f16, and given back
-// by attention. Only while no slot of the layer is in such a format.
-LLAMA_API int32_t kvl_set_mu(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mu);
-// kvl_set_mu with the mean of the keys that are f16 at positions p0 <= p < p1, unless a mean is set already. Returns
-// the most slots that a head had there, n_least if a mean was set already; if they are fewer, none is set.
-LLAMA_API int32_t kvl_centre(struct llama_context * ctx, llama_seq_id seq, int32_t layer, llama_pos p0, llama_pos p1,
-                             int32_t n_least);
-// Let attention see only these slots of every KV head of a layer, and what is appended later, until the next call or
-// kvl_keep: n_select[n_head_kv] counts, slots as for kvl_keep. NULL: all slots. Nothing moves.
+// Let attention see only these slots and what is appended later, until the next kvl_select or kvl_keep. n_select NULL:
+// all slots.
 LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
                              const int32_t * slots);
-// Share all pages of src with dst, copy-on-write. dst is emptied first.
+// Store slots in another format named in kvl_params.formats; returns how many were not in it before. With n_demote:
+// these slots. With n_demote NULL: of every head the f16 slots at the n_positions ascending positions in `which`, the
+// earliest n_most (0: all). Needs the page kernels. To kivi go whole groups: kivi_group slots in the order of their
+// positions; from kivi there is no way to another format.
+LLAMA_API int32_t kvl_demote(struct llama_context * ctx, llama_seq_id seq, int32_t layer, int32_t format,
+                             const int32_t * n_demote, const int32_t * which, int32_t n_positions, int32_t n_most);
+// Key mean per head, f32 mean[n_head_kv][d_k]. Formats other than f16 store key - mean; attention adds it back. Fails
+// once a slot is stored in such a format. With mean NULL: the mean of the f16 keys at positions p0 <= p < p1, unless
+// one is set; returns the most such keys of a head (n_least if a mean is set), and sets none if they are fewer than
+// n_least.
+LLAMA_API int32_t kvl_set_mean(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const float * mean,
+                               llama_pos p0, llama_pos p1, int32_t n_least);
+
+//
+// sequences
+//
+
+// Empty dst, then share all pages of src with it, copy-on-write.
 LLAMA_API int32_t kvl_branch(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst);
-// Renumber: slot i of every head gets position i, its key is turned there, and the next token comes after the last of
-// them. All heads must hold the same number of slots. Window queries are forgotten.
-LLAMA_API int32_t kvl_roll(struct llama_context * ctx, llama_seq_id seq);
 // Remove the tokens at positions >= p0 from every head.
 LLAMA_API int32_t kvl_truncate(struct llama_context * ctx, llama_seq_id seq, llama_pos p0);
-
-// Also over a stock context: allocated, reserved and peak are its buffers, used the share of its tokens.
-LLAMA_API int32_t kvl_get_stats(const struct llama_context * ctx, kvl_stats * out);
-// Of main memory, or of all accelerators together; what it would be, if the model was loaded with no_alloc. Also over a
-// stock context.
-LLAMA_API int32_t kvl_get_breakdown(const struct llama_context * ctx, bool on_device, kvl_breakdown * out);
-LLAMA_API int32_t kvl_get_seq_stats(const struct llama_context * ctx, llama_seq_id seq, kvl_seq_stats * out);
-// Give the scratch memory of an eviction back to the operating system too: the allocator would hold on to it.
-LLAMA_API int32_t kvl_trim(struct llama_context * ctx);
-LLAMA_API int32_t kvl_reset_peak(struct llama_context * ctx);
+// Give slot i of every head position i and turn its key there; the next token comes after the last. All heads must hold
+// the same number of slots, all in f16. Forgets the window queries.
+LLAMA_API int32_t kvl_roll(struct llama_context * ctx, llama_seq_id seq);
 
 #ifdef __cplusplus
 }

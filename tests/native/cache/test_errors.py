@@ -58,7 +58,7 @@ def test_indices_out_of_range(open_model: OpenModel, open_context: OpenContext) 
     with pytest.raises(KVError, match="Sequence 3 is not below n_seq_max = 1"):
         cache.seq_stats(3)
     with pytest.raises(KVError, match="Layer 9 is not below 2"):
-        cache._check(cache._lib.kvl_lengths(cache._ctx, 0, 9, (ctypes.c_int32 * 2)()))
+        cache._check(cache._lib.kvl_slots(cache._ctx, 0, 9, (ctypes.c_int32 * 2)(), 0, None, None, None))
     with pytest.raises(KVError, match="No window queries"):
         cache._check(cache._lib.kvl_window_scores(cache._ctx, 0, 0, 0, 0, (ctypes.c_float * 4)(), 1))
 
@@ -98,7 +98,7 @@ def test_too_many_outputs_or_tokens(open_model: OpenModel, open_context: OpenCon
     with pytest.raises(KVError, match="asks for 20 outputs, the context has room for 1"):
         context.decode(random_tokens(model, 20), 0, 0, outputs="all")
     context._batch.n_tokens = 65
-    assert context._native.lib.kvl_decode(context.handle, context._batch, 0) == library.ERR_ARGUMENT
+    assert context._native.lib.kvl_decode(context.handle, context._batch) == library.ERR_ARGUMENT
     assert "exceeds n_batch = 64" in context._native.last_error()
 
 

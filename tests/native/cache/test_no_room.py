@@ -73,11 +73,12 @@ cache.demote(0, 0, [np.arange(1000)], "q8")
 ctx, lib = context.handle, context._native.lib
 slots, counts, out = np.arange(1, N, dtype=np.int32), np.array([N - 1], np.int32), np.zeros(N, np.int32)
 pointer = ctypes.POINTER(ctypes.c_int32)
-slots_at, counts_at, out_at = (array.ctypes.data_as(pointer) for array in (slots, counts, out))
+n = np.zeros(1, np.int32)
+slots_at, counts_at, out_at, n_at = (array.ctypes.data_as(pointer) for array in (slots, counts, out, n))
 calls = {
-    "kvl_positions": (out_at,),
+    "kvl_slots": (n_at, N, out_at, None, None),
     "kvl_keep": (counts_at, slots_at),
-    "kvl_demote": (1, counts_at, slots_at),
+    "kvl_demote": (1, counts_at, slots_at, 0, 0),
     "kvl_select": (counts_at, slots_at),
 }
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -10,7 +10,6 @@ import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
 from kvlocal.errors import KVError
-from kvlocal.native import library
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 
@@ -134,11 +133,3 @@ def test_a_full_cache_is_full_without_weights_too(pair: tuple[Model, Model], ope
     with pytest.raises(KVError, match="The KV pool is full"):
         context.decode(random_tokens(pair[1], 64), 256)
     assert context.n_seen(0) == 256
-
-
-def test_a_model_with_weights_does_not_only_count(pair: tuple[Model, Model], open_context: OpenContext) -> None:
-    context = open_context(pair[0])
-    context.decode(random_tokens(pair[0], 8), 0)
-    lib = library.load().lib
-    assert lib.kvl_append(context.handle, context._batch) == library.ERR_ARGUMENT
-    assert "the model has its weights" in library.load().last_error()

@@ -1,0 +1,129 @@
+// New tokens: do they continue their sequences, are there pages for them, and which rows they get.
+
+#include "cache/memory.h"
+
+#include <algorithm>
+#include <map>
+
+bool kvl_positions_check::add(int32_t n_seq_id, const llama_seq_id * seq_id, llama_pos pos) {
+    if (n_seq_id != 1 || !seq_id || !kv.valid_seq(seq_id[0])) {
+        kvl_set_error("every token must belong to exactly one sequence below n_seq_max = " +
+                      std::to_string(kv.seqs.size()) + "; use kvl_branch to share a prefix");
+        return false;
+    }
+    const llama_pos n_seen = kv.seqs[seq_id[0]].n_seen;
+    llama_pos & want = next[size_t(seq_id[0])];
+    if (want < 0) {
+        want = n_seen > 0 ? n_seen : pos; // a sequence may begin anywhere
+    }
+    if (pos != want || pos < 0) {
+        kvl_set_error("position " + std::to_string(pos) + " does not continue sequence " + std::to_string(seq_id[0]) +
+                      (pos < 0 ? ": it is negative" : ", whose next one is " + std::to_string(want)));
+        return false;
+    }
+    if (pos >= KVL_POS_END) {
+        kvl_set_error("position " + std::to_string(pos) + " of sequence " + std::to_string(seq_id[0]) +
+                      " is not below " + std::to_string(KVL_POS_END));
+        return false;
+    }
+    want++;
+    return true;
+}
+
+// A page is needed for every 32 new slots of a head, and for a tail that is still shared with a branch.
+static uint32_t pages_needed(const kvl_pool & pool, const kvl_head & head, uint32_t n) {
+    uint32_t need = kvl_pages_for(head.n() + n) - uint32_t(head.pages.size());
+    if (n > 0 && head.n() % KVL_PAGE_SLOTS != 0 && pool.shared(head.pages.back())) {
+        need++;
+    }
+    return need;
+}
+
+bool llama_kv_paged::pages_fit(const std::vector<llama_ubatch> & ubatches) {
+    std::map<llama_seq_id, uint32_t> n_new;
+    for (const llama_ubatch & ub : ubatches) {
+        for (uint32_t i = 0; i < ub.n_tokens; i++) {
+            n_new[ub.seq_id[i][0]]++;
+        }
+    }
+    std::map<const kvl_pool *, uint64_t> need;
+    for (const auto & [seq, n] : n_new) {
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (const kvl_head & head : seqs[seq].heads[l]) {
+                need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
+            }
+        }
+    }
+    for (const auto & [pool, n] : need) {
+        if (n > pool->n_free()) {
+            kvl_set_error("the KV pool is full: the batch needs " + std::to_string(n) + " pages, " +
+                          std::to_string(pool->n_free()) + " of " +
+                          std::to_string(pool->reserved_bytes() / (KVL_PAGE_SLOTS * pool->slot_bytes())) +
+                          " are free; use a larger context (-c), a smaller budget or --prefill chunked");
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t n) {
+    kvl_sequence & seq = seqs[seq_id];
+    std::map<const kvl_pool *, uint64_t> need;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
+        }
+    }
+    for (const auto & [pool, n_pages] : need) {
+        if (n_pages > pool->n_free()) {
+            return false;
+        }
+    }
+    for (uint32_t done = 0; done < n;) {
+        // block by block over all heads: pages of one stretch of text lie together, so what eviction frees is
+        // contiguous
+        uint32_t step = n - done;
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (const kvl_head & head : seq.heads[l]) {
+                step = std::min(step, KVL_PAGE_SLOTS - (head.n() % KVL_PAGE_SLOTS));
+            }
+        }
+        for (size_t l = 0; l < layers.size(); l++) {
+            kvl_pool & pool = *layers[l].pool;
+            for (kvl_head & head : seq.heads[l]) {
+                if (head.n() % KVL_PAGE_SLOTS == 0) {
+                    head.pages.push_back(pool.take());
+                    head.live.push_back(UINT32_MAX);
+                    head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();
+                } else if (pool.shared(head.pages.back())) {
+                    head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS);
+                }
+                head.pos.insert(head.pos.end(), pos + done, pos + done + step);
+                head.used_bytes += step * pool.slot_bytes();
+                pool.hold(head.pages.back(), head.held_bits(uint32_t(head.pages.size()) - 1));
+                for (auto & mass : head.mass) {
+                    mass.resize(head.pos.size(), 0.0f);
+                }
+            }
+        }
+        done += step;
+    }
+    seq.n_seen = pos[n - 1] + 1;
+    const uint32_t w = params.n_window;
+    for (uint32_t i = n > w ? n - w : 0; i < n; i++) {
+        seq.window[pos[i] % w] = pos[i];
+    }
+    note_peak();
+    return true;
+}
+
+std::vector<int32_t> llama_kv_paged::window_rows(llama_seq_id seq_id) const {
+    const kvl_sequence & seq = seqs[seq_id];
+    const int32_t w = params.n_window;
+    std::vector<int32_t> rows;
+    for (llama_pos p = seq.n_seen - 1; p >= 0 && int32_t(rows.size()) < w && seq.window[p % w] == p; p--) {
+        rows.push_back(seq_id * w + p % w);
+    }
+    std::reverse(rows.begin(), rows.end());
+    return rows;
+}

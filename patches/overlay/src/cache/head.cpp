@@ -1,0 +1,45 @@
+#include "cache/head.h"
+
+#include <algorithm>
+#include <bitset>
+#include <numeric>
+
+uint32_t kvl_head::f16_begin() const {
+    const auto first = std::find_if(pages.begin(), pages.end(), [](uint32_t entry) {
+        return page_format(entry) == KVL_FORMAT_F16;
+    });
+    return std::min(n(), uint32_t(first - pages.begin()) * KVL_PAGE_SLOTS);
+}
+
+std::vector<uint32_t> kvl_head::order() const {
+    std::vector<uint32_t> out(n());
+    std::iota(out.begin(), out.end(), 0);
+    if (!plain()) {
+        out.erase(std::remove_if(out.begin(), out.end(),
+                                 [&](uint32_t slot) {
+                                     return pos[slot] == HOLE;
+                                 }),
+                  out.end());
+        std::stable_sort(out.begin(), out.end(), [&](uint32_t a, uint32_t b) {
+            return pos[a] < pos[b];
+        });
+    }
+    return out;
+}
+
+uint32_t kvl_head::all_live(uint32_t page) const {
+    uint32_t bits = UINT32_MAX;
+    for (uint32_t i = page * KVL_PAGE_SLOTS; n_holes > 0 && i < std::min(n(), (page + 1) * KVL_PAGE_SLOTS); i++) {
+        bits &= pos[i] == HOLE ? ~(1u << i % KVL_PAGE_SLOTS) : UINT32_MAX;
+    }
+    return bits;
+}
+
+uint32_t kvl_head::held_bits(uint32_t page) const {
+    const uint32_t n = kvl_head::n() - page * KVL_PAGE_SLOTS;
+    return all_live(page) & (n < KVL_PAGE_SLOTS ? (1u << n) - 1 : UINT32_MAX);
+}
+
+uint32_t kvl_head::in_page(uint32_t page) const {
+    return uint32_t(std::bitset<KVL_PAGE_SLOTS>(held_bits(page)).count());
+}

@@ -1,0 +1,355 @@
+// The paged memory as llama.cpp sees it (llama_memory_i): created, given batches, asked for its sequences.
+
+#include "cache/memory.h"
+
+#include "kvl-attn.h"
+#include "kvl-hooks.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+//
+// construction
+//
+
+llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params)
+    : hparams(model.hparams), params(params),
+      n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), seqs(cparams.n_seq_max) {
+    const uint32_t n_layer = hparams.n_layer();
+    layer_of.assign(n_layer, -1);
+
+    // pools are sized by what their layers can hold, so count the heads of each shape first
+    struct shape {
+        ggml_backend_buffer_type_t buft;
+        uint32_t d_k, d_v, n_heads;
+    };
+    std::vector<shape> shapes;
+    std::vector<size_t> pool_of(n_layer, 0);
+    for (uint32_t il = 0; il < n_layer; il++) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+            continue;
+        }
+        ggml_backend_buffer_type_t buft =
+            cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        const uint32_t d_k = hparams.n_embd_head_k(il);
+        const uint32_t d_v = hparams.n_embd_head_v(il);
+        auto it = std::find_if(shapes.begin(), shapes.end(), [&](const shape & s) {
+            return s.buft == buft && s.d_k == d_k && s.d_v == d_v;
+        });
+        if (it == shapes.end()) {
+            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0});
+        }
+        it->n_heads += hparams.n_head_kv(il);
+        pool_of[il] = size_t(it - shapes.begin());
+        layer_of[il] = int32_t(layers.size());
+        layers.push_back({il, hparams.n_head(il), hparams.n_head_kv(il), nullptr, {}, {}, nullptr});
+    }
+    if (layers.empty()) {
+        throw std::runtime_error("the model has no attention layers");
+    }
+    for (const shape & s : shapes) {
+        // one page per head beyond the context: an unshared tail
+        const uint64_t n_pages = uint64_t(s.n_heads) * seqs.size() * (kvl_pages_for(n_ctx) + 1);
+        if (n_pages * KVL_PAGE_SLOTS > INT32_MAX) {
+            throw std::runtime_error("a context of " + std::to_string(n_ctx) + " tokens x " +
+                                     std::to_string(seqs.size()) +
+                                     " sequences needs more slots than an index can address; use a smaller -c");
+        }
+        for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+            const auto [k_row, v_row] = kvl_rows_of(f, params);
+            const bool wanted = f == KVL_FORMAT_F16 || params.formats >> f & 1;
+            if (const std::string why = wanted ? kvl_block_refusal(k_row, v_row, s.d_k, s.d_v) : ""; !why.empty()) {
+                throw std::runtime_error(why);
+            }
+            pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row,
+                                                                hparams.no_alloc)
+                                   : nullptr);
+        }
+    }
+
+    if (params.n_window > 0) {
+        ggml_init_params ip = {(layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
+        query_ctx.reset(ggml_init(ip));
+    }
+    for (kvl_layer & layer : layers) {
+        for (uint32_t f = 0; f < KVL_PAGE_FORMATS; f++) {
+            const bool known = f < KVL_FORMAT_COUNT;
+            kvl_pool * pool = known ? pools[pool_of[layer.il] * KVL_FORMAT_COUNT + f].get() : nullptr;
+            const auto [k_row, v_row] = kvl_rows_of(f, params);
+            layer.pools.push_back(pool);
+            layer.formats.push_back({k_row, v_row, pool ? static_cast<const char *>(pool->k->data) : nullptr,
+                                     pool ? static_cast<const char *>(pool->v->data) : nullptr});
+        }
+        layer.pool = layer.pools[KVL_FORMAT_F16];
+        if (params.n_window > 0) {
+            layer.queries = ggml_new_tensor_2d(query_ctx.get(), GGML_TYPE_F32, layer.pool->d_k * layer.n_head,
+                                               int64_t(params.n_window) * int64_t(seqs.size()));
+            query_mem.push_back(
+                std::make_unique<kvl_region>(layer.pool->type(), ggml_nbytes(layer.queries), hparams.no_alloc));
+            if (!query_mem.back()->place(layer.queries, 0)) {
+                throw std::runtime_error("cannot place the window queries");
+            }
+            query_bytes += ggml_nbytes(layer.queries);
+        }
+    }
+    for (kvl_sequence & seq : seqs) {
+        seq.window.assign(params.n_window, -1);
+        for (const kvl_layer & layer : layers) {
+            seq.heads.emplace_back(layer.n_head_kv);
+        }
+        seq.mu.resize(layers.size());
+    }
+    if (all_host() && !params.portable) {
+        ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        ggml_backend_reg_t reg = cpu ? ggml_backend_dev_backend_reg(cpu) : nullptr;
+        const auto find = [&](const char * name, auto & to) {
+            void * proc = reg ? ggml_backend_reg_get_proc_address(reg, name) : nullptr;
+            to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(proc);
+        };
+        find(KVL_ATTN_PROC, attn.compute);
+        find(KVL_ATTN_MERGE_PROC, attn.merge);
+        find(KVL_ATTN_MASS_PROC, attn.mass);
+        find(KVL_ATTN_SCORES_PROC, attn.scores);
+        find(KVL_ATTN_ROTATE_PROC, attn.rotate);
+        find(KVL_ROWS_ENCODE_PROC, attn.encode);
+        find(KVL_ROWS_DECODE_PROC, attn.decode);
+        find(KVL_ROW_ROTATE_PROC, attn.rotate_row);
+    }
+    if ((params.formats != 0 || params.rotate) && !fused()) {
+        throw std::runtime_error("storage formats other than f16 need the page kernels, which run on the CPU only");
+    }
+    LLAMA_LOG_INFO("%s: %zu layers, %zu pools, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
+                   layers.size(), pools.size(), n_ctx, seqs.size(), [this] {
+                       kvl_stats s;
+                       get_stats(s);
+                       return double(s.reserved_bytes) / 1048576.0;
+                   }());
+}
+
+//
+// batches
+//
+
+llama_memory_context_ptr llama_kv_paged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+    balloc.split_reset();
+    std::vector<llama_ubatch> ubatches;
+    kvl_positions_check positions(*this);
+    for (;;) {
+        llama_ubatch ubatch = balloc.split_equal(n_ubatch, false, 0);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        for (uint32_t i = 0; i < ubatch.n_tokens; i++) {
+            if (!positions.add(ubatch.n_seq_id[i], ubatch.seq_id[i], ubatch.pos[i])) {
+                return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+            }
+        }
+        ubatches.push_back(std::move(ubatch));
+    }
+    if (balloc.get_n_used() < balloc.get_n_tokens() || !pages_fit(ubatches)) {
+        return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+    return std::make_unique<llama_kv_paged_context>(this, std::move(ubatches));
+}
+
+llama_memory_context_ptr llama_kv_paged::init_full() {
+    return std::make_unique<llama_kv_paged_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_paged::init_update(llama_context * lctx, bool optimize) {
+    GGML_UNUSED(lctx);
+    GGML_UNUSED(optimize);
+    return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
+}
+
+void kvl_set_threads(ggml_backend_t cpu, int n_threads) {
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    if (set) {
+        set(cpu, n_threads);
+    }
+}
+
+ggml_backend_t llama_kv_paged::host_backend(int n_threads) {
+    if (!host) {
+        host.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    }
+    if (host) {
+        kvl_set_threads(host.get(), n_threads);
+    }
+    return host.get();
+}
+
+//
+// llama_memory_i
+//
+
+void llama_kv_paged::clear(bool data) {
+    GGML_UNUSED(data);
+    for (size_t s = 0; s < seqs.size(); s++) {
+        truncate(llama_seq_id(s), 0);
+    }
+}
+
+bool llama_kv_paged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id >= 0 && !valid_seq(seq_id)) {
+        return true; // an unknown sequence holds nothing
+    }
+    bool ok = true;
+    for (size_t s = 0; s < seqs.size(); s++) {
+        if (seq_id >= 0 && size_t(seq_id) != s) {
+            continue;
+        }
+        if (p1 >= 0 && p1 < seqs[s].n_seen && std::max(p0, 0) < p1) {
+            kvl_set_error("the paged cache removes only the tail of a sequence: [" + std::to_string(p0) + ", " +
+                          std::to_string(p1) + ") ends before position " + std::to_string(seqs[s].n_seen) +
+                          "; use kvl_keep to drop slots in the middle");
+            ok = false;
+            continue;
+        }
+        if (p1 < 0 || std::max(p0, 0) < p1) {
+            ok = truncate(llama_seq_id(s), p0) && ok;
+        }
+    }
+    return ok;
+}
+
+void llama_kv_paged::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    if (!valid_seq(src) || !valid_seq(dst) || p0 > 0) {
+        kvl_set_error("seq_cp copies a sequence from its beginning into a sequence below n_seq_max = " +
+                      std::to_string(seqs.size()));
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+        return;
+    }
+    if (branch(src, dst) && p1 >= 0 && src != dst && !truncate(dst, p1)) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+        truncate(dst, 0);
+    }
+}
+
+void llama_kv_paged::seq_keep(llama_seq_id seq_id) {
+    for (size_t s = 0; s < seqs.size(); s++) {
+        if (size_t(seq_id) != s) {
+            truncate(llama_seq_id(s), 0);
+        }
+    }
+}
+
+void llama_kv_paged::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    GGML_UNUSED(shift);
+    kvl_set_error("the paged cache keeps true positions and cannot shift them (seq_add); evict instead");
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+}
+
+void llama_kv_paged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    GGML_UNUSED(d);
+    kvl_set_error("the paged cache keeps true positions and cannot divide them (seq_div)");
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, kvl_last_error());
+}
+
+llama_pos llama_kv_paged::seq_pos_min(llama_seq_id seq_id) const {
+    if (!valid_seq(seq_id) || seqs[seq_id].n_seen == 0) {
+        return -1;
+    }
+    llama_pos p = seqs[seq_id].n_seen - 1;
+    for (const auto & heads : seqs[seq_id].heads) {
+        for (const kvl_head & head : heads) {
+            // only slots of f16 are in order
+            const auto end = head.pos.begin() + std::min(head.n(), head.f16_begin() + 1);
+            std::for_each(head.pos.begin(), end, [&](llama_pos pos) {
+                p = pos == kvl_head::HOLE ? p : std::min(p, pos);
+            });
+        }
+    }
+    return p;
+}
+
+llama_pos llama_kv_paged::seq_pos_max(llama_seq_id seq_id) const {
+    return valid_seq(seq_id) ? seqs[seq_id].n_seen - 1 : -1;
+}
+
+//
+// llama_kv_paged_context
+//
+
+llama_kv_paged_context::llama_kv_paged_context(llama_memory_status status) : status(status) {}
+
+llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv)
+    : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), worst_case(true) {}
+
+llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches)
+    : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(ubatches)) {}
+
+bool llama_kv_paged_context::next() {
+    return ++i_cur < ubatches.size();
+}
+
+bool llama_kv_paged_context::apply() {
+    if (worst_case || status != LLAMA_MEMORY_STATUS_SUCCESS) {
+        return status == LLAMA_MEMORY_STATUS_SUCCESS;
+    }
+    const llama_ubatch & ub = ubatches[i_cur];
+    for (uint32_t s = 0; s < ub.n_seqs; s++) {
+        const uint32_t i0 = s * ub.n_seq_tokens;
+        if (!kv->append(ub.seq_id[i0][0], ub.pos + i0, ub.n_seq_tokens)) {
+            kvl_set_error("the KV pool is full in the middle of a batch");
+            return false;
+        }
+    }
+    return true;
+}
+
+kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ub) const {
+    // a graph is used again until a head crosses a multiple of this; accelerators want it larger
+    const uint32_t pad = kv->all_host() && !kv->fused() ? 2 * KVL_PAGE_SLOTS : 256;
+    if (worst_case) {
+        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->mass()};
+    }
+    bool all_live = true;
+    uint32_t n_min = UINT32_MAX;
+    uint32_t n_max = 0;
+    for (uint32_t s = 0; s < ub.n_seqs; s++) {
+        for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer]) {
+            n_min = std::min(n_min, head.n());
+            n_max = std::max(n_max, head.n());
+            all_live = all_live && (kv->fused() || std::all_of(head.live.begin(), head.live.end(), [](uint32_t bits) {
+                                        return bits == UINT32_MAX;
+                                    }));
+        }
+    }
+    return {GGML_PAD(n_max, pad), n_min == n_max && all_live && !kv->fused(), kv->mass()};
+}
+
+//
+// creation hook
+//
+
+static thread_local const kvl_params * requested = nullptr;
+
+void kvl_request_memory(const kvl_params * params) {
+    requested = params;
+}
+
+llama_memory_i * kvl_create_memory(const llama_model & model, const llama_cparams & cparams) {
+    if (!requested) {
+        return nullptr;
+    }
+    try {
+        return new llama_kv_paged(model, cparams, *requested);
+    } catch (const std::exception & e) {
+        kvl_set_error(e.what()); // upstream only logs it
+        throw;
+    }
+}

@@ -1,0 +1,245 @@
+// The paged memory: page tables per (sequence, layer, KV head) over shared page pools.
+
+#pragma once
+
+#include "cache/head.h"
+#include "cache/pool.h"
+#include "error.h"
+#include "ggml-cpp.h"
+#include "kvl-attn.h"
+#include "kvl.h"
+#include "llama-batch.h"
+#include "llama-memory.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct llama_cparams;
+struct llama_hparams;
+struct llama_model;
+class llama_kv_paged_context;
+struct kvl_move;
+
+// pages that so many slots take
+inline uint32_t kvl_pages_for(uint32_t n_slots) {
+    return (n_slots + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS;
+}
+
+void kvl_set_threads(ggml_backend_t cpu, int n_threads);
+
+// Row formats of K and V of a page format.
+std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params);
+// Why rows cannot be stored in these, empty if they can.
+std::string kvl_block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32_t d_v);
+
+struct kvl_layer {
+    uint32_t il;
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    kvl_pool * pool;                      // of f16 pages
+    std::vector<kvl_pool *> pools;        // by format, nullptr: not asked for
+    std::vector<kvl_attn_format> formats; // the same, for the kernels
+    ggml_tensor * queries;                // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
+
+    // recorded when the graph is built: window scores must use the same
+    float kq_scale = 0.0f;
+    float soft_cap = 0.0f;
+};
+
+struct kvl_sequence {
+    llama_pos n_seen = 0;                     // next position
+    std::vector<std::vector<kvl_head>> heads; // [layer][KV head]
+    std::vector<std::vector<float>> mu;       // [layer] f32 [n_head_kv][d_k], empty: none
+    std::vector<llama_pos> window;            // position of each remembered query, -1: none
+};
+
+// Positions stay below this, so that sums of two of them are numbers of 32 bits.
+constexpr llama_pos KVL_POS_END = INT32_MAX / 2;
+
+class llama_kv_paged : public llama_memory_i {
+  public:
+    llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params);
+
+    // the reason why the paged memory cannot serve this model, empty if it can
+    static std::string unsupported(const llama_model & model);
+    // likewise for one of its formats
+    static std::string unsupported(const llama_model & model, kvl_format format);
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
+    llama_memory_context_ptr init_full() override;
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override { return false; }
+
+    void clear(bool data) override;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
+    void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+
+    //
+    // paged
+    //
+
+    // append n positions from p0 to every head; false when a pool is exhausted (nothing is changed then)
+    bool append(llama_seq_id seq, const llama_pos * pos, uint32_t n);
+    // compact to the given slots; false with the error set, and nothing changed
+    bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
+    // store the given slots in another format; how many that were not, or a kvl_status with the error set, and nothing
+    // changed
+    int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const int32_t * n_demote, const int32_t * slots,
+                   int n_threads);
+    // likewise the f16 slots of every head whose positions are given, ascending, the first n_most of them (0: all), of
+    // kivi whole groups
+    int32_t demote_due(llama_seq_id seq, uint32_t layer, uint32_t format, int32_t n, const llama_pos * positions,
+                       int32_t n_most, int n_threads);
+    int32_t set_mu(llama_seq_id seq, uint32_t layer, const float * mu);
+    int32_t centre(llama_seq_id seq, uint32_t layer, llama_pos p0, llama_pos p1, int32_t n_least, int n_threads);
+    void value_norms(llama_seq_id seq, uint32_t layer, int n_threads, float * out) const;
+    // keys and values of one slot as they were before they were stored, rotated or not
+    void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
+    // what kvl_attn_rotate does to a row, and undoes
+    void rotate_row(float * x, uint32_t d) const { attn.rotate_row(x, int(d)); }
+    bool branch(llama_seq_id src, llama_seq_id dst);
+    bool truncate(llama_seq_id seq, llama_pos p0);
+    // make only the given slots visible, nullptr: all; false with the error set, and nothing changed
+    bool select(llama_seq_id seq, uint32_t layer, const int32_t * n_select, const int32_t * slots);
+    // accumulate what every slot receives from now on; false with the error set
+    bool set_mass(kvl_mass kind);
+    // copy the pages that a sequence shares with others; false with the error set, and nothing changed
+    bool own_pages(llama_seq_id seq);
+    // remembered queries of the newest tokens without a gap: ring rows, oldest first
+    std::vector<int32_t> window_rows(llama_seq_id seq) const;
+
+    void get_stats(kvl_stats & out) const;
+    void get_seq_stats(llama_seq_id seq, kvl_seq_stats & out) const;
+    void reset_peak() { peak_bytes = allocated_bytes(); }
+
+    bool valid_seq(llama_seq_id seq) const { return seq >= 0 && size_t(seq) < seqs.size(); }
+    int32_t find_layer(int32_t il) const { return il < int32_t(layer_of.size()) ? layer_of[il] : -1; }
+    bool all_host() const;
+    // the model was loaded without its weights: pages are counted, but hold nothing
+    bool no_alloc() const;
+    bool fused() const { return attn.compute != nullptr; }
+    bool has_mass() const { return mass_kind != KVL_MASS_NONE; }
+    kvl_mass mass() const { return mass_kind; }
+
+    const llama_hparams & hparams;
+    const kvl_params params;
+    const uint32_t n_ctx; // tokens per sequence the pool was sized for
+
+    std::vector<kvl_layer> layers;
+    std::vector<kvl_sequence> seqs;
+
+    // the CPU backend's page kernels (kvl-attn.h), nullptr: attention with stock operators, all pages are f16
+    struct {
+        ggml_custom_op_t compute, merge, mass, scores, rotate;
+        kvl_rows_encode_t encode;
+        kvl_rows_decode_t decode;
+        kvl_row_rotate_t rotate_row;
+    } attn = {};
+    // for what is computed outside the model's graph, made once; nullptr: it cannot be
+    ggml_backend_t host_backend(int n_threads);
+
+    uint64_t n_evict = 0;
+    uint64_t score_us = 0;
+    uint64_t keep_us = 0;
+
+  private:
+    int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const std::vector<std::vector<uint32_t>> & slots,
+                   int n_threads);
+    uint64_t allocated_bytes() const;
+    void note_peak();
+    bool check_slots(llama_seq_id seq, uint32_t layer, const int32_t * counts, const int32_t * slots, bool empty) const;
+    void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on (a plain head)
+    // keep these slots of a head, ascending, each in its format
+    void compact(kvl_layer & layer, kvl_head & head, const std::vector<uint32_t> & slots);
+    // pages that compact() must copy, by format
+    void count_copies(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
+                      std::vector<uint32_t> & copies) const;
+    // the steps of a demotion of one head: encode the slots where they will be, then enter them in the page table
+    void encode_slots(llama_seq_id seq, uint32_t layer, uint32_t head, const kvl_pool & pool, kvl_move & move) const;
+    void move_slots(kvl_layer & layer, kvl_head & head, uint32_t format, const kvl_move & move);
+    void trim();
+    // throws if a page of a sequence holds what is no number
+    void check_pages(llama_seq_id seq) const;
+    // after a head has changed otherwise than by append: its bytes, and what its pages hold
+    void note_held(const kvl_layer & layer, kvl_head & head) const;
+    // of pages that were shared, what is held now: costs nothing unless an owner has let go
+    void recount() const;
+    bool pages_fit(const std::vector<llama_ubatch> & ubatches);
+
+    std::vector<int32_t> layer_of; // model layer -> index in layers, -1: no cache
+    std::vector<std::unique_ptr<kvl_pool>> pools;
+    std::vector<std::unique_ptr<kvl_region>> query_mem;
+    ggml_context_ptr query_ctx;
+    uint64_t query_bytes = 0;
+    uint64_t peak_bytes = 0;
+    kvl_mass mass_kind = KVL_MASS_NONE;
+    ggml_backend_ptr host;
+};
+
+// Whether the tokens of a batch continue their sequences: each belongs to one, whose positions come one after another.
+class kvl_positions_check {
+  public:
+    explicit kvl_positions_check(const llama_kv_paged & kv) : kv(kv), next(kv.seqs.size(), -1) {}
+
+    // the next token of the batch; false with the error set
+    bool add(int32_t n_seq_id, const llama_seq_id * seq_id, llama_pos pos);
+
+  private:
+    const llama_kv_paged & kv;
+    std::vector<llama_pos> next; // expected of each sequence, -1: it has no token in the batch yet
+};
+
+// What the graph needs to know about one layer in the current ubatch.
+struct kvl_layer_shape {
+    uint32_t n_kv; // rows gathered per head, padding included
+    bool uniform;  // every head of every stream holds the same number of slots, all of them live
+    kvl_mass mass; // what is accumulated
+
+    bool operator==(const kvl_layer_shape & o) const {
+        return n_kv == o.n_kv && uniform == o.uniform && mass == o.mass;
+    }
+};
+
+class llama_kv_paged_context : public llama_memory_context_i {
+  public:
+    explicit llama_kv_paged_context(llama_memory_status status);                     // error or no update
+    explicit llama_kv_paged_context(llama_kv_paged * kv);                            // worst case
+    llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches); // a batch
+
+    bool next() override;
+    bool apply() override;
+    const llama_ubatch & get_ubatch() const override { return ubatches[i_cur]; }
+    llama_memory_status get_status() const override { return status; }
+
+    kvl_layer_shape shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ubatch) const;
+
+    llama_kv_paged * kv = nullptr;
+
+  private:
+    llama_memory_status status;
+    bool worst_case = false;
+    size_t i_cur = 0;
+    std::vector<llama_ubatch> ubatches;
+};
+
+// What kvl_init_from_model asks for around the construction of a context on this thread; NULL: the stock cache.
+void kvl_request_memory(const kvl_params * params);

@@ -1,0 +1,124 @@
+// Accounting: what sequences hold, what pools have given, in bytes.
+
+#include "cache/memory.h"
+#include "llama-hparams.h"
+
+#include <algorithm>
+#include <bitset>
+
+uint64_t llama_kv_paged::allocated_bytes() const {
+    uint64_t n = 0;
+    for (const auto & pool : pools) {
+        n += pool ? pool->allocated_bytes() : 0;
+    }
+    return n;
+}
+
+void llama_kv_paged::note_peak() {
+    peak_bytes = std::max(peak_bytes, allocated_bytes());
+}
+
+bool llama_kv_paged::no_alloc() const {
+    return hparams.no_alloc;
+}
+
+bool llama_kv_paged::all_host() const {
+    return std::all_of(pools.begin(), pools.end(), [](const auto & pool) {
+        return !pool || pool->is_host();
+    });
+}
+
+void llama_kv_paged::note_held(const kvl_layer & layer, kvl_head & head) const {
+    head.used_bytes = 0;
+    head.page_bytes = 0;
+    for (uint32_t p = 0; p < head.pages.size(); p++) {
+        kvl_pool & pool = *layer.pools[kvl_head::page_format(head.pages[p])];
+        const uint32_t bits = head.held_bits(p);
+        pool.hold(kvl_head::page_number(head.pages[p]), bits);
+        head.used_bytes += std::bitset<KVL_PAGE_SLOTS>(bits).count() * pool.slot_bytes();
+        head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();
+    }
+}
+
+void llama_kv_paged::recount() const {
+    for (const auto & pool : pools) {
+        if (!pool || !pool->stale()) {
+            continue;
+        }
+        pool->forget();
+        for (const kvl_sequence & seq : seqs) {
+            for (size_t l = 0; l < layers.size(); l++) {
+                for (const kvl_head & head : seq.heads[l]) {
+                    for (uint32_t p = 0; p < head.pages.size(); p++) {
+                        if (layers[l].pools[kvl_head::page_format(head.pages[p])] == pool.get()) {
+                            pool->count(kvl_head::page_number(head.pages[p]), head.held_bits(p));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
+    const kvl_sequence & seq = seqs[seq_id];
+    out = {};
+    out.n_seen = seq.n_seen;
+    out.held_min = INT64_MAX;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            out.n_slots += head.held();
+            out.n_heads++;
+            out.held_min = std::min<int64_t>(out.held_min, head.held());
+            out.held_max = std::max<int64_t>(out.held_max, head.held());
+            out.used_bytes += head.used_bytes;
+            out.page_bytes += head.page_bytes;
+            out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
+        }
+    }
+}
+
+void llama_kv_paged::get_stats(kvl_stats & out) const {
+    out = {};
+    out.peak_bytes = peak_bytes;
+    out.n_evict = n_evict;
+    out.score_us = score_us;
+    out.keep_us = keep_us;
+    recount();
+    for (const auto & pool : pools) {
+        if (pool) {
+            out.used_bytes += pool->used_bytes();
+            out.allocated_bytes += pool->allocated_bytes();
+            out.reserved_bytes += pool->reserved_bytes();
+        }
+    }
+    for (size_t s = 0; s < seqs.size(); s++) {
+        kvl_seq_stats st;
+        get_seq_stats(llama_seq_id(s), st);
+        out.full_bytes += st.full_bytes;
+        out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (const kvl_head & head : seqs[s].heads[l]) {
+                out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
+                out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
+            }
+        }
+    }
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> out;
+    for (const auto & pool : pools) {
+        if (!pool) {
+            continue;
+        }
+        // host pools are address space until they are used; a device buffer is taken whole
+        out[pool->type()] += pool->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
+    }
+    for (const kvl_layer & layer : layers) {
+        if (layer.queries) {
+            out[layer.pool->type()] += ggml_nbytes(layer.queries);
+        }
+    }
+    return out;
+}

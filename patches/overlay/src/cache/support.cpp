@@ -1,0 +1,102 @@
+// What the paged memory can serve: models, and formats of their keys and values.
+
+#include "llama-hparams.h"
+#include "cache/memory.h"
+#include "llama-model.h"
+
+#include <string>
+#include <utility>
+
+std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params) {
+    switch (format) {
+        case KVL_FORMAT_Q8:
+            return {KVL_ROW_Q8, KVL_ROW_Q8};
+        case KVL_FORMAT_Q4:
+            return {KVL_ROW_Q4, KVL_ROW_Q4};
+        case KVL_FORMAT_KV3:
+            return {KVL_ROW_KV3, KVL_ROW_KV2};
+        case KVL_FORMAT_KV2:
+            return {KVL_ROW_KV2, KVL_ROW_KV2};
+        case KVL_FORMAT_KIVI:
+            return {kvl_kivi_row(params.kivi_bits, params.kivi_group, true),
+                    kvl_kivi_row(params.kivi_bits, params.kivi_group, false)};
+        case KVL_FORMAT_TOKEN2:
+            return {KVL_ROW_TOKEN2, KVL_ROW_TOKEN2};
+        default:
+            return {KVL_ROW_F16, KVL_ROW_F16};
+    }
+}
+
+std::string llama_kv_paged::unsupported(const llama_model & model) {
+    const llama_hparams & hp = model.hparams;
+    const std::string instead = "; use --policy full, which runs it on llama.cpp's own cache";
+    const std::string arch = "the architecture '" + model.arch_name() + "' ";
+    if (llm_arch_is_recurrent(model.arch)) {
+        return arch + "is recurrent and has no KV cache to page" + instead;
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return arch + "mixes attention with recurrent layers, which the paged cache does not serve yet" + instead;
+    }
+    if (hp.is_mla()) {
+        return arch + "uses multi-head latent attention (MLA), which the paged cache does not serve yet" + instead;
+    }
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return arch + "uses sliding-window attention, which the paged cache does not serve yet" + instead;
+    }
+    if (hp.use_mrope() || hp.n_pos_per_embd() != 1) {
+        return arch + "uses multi-dimensional positions (M-RoPE), which the paged cache does not serve yet" + instead;
+    }
+    if (llama_model_has_encoder(&model) || !hp.causal_attn) {
+        return arch + "has no causal decoder that the paged cache could serve" + instead;
+    }
+    if (hp.f_max_alibi_bias > 0.0f) {
+        return arch + "uses ALiBi position biases, which the paged cache does not serve yet" + instead;
+    }
+    if (hp.n_layer_nextn > 0) {
+        return arch + "carries multi-token-prediction layers, which the paged cache does not serve yet" + instead;
+    }
+    switch (model.arch) {
+        case LLM_ARCH_GROK:   // scales its logits outside the attention operator
+        case LLM_ARCH_EAGLE3: // drafts, not models
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_DREAM: // diffusion: no causal cache
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1:
+        case LLM_ARCH_DEEPSEEK4: // attention of their own
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+            return arch + "computes attention in a way of its own, which the paged cache does not serve" + instead;
+        default:
+            return "";
+    }
+}
+
+std::string kvl_block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32_t d_v) {
+    const int k_block = kvl_row_block(k_row);
+    const int v_block = kvl_row_block(v_row);
+    if (d_k % uint32_t(k_block) == 0 && d_v % uint32_t(v_block) == 0) {
+        return "";
+    }
+    return "heads of " + std::to_string(d_k) + " and " + std::to_string(d_v) +
+           " values cannot be stored in blocks of " + std::to_string(k_block) +
+           (k_block != v_block ? " and " + std::to_string(v_block) : "");
+}
+
+std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format format) {
+    const llama_hparams & hp = model.hparams;
+    const auto [k_row, v_row] = kvl_rows_of(format, {});
+    std::string why;
+    for (uint32_t il = 0; il < hp.n_layer() && why.empty(); il++) {
+        if (!hp.has_kv(il) || hp.n_head_kv(il) == 0) {
+            continue;
+        }
+        const bool host = ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)));
+        why = format == KVL_FORMAT_F16 || host
+                  ? kvl_block_refusal(k_row, v_row, hp.n_embd_head_k(il), hp.n_embd_head_v(il))
+                  : "only pages in main memory can be stored in other formats than f16";
+    }
+    return why;
+}

@@ -1,0 +1,133 @@
+#include "graph/rope.h"
+
+#include "ggml-cpp.h"
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint32_t layer_id, int64_t n, float * x,
+                           const int32_t * pos) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const llama_hparams & hp = kv.hparams;
+    const llama_cparams & cp = ctx.get_cparams();
+    const llama_model & model = ctx.get_model();
+    const int il = int(layer.il);
+    ggml_tensor * model_factors = model.get_rope_factors(cp, il);
+
+    constexpr size_t n_nodes = 8;
+    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
+                           true};
+    ggml_context_ptr owner(ggml_init(ip));
+    ggml_context * g = owner.get();
+    ggml_tensor * rows = ggml_new_tensor_3d(g, GGML_TYPE_F32, layer.pool->d_k, 1, n);
+    ggml_tensor * at = ggml_new_tensor_1d(g, GGML_TYPE_I32, n);
+    ggml_tensor * factors = model_factors ? ggml_dup_tensor(g, model_factors) : nullptr;
+    // YaRN scales what it turns, by this; stored keys have been scaled before
+    const float scale = model.get_rope_freq_scale(cp, il);
+    const float magnitude = cp.yarn_ext_factor != 0.0f ? 1.0f / (1.0f + 0.1f * logf(1.0f / scale)) : 1.0f;
+    ggml_tensor * turned = ggml_rope_ext(g, rows, at, factors, int(hp.n_rot(layer.il)), hp.rope_type,
+                                         int(cp.n_ctx_orig_yarn), model.get_rope_freq_base(cp, il), scale,
+                                         cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow);
+    ggml_cgraph * gf = ggml_new_graph_custom(g, n_nodes, false);
+    ggml_build_forward_expand(gf, turned);
+    ggml_backend_t cpu = kv.host_backend(1); // so little work that waiting for others would cost more
+    ggml_backend_buffer_ptr buffer(cpu ? ggml_backend_alloc_ctx_tensors(g, cpu) : nullptr);
+    if (!buffer) {
+        kvl_set_error("no memory to turn " + std::to_string(n) + " rows");
+        return KVL_ERR_MEMORY;
+    }
+    std::copy_n(x, n * layer.pool->d_k, static_cast<float *>(rows->data));
+    std::copy_n(pos, n, static_cast<int32_t *>(at->data));
+    if (factors) {
+        ggml_backend_tensor_get(model_factors, factors->data, 0, ggml_nbytes(factors));
+    }
+    if (ggml_backend_graph_compute(cpu, gf) != GGML_STATUS_SUCCESS) {
+        kvl_set_error("the rotation failed in layer " + std::to_string(layer.il));
+        return KVL_ERR_COMPUTE;
+    }
+    std::copy_n(static_cast<const float *>(turned->data), n * layer.pool->d_k, x);
+    return KVL_OK;
+}
+
+int32_t kvl_rotate_rows(const llama_context & ctx, llama_kv_paged & kv, uint32_t layer_id, int64_t n, float * x,
+                        const int32_t * pos) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    if (!kv.hparams.has_rope(layer.il) || kv.hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return KVL_OK;
+    }
+    constexpr int64_t STEP = 8192; // bounds the scratch memory
+    for (int64_t i = 0; i < n; i += STEP) {
+        const int32_t rc = rotate_some(ctx, kv, layer_id, std::min(STEP, n - i), x + i * layer.pool->d_k, pos + i);
+        if (rc != KVL_OK) {
+            return rc;
+        }
+    }
+    return KVL_OK;
+}
+
+int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_seq_id seq_id) {
+    auto & heads_of = kv.seqs[seq_id].heads;
+    const uint32_t n = heads_of[0][0].held();
+    for (size_t l = 0; l < kv.layers.size(); l++) {
+        for (const kvl_head & head : heads_of[l]) {
+            if (head.held() != n) {
+                kvl_set_error("heads hold " + std::to_string(n) + " and " + std::to_string(head.held()) +
+                              " slots; only a sequence with equal heads can be renumbered");
+                return KVL_ERR_ARGUMENT;
+            }
+        }
+    }
+    if (!kv.own_pages(seq_id)) {
+        return KVL_ERR_MEMORY;
+    }
+    std::vector<float> x;
+    std::vector<int32_t> turn;
+    for (uint32_t l = 0; l < kv.layers.size(); l++) {
+        kvl_pool & pool = *kv.layers[l].pool;
+        for (kvl_head & head : heads_of[l]) {
+            // the sinks stay where they are
+            uint32_t first = kv.no_alloc() ? n : 0;
+            while (first < n && head.pos[first] == llama_pos(first)) {
+                first++;
+            }
+            x.resize(size_t(n - first) * pool.d_k);
+            turn.resize(n - first);
+            const auto pages = [&](auto && run) {
+                for (uint32_t i = first; i < n;) {
+                    const uint32_t step = std::min(n - i, KVL_PAGE_SLOTS - i % KVL_PAGE_SLOTS);
+                    run(head.row(i), step, x.data() + size_t(i - first) * pool.d_k);
+                    i += step;
+                }
+            };
+            pages([&](uint64_t row, uint32_t step, float * to) {
+                pool.read_rows(row, step, to, nullptr);
+            });
+            for (uint32_t i = first; i < n; i++) {
+                turn[i - first] = int32_t(i) - head.pos[i];
+            }
+            const auto rotated = [&] {
+                for (uint32_t i = 0; kv.params.rotate && i < n - first; i++) {
+                    kv.rotate_row(x.data() + size_t(i) * pool.d_k, pool.d_k);
+                }
+            };
+            rotated();
+            const int32_t rc = kvl_rotate_rows(ctx, kv, l, n - first, x.data(), turn.data());
+            rotated();
+            if (rc != KVL_OK) {
+                return rc;
+            }
+            pages([&](uint64_t row, uint32_t step, const float * from) {
+                pool.write_keys(row, step, from);
+            });
+            std::iota(head.pos.begin(), head.pos.end(), 0);
+        }
+    }
+    kv.seqs[seq_id].n_seen = llama_pos(n);
+    std::fill(kv.seqs[seq_id].window.begin(), kv.seqs[seq_id].window.end(), -1);
+    return KVL_OK;
+}

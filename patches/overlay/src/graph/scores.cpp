@@ -1,0 +1,296 @@
+#include "graph/scores.h"
+
+#include "kvl-attn.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+// The backends a graph over this layer's pages needs: their device and the CPU.
+struct runner {
+    std::vector<ggml_backend_ptr> backends;
+    ggml_backend_sched_ptr sched;
+
+    runner(const kvl_pool & pool, int n_threads, size_t n_nodes) {
+        if (!pool.is_host()) {
+            backends.emplace_back(ggml_backend_dev_init(ggml_backend_buft_get_device(pool.type()), nullptr));
+        }
+        ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+        backends.emplace_back(cpu);
+        if (cpu) {
+            kvl_set_threads(cpu, n_threads);
+        }
+        std::vector<ggml_backend_t> raw;
+        for (const auto & backend : backends) {
+            if (!backend) {
+                return;
+            }
+            raw.push_back(backend.get());
+        }
+        sched.reset(ggml_backend_sched_new(raw.data(), nullptr, int(raw.size()), n_nodes, false, true));
+    }
+};
+
+struct chunk {
+    uint32_t h0, n_heads; // KV heads
+    int64_t n_slots;      // longest head
+};
+
+// Heads that fit the scratch bound together, at least one.
+std::vector<chunk> split_heads(const std::vector<kvl_head> & heads, int64_t bytes_per_slot, int64_t bound) {
+    std::vector<chunk> out;
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        const int64_t n = heads[h].n();
+        if (!out.empty()) {
+            chunk & c = out.back();
+            const int64_t n_max = std::max(c.n_slots, n);
+            if (n_max * (c.n_heads + 1) * bytes_per_slot <= bound) {
+                c.n_heads++;
+                c.n_slots = n_max;
+                continue;
+            }
+        }
+        out.push_back({h, 1, n});
+    }
+    return out;
+}
+
+} // namespace
+
+static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, const chunk & c,
+                             const std::vector<int32_t> & query_rows, bool rms, int n_threads, float * out,
+                             int64_t stride) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const auto & heads = kv.seqs[seq].heads[layer_id];
+    const int64_t n = c.n_slots;
+    const int64_t w = int64_t(query_rows.size());
+    const int64_t G = layer.n_head / layer.n_head_kv;
+    const int64_t d = layer.pool->d_k;
+    const int64_t H = c.n_heads;
+
+    constexpr size_t n_nodes = 64;
+    runner run(*layer.pool, n_threads, n_nodes);
+    if (!run.sched) {
+        kvl_set_error("cannot create the backend for window scores");
+        return KVL_ERR_COMPUTE;
+    }
+    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
+                           true};
+    ggml_context_ptr ctx_owner(ggml_init(ip));
+    ggml_context * ctx = ctx_owner.get();
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
+
+    ggml_tensor * gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * H);
+    ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, w);
+    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n, w, 1, H);
+    ggml_tensor * mean = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, w, G, H);
+    for (ggml_tensor * t : {gather, rows, mask, mean}) {
+        ggml_set_input(t);
+    }
+
+    ggml_tensor * k = ggml_reshape_4d(ctx, ggml_get_rows(ctx, layer.pool->k, gather), d, n, 1, H);
+    ggml_tensor * q = ggml_get_rows(ctx, layer.queries, rows); // [d*n_head, w]
+    q = ggml_view_4d(ctx, q, d, w, G, H, q->nb[1], d * sizeof(float), d * G * sizeof(float),
+                     c.h0 * G * d * sizeof(float));
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cont(ctx, q)); // [n, w, G, H]
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    float scale = layer.kq_scale;
+    if (layer.soft_cap > 0.0f) {
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / layer.soft_cap)), layer.soft_cap);
+        scale = 1.0f;
+    }
+    ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    if (rms) {
+        p = ggml_sqr_inplace(ctx, p);
+    }
+    ggml_tensor * mass = ggml_out_prod(ctx, p, mean); // [n, 1, G, H]: sum over the window
+    ggml_set_output(mass);
+    ggml_build_forward_expand(gf, mass);
+
+    if (!ggml_backend_sched_alloc_graph(run.sched.get(), gf)) {
+        kvl_set_error("no memory for window scores over " + std::to_string(n) + " slots");
+        return KVL_ERR_MEMORY;
+    }
+
+    std::vector<int32_t> gather_data(n * H);
+    std::vector<float> mask_data(n * w * H, -INFINITY);
+    for (int64_t h = 0; h < H; h++) {
+        const kvl_head & head = heads[c.h0 + h];
+        for (int64_t i = 0; i < n; i++) {
+            gather_data[h * n + i] = int32_t(head.row(uint32_t(std::min<int64_t>(i, head.n() - 1))));
+        }
+        for (int64_t i = 0; i < w; i++) {
+            const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
+            const auto end = std::upper_bound(head.pos.begin(), head.pos.end(), pos);
+            std::fill_n(mask_data.begin() + (h * w + i) * n, end - head.pos.begin(), 0.0f);
+        }
+    }
+    const std::vector<float> mean_data(w * G * H, 1.0f / float(w));
+    ggml_backend_tensor_set(gather, gather_data.data(), 0, ggml_nbytes(gather));
+    ggml_backend_tensor_set(rows, query_rows.data(), 0, ggml_nbytes(rows));
+    ggml_backend_tensor_set(mask, mask_data.data(), 0, ggml_nbytes(mask));
+    ggml_backend_tensor_set(mean, mean_data.data(), 0, ggml_nbytes(mean));
+
+    if (ggml_backend_sched_graph_compute(run.sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        kvl_set_error("the graph of the window scores failed in layer " + std::to_string(layer.il));
+        return KVL_ERR_COMPUTE;
+    }
+    std::vector<float> result(n * G * H);
+    ggml_backend_tensor_get(mass, result.data(), 0, result.size() * sizeof(float));
+    for (float & value : result) {
+        value = rms ? std::sqrt(value) : value;
+    }
+    for (int64_t h = 0; h < G * H; h++) {
+        float * row = out + (c.h0 * G + h) * stride;
+        const int64_t len = heads[c.h0 + h / G].n();
+        std::copy_n(result.begin() + h * n, len, row);
+        std::fill(row + len, row + stride, 0.0f);
+    }
+    return KVL_OK;
+}
+
+// The page kernel: one operator, on a backend that is made once.
+static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id,
+                             const std::vector<int32_t> & query_rows, bool rms, int n_threads, float * out,
+                             int64_t stride) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const auto & heads = kv.seqs[seq].heads[layer_id];
+    const int64_t w = int64_t(query_rows.size());
+    const int64_t H = layer.n_head_kv;
+    ggml_backend_t cpu = kv.host_backend(n_threads);
+    if (!cpu) {
+        kvl_set_error("cannot create the backend for window scores");
+        return KVL_ERR_COMPUTE;
+    }
+
+    int64_t n_pages = 0;
+    int64_t n_slots = 0; // holes included
+    for (const kvl_head & head : heads) {
+        n_pages += int64_t(head.pages.size());
+        n_slots = std::max<int64_t>(n_slots, head.n());
+    }
+    std::vector<const float *> mu(H, nullptr);
+    for (int64_t h = 0; h < H && !kv.seqs[seq].mu[layer_id].empty(); h++) {
+        mu[h] = kv.seqs[seq].mu[layer_id].data() + h * layer.pool->d_k;
+    }
+    constexpr size_t n_nodes = 8;
+    ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
+                           true};
+    ggml_context_ptr ctx_owner(ggml_init(ip));
+    ggml_context * ctx = ctx_owner.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
+    ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
+    ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
+    ggml_tensor * blind = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_slots, H);
+    kvl_attn_params params = {};
+    params.n_head = int32_t(layer.n_head);
+    params.n_head_kv = int32_t(H);
+    params.n_seqs = 1;
+    params.n_seq_tokens = int32_t(w);
+    params.n_split = 1;
+    params.n_kv = int32_t(n_slots);
+    params.scale = layer.kq_scale;
+    params.soft_cap = layer.soft_cap;
+    params.formats = layer.formats.data();
+    params.mu = mu.data();
+    params.rms = rms;
+    ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible, blind};
+    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 6, kv.attn.scores,
+                                          GGML_N_TASKS_MAX, &params);
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
+    ggml_build_forward_expand(gf, scores);
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
+    if (!buffer) {
+        kvl_set_error("no memory for window scores over " + std::to_string(n_slots) + " slots");
+        return KVL_ERR_MEMORY;
+    }
+
+    for (int64_t i = 0; i < w; i++) {
+        const size_t row = layer.queries->nb[1];
+        ggml_backend_tensor_get(layer.queries, static_cast<char *>(q->data) + i * q->nb[2], row * query_rows[i], row);
+    }
+    auto * t = static_cast<int32_t *>(table->data);
+    auto * v = static_cast<int32_t *>(visible->data);
+    int32_t first = 0;
+    for (int64_t h = 0; h < H; h++) {
+        const kvl_head & head = heads[h];
+        t[h] = int32_t(head.n());
+        t[H + h] = first;
+        for (uint32_t p = 0; p < head.pages.size(); p++, first++) {
+            t[2 * H + first] = int32_t(head.pages[p]);
+            t[2 * H + n_pages + first] = int32_t(head.all_live(p));
+        }
+        // what is not f16 lies before, in no order
+        const auto begin = head.pos.begin() + head.f16_begin();
+        auto * not_yet = static_cast<int32_t *>(blind->data) + h * n_slots;
+        const llama_pos first_query = kv.seqs[seq].n_seen - llama_pos(w);
+        std::fill_n(not_yet, n_slots, 0);
+        for (uint32_t slot = 0; slot < head.f16_begin(); slot++) {
+            not_yet[slot] = std::max(head.pos[slot] - first_query, 0);
+        }
+        for (int64_t i = 0; i < w; i++) {
+            const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
+            *v++ = int32_t(std::upper_bound(begin, head.pos.end(), pos) - head.pos.begin());
+        }
+    }
+    if (ggml_backend_graph_compute(cpu, gf) != GGML_STATUS_SUCCESS) {
+        kvl_set_error("the window scores failed in layer " + std::to_string(layer.il));
+        return KVL_ERR_COMPUTE;
+    }
+    for (uint32_t h = 0; h < layer.n_head; h++) {
+        const auto * from = static_cast<const float *>(scores->data) + h * n_slots;
+        const std::vector<uint32_t> order = heads[h / (layer.n_head / H)].order();
+        for (int64_t i = 0; i < stride; i++) {
+            out[h * stride + i] = size_t(i) < order.size() ? from[order[i]] : 0.0f;
+        }
+    }
+    return int32_t(w);
+}
+
+int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_t layer_id, int32_t n_queries, bool rms,
+                                  int n_threads, float * out, int64_t stride) {
+    const kvl_layer & layer = kv.layers[layer_id];
+    const auto & heads = kv.seqs[seq].heads[layer_id];
+    std::vector<int32_t> rows = kv.window_rows(seq);
+    if (n_queries > 0 && rows.size() > size_t(n_queries)) {
+        rows.erase(rows.begin(), rows.end() - n_queries);
+    }
+    if (rows.empty()) {
+        kvl_set_error("no window queries: the sequence is empty, was cut back past its window, or n_window is 0");
+        return KVL_ERR_ARGUMENT;
+    }
+    for (const kvl_head & head : heads) {
+        if (head.held() == 0 || head.held() > stride) {
+            kvl_set_error("a head holds " + std::to_string(head.held()) + " slots, the output has room for " +
+                          std::to_string(stride));
+            return KVL_ERR_ARGUMENT;
+        }
+        // a query whose slots are all later than itself would have nothing to attend to
+        const llama_pos first_query = kv.seqs[seq].n_seen - llama_pos(rows.size());
+        if (std::all_of(head.pos.begin(), head.pos.end(), [&](llama_pos pos) {
+                return pos > first_query || pos == kvl_head::HOLE;
+            })) {
+            kvl_set_error("the slots of a head begin inside the window; scores are undefined");
+            return KVL_ERR_ARGUMENT;
+        }
+    }
+    if (kv.fused()) {
+        return compute_fused(kv, seq, layer_id, rows, rms, n_threads, out, stride);
+    }
+    const int64_t G = layer.n_head / layer.n_head_kv;
+    // gathered keys, logits and softmax of a group, and the mask
+    const int64_t bytes_per_slot = 4 * (layer.pool->d_k + int64_t(rows.size()) * (2 * G + 1));
+    for (const chunk & c : split_heads(heads, bytes_per_slot, std::max<int64_t>(kv.params.score_bytes, 1))) {
+        const int32_t rc = compute_chunk(kv, seq, layer_id, c, rows, rms, n_threads, out, stride);
+        if (rc != KVL_OK) {
+            return rc;
+        }
+    }
+    return int32_t(rows.size());
+}
