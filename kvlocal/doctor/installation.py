@@ -121,7 +121,7 @@ def _mapped() -> list[str]:
     if not hasattr(process, "memory_maps"):
         return []
     paths = {entry.path for entry in process.memory_maps()}
-    names = ("libllama.", "libggml", "llama.dll", "ggml")
+    names = ("libllama.", "libggml")
     return sorted(path for path in paths if Path(path).name.startswith(names) and Path(path).suffix != ".gguf")
 
 

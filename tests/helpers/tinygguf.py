@@ -113,7 +113,7 @@ def write_model(
 ) -> TinySpec:
     """Write a model of `arch` with random weights to `path` and return its hyper-parameters.
 
-    `head_dim_v`: values per head of V, None for head_dim (llama, qwen3). Head counts need not divide: llama.cpp loads
+    `head_dim_v`: values per head of V (plm), None for head_dim. Head counts need not divide: llama.cpp loads
     such files. `tokenizer`: "llama", or a name for a file without a vocabulary. `n_embd`: width of the residual stream;
     None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens.
     `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
@@ -126,7 +126,7 @@ def write_model(
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} must be even")
     d_v = head_dim if head_dim_v is None else head_dim_v
-    if d_v != head_dim and arch not in ("llama", "qwen3"):
+    if d_v != head_dim and arch != "plm":
         raise ValueError(f"{arch} is written with head_dim_v = head_dim only")
     if n_vocab <= len(SPECIALS) + N_BYTES:
         raise ValueError(f"n_vocab {n_vocab} must exceed {len(SPECIALS) + N_BYTES}: specials, bytes, the space")
@@ -207,6 +207,8 @@ def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:
         ints |= {"attention.q_lora_rank": 0, "attention.kv_lora_rank": latent, "rope.dimension_count": rope}
         # All layers dense: what is tested is the latent cache, not the experts.
         ints |= {"leading_dense_block_count": spec.n_layer, "expert_feed_forward_length": 0, "expert_shared_count": 0}
+    elif spec.arch == "plm":
+        ints |= {"attention.kv_lora_rank": _kv_rank(spec), "rope.dimension_count": spec.head_dim // 2}
     elif spec.arch == "bert":
         ints["pooling_type"] = 1
         floats["attention.layer_norm_epsilon"] = RMS_EPS
@@ -250,9 +252,9 @@ def _pieces(count: int) -> list[str]:
 
 
 def _tensors(spec: TinySpec) -> Tensors:
-    tied = spec.arch in ("gemma", "gemma2")
+    tied = spec.arch in ("gemma", "gemma2", "plm")
     # Gemma multiplies embeddings by sqrt(n_embd); the others read them as they are.
-    embd_std = 1 / math.sqrt(spec.n_embd) if tied else 1.0
+    embd_std = 1 / math.sqrt(spec.n_embd) if spec.arch in ("gemma", "gemma2") else 1.0
     yield "token_embd.weight", spec.normal("token_embd.weight", (spec.n_vocab, spec.n_embd), embd_std)
     if spec.arch == "bert":
         yield "position_embd.weight", spec.normal("position_embd.weight", (spec.n_ctx, spec.n_embd), 0.5)
@@ -272,12 +274,8 @@ def _tensors(spec: TinySpec) -> Tensors:
 
 def _qkv(spec: TinySpec, prefix: str, *, fused: bool = False, gain: float | None = None) -> Tensors:
     gain = spec.qk_gain if gain is None else gain
-    kv = spec.n_head_kv
-    parts = (
-        ("q", spec.n_head * spec.head_dim, gain),
-        ("k", kv * spec.head_dim, gain),
-        ("v", kv * spec.head_dim_v, 1.0),
-    )
+    width, kv_width = spec.n_head * spec.head_dim, spec.n_head_kv * spec.head_dim
+    parts = (("q", width, gain), ("k", kv_width, gain), ("v", kv_width, 1.0))
     weights = [spec.linear(f"{prefix}attn_{p}.weight", spec.n_embd, n, g) for p, n, g in parts]
     biases = [
         (name, spec.normal(name, (n,), spec.qkv_bias)) for p, n, _ in parts for name in [f"{prefix}attn_{p}.bias"]
@@ -375,6 +373,20 @@ def _deepseek2(spec: TinySpec, prefix: str) -> Tensors:
     yield from _ffn(spec, prefix)
 
 
+def _plm(spec: TinySpec, prefix: str) -> Tensors:
+    """Keys and values come from a latent, and are cached whole; all heads share the turned half of a key, its last."""
+    rank, rope = _kv_rank(spec), spec.head_dim // 2
+    nope = spec.head_dim - rope
+    yield spec.norm(f"{prefix}attn_norm.weight", spec.n_embd)
+    yield spec.linear(f"{prefix}attn_q.weight", spec.n_embd, spec.n_head * spec.head_dim, spec.qk_gain)
+    yield spec.linear(f"{prefix}attn_kv_a_mqa.weight", spec.n_embd, rank + rope, spec.qk_gain)
+    yield spec.norm(f"{prefix}attn_kv_a_norm.weight", rank)
+    yield spec.linear(f"{prefix}attn_kv_b.weight", rank, spec.n_head * (nope + spec.head_dim_v))
+    yield _attention_output(spec, prefix)
+    yield spec.norm(f"{prefix}ffn_norm.weight", spec.n_embd)
+    yield from _ffn(spec, prefix, gated=False)
+
+
 def _bert(spec: TinySpec, prefix: str) -> Tensors:
     yield from _qkv(spec, prefix)
     yield _attention_output(spec, prefix)
@@ -392,5 +404,6 @@ LAYERS: dict[str, Callable[[TinySpec, str], Tensors]] = {
     "gemma2": _gemma2,
     "mamba": _mamba,
     "deepseek2": _deepseek2,
+    "plm": _plm,
     "bert": _bert,
 }

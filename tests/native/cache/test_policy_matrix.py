@@ -190,3 +190,42 @@ def test_the_mean_rotation_that_expected_attention_composes(
         want = turned.reshape(n, HEAD_DIM, HEAD_DIM).mean(axis=0, dtype=np.float64).T
         got = mean_rotation(lambda rows, at: cache.rotate(0, rows, at), HEAD_DIM, first, n)
         np.testing.assert_allclose(got, want, atol=3e-4)
+
+
+def rolled(context: Context, policy: Policy, budget: int, texts: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Logits behind every sequence, all of them decoded in one batch, evicted and renumbered in turn."""
+    sequences = {seq: Sequence(context, seq) for seq in texts}
+    for first in range(0, min(map(len, texts.values())), 50):
+        parts = {seq: text[first : first + 50] for seq, text in texts.items()}
+        at = [context.n_seen(seq) + np.arange(len(part)) for seq, part in parts.items()]
+        seqs = np.repeat(list(parts), [len(part) for part in parts.values()])
+        context.decode(np.concatenate(list(parts.values())), np.concatenate(at), seqs)
+        for seq, part in parts.items():
+            sequences[seq].tokens = [*sequences[seq].tokens, *part.tolist()]
+        logits = context.logits(len(texts))
+        for sequence in sequences.values():
+            while evict(sequence, policy, budget):
+                assert context.n_seen(sequence.seq) == len(sequence.tokens) - sequence.rolled
+    return dict(zip(texts, logits, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if "positions" in declared_rules(REGISTRY[name])])
+def test_renumbered_sequences_do_not_disturb_each_other(
+    name: str, open_model: OpenModel, open_context: OpenContext
+) -> None:
+    model = open_model("llama", n_layer=N_LAYER, n_head=6, n_head_kv=N_HEAD_KV, head_dim=HEAD_DIM, n_ff=64)
+    rules = declared_rules(REGISTRY[name])
+    policy = make_policy(name, {k: v for k, v in SMALL.items() if k in rules} | {"positions": "rolled"})
+    budget = 80
+    texts = {seq: random_tokens(model, 250, seq) for seq in range(3)}
+    options = {"n_window": policy.n_window, "mass": policy.mass}
+    together_in = open_context(model, n_seq_max=3, **options)
+    together = rolled(together_in, policy, budget, texts)
+    for seq, text in texts.items():
+        alone_in = open_context(model, n_seq_max=3, **options)
+        alone = rolled(alone_in, policy, budget, {seq: text})
+        np.testing.assert_allclose(together[seq], alone[seq], atol=2e-3 * np.abs(alone[seq]).max())
+        assert together_in.n_seen(seq) == alone_in.n_seen(seq) < 250, "renumbered"
+        assert together_in.cache is not None and alone_in.cache is not None
+        assert_same(held(together_in.cache, seq), held(alone_in.cache, seq))
+        assert held(together_in.cache, seq)[0][0].tolist() == list(range(alone_in.n_seen(seq)))

@@ -110,12 +110,12 @@ def test_the_kernels_must_be_what_runs(open_model: OpenModel, monkeypatch: pytes
 
 
 def test_the_library_is_ours_and_says_what_it_is() -> None:
-    library, fault = find_library()
+    found, fault = find_library()
     folder = library.installed("lib")
-    assert fault == "" and library.ours is True
-    assert library.path is not None and Path(library.path).parent == folder
-    assert (library.abi, library.llama_cpp_commit) == (library.ABI_VERSION, library.load().commit)
-    assert "CPU" in library.system_info and library.binding not in (None, "unknown")
+    assert fault == "" and found.ours is True
+    assert found.path is not None and Path(found.path).parent == folder
+    assert (found.abi, found.llama_cpp_commit) == (library.ABI_VERSION, library.load().commit)
+    assert "CPU" in found.system_info and found.binding not in (None, "unknown")
 
 
 def test_a_second_ggml_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,10 +84,23 @@ void kvl_region::give_back(size_t begin, size_t end) {
     const size_t hi = end / page * page;
     if (hi > lo) {
 #ifdef __APPLE__
-        madvise(static_cast<char *>(base) + lo, hi - lo, MADV_FREE);
+        // MADV_FREE leaves them in the resident size of the process until memory runs short
+        madvise(static_cast<char *>(base) + lo, hi - lo, MADV_FREE_REUSABLE);
 #else
         madvise(static_cast<char *>(base) + lo, hi - lo, MADV_DONTNEED);
 #endif
+    }
+#else
+    (void)begin;
+    (void)end;
+#endif
+}
+
+void kvl_region::take_again(size_t begin, size_t end) {
+#ifdef __APPLE__
+    if (base) { // what was reusable counts again
+        const size_t lo = begin / os_page_size() * os_page_size();
+        madvise(static_cast<char *>(base) + lo, std::min(end, mapped) - lo, MADV_FREE_REUSE);
     }
 #else
     (void)begin;
@@ -147,6 +160,9 @@ uint32_t kvl_pool::take() {
     hint += n_together;
     std::fill_n(refs.begin() + page, n_together, 1);
     n_taken += n_together;
+    for (const auto & [mem, t] : {std::pair<kvl_region *, ggml_tensor *>{&k_mem, k}, {&v_mem, v}}) {
+        mem->take_again(page * KVL_PAGE_SLOTS * t->nb[1], (page + n_together) * KVL_PAGE_SLOTS * t->nb[1]);
+    }
     return page;
 }
 

@@ -25,6 +25,8 @@ class kvl_region {
     bool place(ggml_tensor * t, size_t offset);
     // give [begin, end) back to the operating system; only whole system pages inside it go
     void give_back(size_t begin, size_t end);
+    // [begin, end) is written to again
+    void take_again(size_t begin, size_t end);
 
     ggml_backend_buffer_t buffer() const { return buf.get(); }
     bool is_host() const { return host; }

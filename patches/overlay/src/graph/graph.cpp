@@ -307,6 +307,9 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
     const int64_t H = layer.n_head_kv;
     const int64_t d_k = layer.pool->d_k;
     const int64_t d_v = layer.pool->d_v;
+    if (v->ne[0] == d_v * H && v->ne[1] == T * S) { // some models make all heads' values one row
+        v = ggml_reshape_3d(ctx, contiguous(ctx, v), d_v, H, T * S);
+    }
     if (q->ne[0] != d_k || q->ne[1] != Hq || k->ne[0] != d_k || k->ne[1] != H || v->ne[0] != d_v || v->ne[1] != H) {
         kvl_set_error("the attention of layer " + std::to_string(il) + " has shapes that the model file does not name");
         throw std::runtime_error(kvl_last_error());

@@ -10,6 +10,11 @@
 #include <cmath>
 #include <numeric>
 
+// Whether the values that RoPE turns are the last ones of a key, not the first.
+static bool turns_the_end(llm_arch arch) {
+    return arch == LLM_ARCH_PLM || arch == LLM_ARCH_MINICPM3 || arch == LLM_ARCH_DEEPSEEK2;
+}
+
 static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint32_t layer_id, int64_t n, float * x,
                            const int32_t * pos) {
     const kvl_layer & layer = kv.layers[layer_id];
@@ -33,6 +38,9 @@ static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint3
     ggml_tensor * turned = ggml_rope_ext(g, rows, at, factors, int(hp.n_rot(layer.il)), hp.rope_type,
                                          int(cp.n_ctx_orig_yarn), model.get_rope_freq_base(cp, il), scale,
                                          cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow);
+    if (turns_the_end(model.arch)) {
+        turned = ggml_rope_set_offset(turned, int(layer.pool->d_k) - int(hp.n_rot(layer.il)));
+    }
     ggml_cgraph * gf = ggml_new_graph_custom(g, n_nodes, false);
     ggml_build_forward_expand(gf, turned);
     ggml_backend_t cpu = kv.host_backend(1); // so little work that waiting for others would cost more
