@@ -10,15 +10,12 @@ from contexts import OpenContext, OpenModel, random_tokens
 from dense_llama import DenseLlama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kivi import HEADS, SHAPE, both, fill, open_kivi, read, stored
 
 from kvlocal.doctor.kernels import decode_rows, encode_rows
-from kvlocal.errors import KVError, UsageError
 from kvlocal.native.cache import PagedCache
-from kvlocal.native.context import Context
 from kvlocal.native.formats import FORMATS
 
-SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "head_dim": 64}
-HEADS = [(layer, head) for layer in range(2) for head in range(2)]
 KINDS = [(bits, group) for bits in (2, 4) for group in (32, 64)]
 F16_BYTES = 2 * 2 * 64
 KIVI = FORMATS.index("kivi")
@@ -27,34 +24,6 @@ KIVI = FORMATS.index("kivi")
 def slot_bytes(bits: int, group: int) -> float:
     """Of K and V of a slot: the codes, and a scale and a zero per group."""
     return 2 * 64 * (bits + 32 / group) / 8
-
-
-def open_kivi(open_model: OpenModel, open_context: OpenContext, **config: Any) -> tuple[Context, PagedCache]:
-    settings = {"formats": ("kivi", "token2", "q8"), "n_seq_max": 2} | config
-    context = open_context(open_model("llama", **SHAPE), **settings)
-    assert context.cache is not None
-    return context, context.cache
-
-
-def both(cache: PagedCache, what: str, slots: Any, seq: int = 0, *args: Any) -> None:
-    """``demote`` or ``keep`` the same slots in all heads of both layers."""
-    for layer in range(2):
-        getattr(cache, what)(seq, layer, [np.asarray(slots)] * 2, *args)
-
-
-def read(cache: PagedCache, seq: int) -> dict[tuple[int, int], dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """Keys and values of what every head holds, by position."""
-    out = {}
-    for layer, head in HEADS:
-        k, v = cache.keys_values(seq, layer, head)
-        out[layer, head] = {int(p): (k[i], v[i]) for i, p in enumerate(cache.positions(seq, layer)[head])}
-    return out
-
-
-def stored(k: np.ndarray, v: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """What comes back of slots that were demoted in this order."""
-    rows = f"kivi{bits}-{group}"
-    return decode_rows(rows + "-k", encode_rows(rows + "-k", k)), decode_rows(rows, encode_rows(rows, v))
 
 
 @pytest.mark.parametrize(("bits", "group"), KINDS)
@@ -321,17 +290,6 @@ def test_branches_share_groups_and_need_no_copies(group: int, open_model: OpenMo
     assert freed == 4 * 64 * slot_bytes(2, group), "positions 0 to 63 were its own"
 
 
-def fill(context: Context, cache: PagedCache, seq: int, group: int) -> None:
-    """Groups that hold one slot each until the pool has no other, though the sequence itself is short."""
-    with pytest.raises(KVError, match=r"pool is full: \d+ pages needed, 0 free"):
-        for n in range(0, 100 * group, group):
-            context.decode(random_tokens(context.model, group), n, seq)
-            held = n // group
-            for layer in range(2):
-                cache.demote(seq, layer, [np.arange(held, held + group)] * 2, "kivi")
-                cache.keep(seq, layer, [np.arange(held + 1)] * 2)
-
-
 def test_groups_are_counted_behind_pages_of_token2(open_model: OpenModel, open_context: OpenContext) -> None:
     context, cache = open_kivi(open_model, open_context, kivi_group=64)
     context.decode(random_tokens(context.model, 300), 0, 0)
@@ -361,59 +319,3 @@ def test_the_number_of_threads_makes_no_difference(
             for p, (k, v) in found[0][at].items():
                 np.testing.assert_array_equal(other[at][p][0], k)
                 np.testing.assert_array_equal(other[at][p][1], v)
-
-
-def test_what_cannot_be_done_is_refused_and_changes_nothing(open_model: OpenModel, open_context: OpenContext) -> None:
-    context, cache = open_kivi(open_model, open_context)
-    context.decode(random_tokens(context.model, 200), 0, 0)
-    with pytest.raises(KVError, match=r"groups of 32, not 50 of them \(layer 1, KV head 1\)"):
-        cache.demote(0, 1, [np.arange(64), np.arange(50)], "kivi")
-    assert not any((formats != 0).any() for layer in range(2) for formats in cache.slot_formats(0, layer))
-    cache.demote(0, 0, [np.arange(64), np.arange(0)], "kivi")
-    with pytest.raises(KVError, match=r"^14 of 20 slots are stored in kivi .* another format \(layer 0, KV head 0\)"):
-        cache.demote(0, 0, [np.arange(50, 70), np.arange(50)], "q8")
-    assert [(formats != 0).sum() for formats in cache.slot_formats(0, 0)] == [64, 0]
-    with pytest.raises(KVError, match="cannot be given other positions"):
-        cache.roll(0)
-    cache.demote(0, 0, [np.arange(0), np.arange(0)], "kivi")
-
-
-def test_a_full_pool_is_an_error_and_loses_nothing(open_model: OpenModel, open_context: OpenContext) -> None:
-    context, cache = open_kivi(open_model, open_context, n_ctx=256)
-    context.decode(random_tokens(context.model, 100), 0, 0)
-    before = read(cache, 0)
-    fill(context, cache, 1, 32)
-    with pytest.raises(KVError, match="pool is full: 4 pages needed, 0 free"):
-        both(cache, "demote", np.arange(64), 0, "kivi")
-    for at, found in read(cache, 0).items():
-        for p, (k, _) in found.items():
-            np.testing.assert_array_equal(k, before[at][p][0])
-    context.truncate(1, 0)
-    both(cache, "demote", np.arange(64), 0, "kivi")
-
-
-@pytest.mark.parametrize(
-    ("config", "head_dim", "what"),
-    [
-        ({"kivi_bits": 3}, 64, "2 or 4 bits in groups of 32 or 64, not 3 bits in groups of 32"),
-        ({"kivi_group": 128}, 64, "2 or 4 bits in groups of 32 or 64, not 2 bits in groups of 128"),
-        ({"formats": ("kivi",)}, 80, "Heads of 80 and 80 values cannot be stored in blocks of 32"),
-        ({"formats": ("kivi",), "kivi_group": 64}, 96, "Heads of 96 and 96 values .* in blocks of 32 and 64"),
-        ({"formats": ("token2",)}, 96, "Heads of 96 and 96 values cannot be stored in blocks of 64"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(
-    config: dict[str, Any], head_dim: int, what: str, open_model: OpenModel, open_context: OpenContext
-) -> None:
-    with pytest.raises(UsageError, match=what):
-        open_context(open_model("llama", **(SHAPE | {"head_dim": head_dim})), **config)
-
-
-def test_a_head_of_96_fits_groups_of_32(open_model: OpenModel, open_context: OpenContext) -> None:
-    context = open_context(open_model("llama", **(SHAPE | {"head_dim": 96})), formats=("kivi",))
-    assert context.cache is not None
-    context.decode(random_tokens(context.model, 64), 0, 0)
-    k, v = context.cache.keys_values(0, 0, 0)
-    context.cache.demote(0, 0, [np.arange(64)] * 2, "kivi")
-    for now, wanted in zip(context.cache.keys_values(0, 0, 0), stored(k, v, 2, 32), strict=True):
-        np.testing.assert_array_equal(now, wanted)

@@ -1,3 +1,5 @@
+// The callback that turns failed assertions of one thread into exceptions.
+
 #include "api/abort_guard.h"
 
 #include "ggml.h"

@@ -1,3 +1,5 @@
+// Finds the paged memory of a context once its arguments are in range.
+
 #include "api/arguments.h"
 
 #include "llama-context.h"

@@ -1,3 +1,5 @@
+// Where a head's slots are, and which of them are holes.
+
 #include "cache/head.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Memory that the system commits on first touch, and the pages in it.
+
 #include "cache/pool.h"
 
 #include "ggml-backend.h"

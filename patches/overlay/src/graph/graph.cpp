@@ -1,3 +1,5 @@
+// Inputs of a paged graph, and attention built over them.
+
 #include "graph/graph.h"
 
 #include "kvl-hooks.h"

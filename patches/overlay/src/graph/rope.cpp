@@ -1,3 +1,5 @@
+// Rotary embedding outside the model's graph.
+
 #include "graph/rope.h"
 
 #include "ggml-cpp.h"

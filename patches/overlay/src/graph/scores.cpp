@@ -1,3 +1,5 @@
+// Window scores, by the page kernel or with stock operators.
+
 #include "graph/scores.h"
 
 #include "kvl-attn.h"
