@@ -186,15 +186,18 @@ class Chat:
                 self.forget_cache()  # rolled back to nothing: the next question reads it all again
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """The conversation up to the next answer. Earlier answers are the tokens that were generated, where the template
-        shows their text (up to white space around it)."""
+        """The conversation up to the next answer.
+
+        Earlier answers are the tokens that were generated, where the template shows their text (up to white space
+        around it).
+        """
         model = self.engine.model
         pieces = chat_pieces(model, messages)
         parts = model.tokenize_parts([(piece.text, piece.control) for piece in pieces])
         for i, piece in enumerate(pieces):
-            if piece.message in self._answers and piece.path == ("content",):
-                if piece.text.strip() == messages[piece.message]["content"].strip():
-                    parts[i] = self._answers[piece.message]
+            answer = self._answers.get(-1 if piece.message is None else piece.message)
+            if answer and piece.path == ("content",) and _same(piece.text, messages[piece.message or 0]["content"]):
+                parts[i] = answer
         return [token for part in parts for token in part]
 
     def _answer(self, n_predict: int, sampling: Sampling) -> Iterator[str]:
@@ -208,6 +211,11 @@ class Chat:
             if self.sequence.owner is self:
                 self._answers[len(self.messages)] = self.sequence.tokens[start:]
             self.messages.append({"role": "assistant", "content": answer})
+
+
+def _same(a: str, b: str) -> bool:
+    """Equal but for white space around them."""
+    return a.strip() == b.strip()
 
 
 def _keep(turn: _Turn, n: int) -> None:

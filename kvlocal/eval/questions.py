@@ -31,7 +31,7 @@ class Turns:
 
 
 def turns(model: Model, case: Case) -> Turns:
-    """A case in the model's chat template, or as plain text if it has none; no text of a case becomes a control token."""
+    """A case in the model's chat template, or as plain text if it has none; nothing in it becomes a control token."""
 
     def rendered(messages: list[dict[str, str]]) -> list[Piece]:
         if has_template(model):

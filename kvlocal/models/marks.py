@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Field:
-    """A text of a message: ``gaps[0] cores[0] gaps[1] cores[1] … gaps[-1]``; marks from ``first`` on stand for cores."""
+    """A text of a message: ``gaps[0] cores[0] gaps[1] … gaps[-1]``; marks from ``first`` on stand for the cores."""
 
     message: int
     path: tuple[str | int, ...]
@@ -46,15 +46,12 @@ class _Field:
     cores: list[str]
     gaps: list[str]
 
-    def owns(self, mark: int) -> bool:
-        return self.first <= mark < self.first + len(self.cores)
-
 
 class Marks:
     """Replaces the texts of messages by marks.
 
-    ``literals``: what stays in the texts of messages for which ``keeps(message)`` holds. ``trim``: white space around
-    marks does not stay.
+    ``literals``: what stays in the texts of messages for which ``keeps(message)`` holds.
+    ``trim``: white space around marks does not stay.
     """
 
     def __init__(
@@ -111,7 +108,7 @@ class Marks:
     def cut(self, rendered: str, trimmed: str | None) -> Iterator[Piece]:
         """Pieces of a rendered text, each mark replaced by what it stands for.
 
-        ``trimmed``: the text that the same messages give with ``trim``; ``None`` if there is no white space around marks.
+        ``trimmed``: the text that the same messages give with ``trim``; ``None`` without white space around marks.
         """
         parts = _MARK.split(rendered)
         plain = None if trimmed is None else _MARK.split(trimmed)
@@ -135,11 +132,14 @@ class Marks:
         if left is not None and left is right and after == (before or 0) + 1 and _same(text, trail):
             yield Piece(text, False, left.message, left.path)
             return
-        start = _n_kept(trail, text, at_end=False) if trail.strip() else 0
-        end = len(text) - (_n_kept(lead, text[start:], at_end=True) if lead.strip() else 0)
-        if plain is not None and start == 0 and end == len(text):
-            space_after, space_before = trail[: len(trail) - len(trail.lstrip())], lead[len(lead.rstrip()) :]
-            start, end = _white(space_after, text, space_before, plain)
+        start, end = _literals(trail, text, lead)
+        if plain is not None:
+            # white space next to a mark, where no literal of its text is shown
+            first, last = _literals(trail, plain, lead)
+            space_after = "" if start else trail[: len(trail) - len(trail.lstrip())]
+            space_before = "" if end < len(text) else lead[len(lead.rstrip()) :]
+            n, m = _white(space_after, text[start:end], space_before, plain[first:last])
+            start, end = start + n, start + m
         if start and left is not None:
             yield Piece(text[:start], False, left.message, left.path)
         if end > start:
@@ -195,6 +195,12 @@ def _is_json(text: str) -> bool:
 def _same(a: str, b: str) -> bool:
     """Equal but for white space."""
     return "".join(a.split()) == "".join(b.split())
+
+
+def _literals(trail: str, text: str, lead: str) -> tuple[int, int]:
+    """Start and end of what is left of ``text`` without literals that the texts around it end and begin with."""
+    start = _n_kept(trail, text, at_end=False) if trail.strip() else 0
+    return start, len(text) - (_n_kept(lead, text[start:], at_end=True) if lead.strip() else 0)
 
 
 def _n_kept(gap: str, text: str, *, at_end: bool) -> int:

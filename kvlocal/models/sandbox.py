@@ -24,7 +24,10 @@ from jinja2.visitor import NodeTransformer
 MAX_SOURCE = 1 << 20
 MAX_VALUE = 1 << 24
 """Most characters of a text, or elements of a list, that a template makes; what it is given comes on top."""
+MAX_PARTS = 1 << 17
+"""Most elements, at any depth, of a list or dictionary that is written."""
 MAX_SECONDS = 10.0
+"""Processor time of one rendering."""
 _MAX_DEPTH = 64
 _WIDTH = 1 << 16  # most columns that text is padded or indented to
 
@@ -193,12 +196,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         """``value``, if it can be written: lists that hold themselves many times over are endless as a text."""
         if isinstance(value, (str, int, float)):
             return value
-        left, stack = self._limit, [(value, 0)]
+        n, stack = 0, [(value, 0)]
         while stack:
             item, depth = stack.pop()
-            left -= 1 + _size(item)
-            if left < 0 or depth > _MAX_DEPTH:
-                raise TemplateLimit(f"it writes a value of more than {self._limit} parts")
+            n += 1
+            if n > MAX_PARTS or depth > _MAX_DEPTH:
+                raise TemplateLimit(f"it writes a value of more than {MAX_PARTS} parts, or {_MAX_DEPTH} deep")
             if isinstance(item, Mapping):
                 stack += [(part, depth + 1) for pair in item.items() for part in pair]
             elif isinstance(item, (list, tuple, set)):

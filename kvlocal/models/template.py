@@ -20,7 +20,7 @@ from jinja2 import nodes
 from kvlocal.errors import UsageError
 from kvlocal.models.marks import STEM, Marks, Piece, merged
 from kvlocal.models.messages import Message, as_parts, checked, flattened, size, without_system
-from kvlocal.models.sandbox import ChatEnvironment
+from kvlocal.models.sandbox import ChatEnvironment, TemplateLimit
 from kvlocal.native.model import Model
 
 _PLAIN_TEXT = "use --no-chat-template to give the model plain text"
@@ -144,6 +144,8 @@ class ChatTemplate:
             try:
                 self._fill([_say("user", STEM)], datetime.now(), len(STEM), values)
                 return values
+            except TemplateLimit:
+                return nones
             except Exception:  # as in _text: what a template raises
                 continue
         return nones
@@ -152,7 +154,8 @@ class ChatTemplate:
     def has_system(self) -> bool:
         """Whether system messages are written."""
         system, user = f"{STEM}system", f"{STEM}user"
-        text = self._probe([_say("system", system), _say("user", user)])
+        content = (lambda text: text) if self._takes_text else as_parts
+        text = self._probe([_say("system", content(system)), _say("user", content(user))])
         return text is not None and system in text and user in text
 
     @functools.cached_property
@@ -183,6 +186,8 @@ class ChatTemplate:
         with self._lock:
             try:
                 return self._text(messages, datetime.now())
+            except _Limit:
+                raise
             except UsageError:
                 return None
 
@@ -206,6 +211,8 @@ class ChatTemplate:
         now = datetime.now()
         try:
             plain = self._text(messages, now)
+        except _Limit:
+            raise
         except UsageError:
             plain = None  # it may look into a content, and refuse what it finds there
         first: list[Piece] | None = None
@@ -251,7 +258,8 @@ class ChatTemplate:
         try:
             return self._fill(messages, now, size(messages) if n_input is None else n_input, self._nothing)
         except Exception as error:  # whatever a model's own template raises
-            raise UsageError(
+            kind = _Limit if isinstance(error, TemplateLimit) else UsageError
+            raise kind(
                 f"The chat template of {self.name} refuses the conversation: {_reason(error)}; {_PLAIN_TEXT}."
             ) from error
 
@@ -287,6 +295,10 @@ class ChatTemplate:
         last = len(messages) - 1
         if messages[last]["role"] == "user" and all(piece.message != last for piece in pieces):
             raise UsageError(f"The chat template of {self.name} leaves out the text; {_PLAIN_TEXT}.")
+
+
+class _Limit(UsageError):
+    """A template that takes too much would do so again: nothing else is tried."""
 
 
 def _say(role: str, content: Any) -> dict[str, Any]:

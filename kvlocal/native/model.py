@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,8 +126,8 @@ class Model:
         out: list[list[int]] = []
         last = after
         for text, parse_special in parts:
-            tokens = self._encode(text, parse_special, joined=last is not None and not self._is_marker(last))
-            out.append(tokens if parse_special else self._plain(tokens))
+            joined = last is not None and not self._is_marker(last)
+            out.append(self._encode(text, True, joined=joined) if parse_special else self._plain(text, joined=joined))
             last = out[-1][-1] if out[-1] else last
         if add_special and out:
             self._begin(out)
@@ -159,22 +160,29 @@ class Model:
                 return list(buffer[:n])
             size = -n
 
-    def _plain(self, tokens: list[int]) -> list[int]:
-        """Tokens of plain text: one that is a marker nevertheless is spelled out.
+    def _plain(self, text: str, *, joined: bool) -> list[int]:
+        """Tokens of plain text: what would be a marker nevertheless is spelled out.
 
-        SentencePiece merges letters into any token of the vocabulary, and some models declare their markers as tokens
-        that text may contain.
+        Some models declare their markers as tokens that text may contain, and SentencePiece merges letters into any token
+        of the vocabulary.
         """
-        if not any(self._is_control(token) or token in self._markers for token in set(tokens)):
+        tokens = self._encode(text, False, joined=joined)
+        found = [self._text(token) for token in set(tokens) & self._markers]
+        if found:
+            tokens = []
+            for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, found))})", text)):
+                for run in part if i % 2 else [part]:
+                    tokens += self._encode(run, False, joined=joined or bool(tokens))
+        if not any(self._is_control(token) for token in set(tokens)):
             return tokens
-        out: list[int] = []
-        for token in tokens:
-            if self._is_control(token) or token in self._markers:
-                for char in self.piece(token, special=True).decode("utf-8", "replace"):
-                    out += self._encode(char, False, joined=True)
-            else:
-                out.append(token)
-        return out
+        letters = ([t] if not self._is_control(t) else self._spelled(self._text(t)) for t in tokens)
+        return [token for some in letters for token in some]
+
+    def _spelled(self, text: str) -> list[int]:
+        return [token for char in text for token in self._encode(char, False, joined=True)]
+
+    def _text(self, token: int) -> str:
+        return self.piece(token, special=True).decode("utf-8", "replace")
 
     def _is_control(self, token: int) -> bool:
         return bool(self.llama.llama_vocab_is_control(self.vocab, token))
@@ -189,7 +197,7 @@ class Model:
         """User-defined tokens, but for white space, that the chat template writes."""
         template = self.meta("tokenizer.chat_template") or ""
         tokens = {token for token in self._encode(template, True) if not self._is_control(token)}
-        return frozenset(t for t in tokens if self._is_marker(t) and self.piece(t, special=True).strip())
+        return frozenset(t for t in tokens if self._is_marker(t) and self._text(t).strip())
 
     def special_text(self, name: str) -> str:
         """The text of the model's ``bos``, ``eos``, ``pad`` or ``unk`` token, empty without one."""
