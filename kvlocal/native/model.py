@@ -163,8 +163,8 @@ class Model:
     def _plain(self, text: str, *, joined: bool) -> list[int]:
         """Tokens of plain text: what would be a marker nevertheless is spelled out.
 
-        Some models declare their markers as tokens that text may contain, and SentencePiece merges letters into any token
-        of the vocabulary.
+        Some models declare their markers as tokens that text may contain, and SentencePiece merges letters into any
+        token of the vocabulary.
         """
         tokens = self._encode(text, False, joined=joined)
         found = [self._text(token) for token in set(tokens) & self._markers]
