@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
-
 class SamplingOptions(TypedDict, total=False):
     """How tokens are drawn: the fields of :class:`kvlocal.native.sampling.Sampling`."""
 

@@ -21,9 +21,9 @@ from kvlocal.engine.scheduler import Job, Scheduler
 from kvlocal.engine.sequence import Sequence
 from kvlocal.engine.stepper import Plain
 from kvlocal.errors import KVError
-from kvlocal.native.cache import PagedCache
 from kvlocal.models.messages import Messages
 from kvlocal.models.template import chat_template, chat_tokens
+from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
