@@ -105,11 +105,13 @@ class Marks:
         marks = [_mark(field.first + i) for i in range(len(cores))]
         return "".join(part for pair in zip(gaps, [*marks, ""], strict=True) for part in pair)
 
-    def cut(self, rendered: str, trimmed: str | None) -> Iterator[Piece]:
+    def cut(self, rendered: str, trimmed: str | None, known: Sequence[Piece] = ()) -> Iterator[Piece]:
         """Pieces of a rendered text, each mark replaced by what it stands for.
 
         ``trimmed``: the text that the same messages give with ``trim``; ``None`` without white space around marks.
+        ``known``: pieces of the same messages without literals.
         """
+        written = _between_messages(known)
         parts = _MARK.split(rendered)
         plain = None if trimmed is None else _MARK.split(trimmed)
         if plain is not None and plain[1::2] != parts[1::2]:
@@ -117,7 +119,14 @@ class Marks:
         before: int | None = None
         for i in range(0, len(parts), 2):
             after = _number(parts[i + 1]) if i + 1 < len(parts) else None
-            yield from self._between(before, parts[i], after, None if plain is None else plain[i])
+            here = tuple(None if mark is None else self._marks[mark].message for mark in (before, after))
+            usual = written.get(here, "")
+            space_before, found, space_after = parts[i].partition(usual) if usual else ("", "", "")
+            if found and not (space_before + space_after).strip():
+                # what the template writes there anyway, though a text may have the same literals
+                yield from self._parts(before, space_before, usual, space_after, after)
+            else:
+                yield from self._between(before, parts[i], after, None if plain is None else plain[i])
             if after is not None:
                 field = self._marks[after]
                 yield Piece(field.cores[after - field.first], False, field.message, field.path)
@@ -140,12 +149,19 @@ class Marks:
             space_before = "" if end < len(text) else lead[len(lead.rstrip()) :]
             n, m = _white(space_after, text[start:end], space_before, plain[first:last])
             start, end = start + n, start + m
-        if start and left is not None:
-            yield Piece(text[:start], False, left.message, left.path)
-        if end > start:
-            yield Piece(text[start:end], True)
-        if end < len(text) and right is not None:
-            yield Piece(text[end:], False, right.message, right.path)
+        yield from self._parts(before, text[:start], text[start:end], text[end:], after)
+
+    def _parts(self, before: int | None, left: str, text: str, right: str, after: int | None) -> Iterator[Piece]:
+        """The template's own text between two marks, with what belongs to the texts on both sides."""
+        yield self._piece(before, left)
+        yield Piece(text, True)
+        yield self._piece(after, right)
+
+    def _piece(self, mark: int | None, text: str) -> Piece:
+        """A text next to a mark."""
+        if mark is None:
+            return Piece(text, True)
+        return Piece(text, False, self._marks[mark].message, self._marks[mark].path)
 
 
 def merged(pieces: Iterator[Piece]) -> list[Piece]:
@@ -158,6 +174,12 @@ def merged(pieces: Iterator[Piece]) -> list[Piece]:
             piece = Piece(out.pop().text + piece.text, piece.control, piece.message, piece.path)
         out.append(piece)
     return out
+
+
+def _between_messages(pieces: Sequence[Piece]) -> dict[tuple[int | None, ...], str]:
+    """What a template writes between the texts of two messages."""
+    ends = [None, *(piece.message for piece in pieces), None]
+    return {(ends[i], ends[i + 2]): piece.text for i, piece in enumerate(pieces) if piece.control}
 
 
 def _mark(number: int) -> str:

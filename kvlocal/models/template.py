@@ -222,7 +222,7 @@ class ChatTemplate:
             if keeps is not None and (not literals or plain is None):
                 break
             try:
-                pieces = self._marked(messages, literals if keeps else [], keeps or bool, now)
+                pieces = self._marked(messages, literals if keeps else [], keeps or bool, now, first or [])
             except UsageError as error:
                 refused = refused or error
                 continue
@@ -240,7 +240,12 @@ class ChatTemplate:
         return first
 
     def _marked(
-        self, messages: list[dict[str, Any]], literals: list[str], keeps: Callable[[Any], bool], now: datetime
+        self,
+        messages: list[dict[str, Any]],
+        literals: list[str],
+        keeps: Callable[[Any], bool],
+        now: datetime,
+        known: list[Piece],
     ) -> list[Piece]:
         marks, bare = Marks(literals, keeps), Marks(literals, keeps, trim=True)
         with_space, without = marks.messages(messages), bare.messages(messages)
@@ -251,7 +256,7 @@ class ChatTemplate:
                 trimmed = self._text(without, now, size(messages))
             except UsageError:
                 trimmed = None
-        return merged(marks.cut(text, trimmed))
+        return merged(marks.cut(text, trimmed, known))
 
     def _text(self, messages: list[dict[str, Any]], now: datetime, n_input: int | None = None) -> str:
         """Rendered text."""

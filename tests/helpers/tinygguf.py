@@ -120,7 +120,7 @@ def write_model(
     None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens.
     `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
     `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
-    `add_eos`: the tokenizer says that EOS belongs at the end of texts. `markers`: user-defined tokens, the last ones.
+    `add_eos`: the tokenizer wants EOS at the end of texts. `markers`: user-defined tokens, the last ones.
     deepseek2 (MLA), mamba and bert read only those parameters that mean something for them.
     Raises ValueError for an unknown architecture and for sizes that it cannot have.
     """
