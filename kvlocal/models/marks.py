@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvlocal.errors import UsageError
+
 STEM = "kvlocaltextmark"
 _MARK = re.compile(STEM + "([a-z]{6})")
 _PLAIN = re.compile(r"[\w.:/-]*")
@@ -79,7 +81,7 @@ class Marks:
             }
         if isinstance(value, (list, tuple)):
             return [self._value(index, (*path, i), item, literals) for i, item in enumerate(value)]
-        if not isinstance(value, str) or (path[-1] in _NAMES and _PLAIN.fullmatch(value)):
+        if not isinstance(value, str) or (path[-1] in _NAMES and _PLAIN.fullmatch(value) and STEM not in value):
             return value
         if path[-1] == "arguments" and _is_json(value):
             # templates parse it; what is between its texts are numbers and brackets
@@ -119,6 +121,10 @@ class Marks:
         before: int | None = None
         for i in range(0, len(parts), 2):
             after = _number(parts[i + 1]) if i + 1 < len(parts) else None
+            if after is not None and after >= len(self._marks):
+                raise UsageError(
+                    f"The chat template writes {STEM}{parts[i + 1]}, which stands for a text; use another."
+                )
             here = tuple(None if mark is None else self._marks[mark].message for mark in (before, after))
             usual = written.get(here, "")
             space_before, found, space_after = parts[i].partition(usual) if usual else ("", "", "")

@@ -98,6 +98,7 @@ class ChatTemplate:
     def __init__(self, source: str, name: str = "the model", specials: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._specials = dict(specials or {})
+        self._parts: dict[str, bool] = {}  # by role
         self._lock = threading.RLock()
         self._env = ChatEnvironment()
         try:
@@ -167,9 +168,13 @@ class ChatTemplate:
         parts = self._probe([_say("user", as_parts(STEM))])
         return parts is None or STEM not in parts
 
-    @functools.cache  # noqa: B019
     def _takes_parts(self, role: str) -> bool:
         """Whether contents of a role may be lists of parts, and are not just written as Python shows them."""
+        if role not in self._parts:
+            self._parts[role] = self._tries_parts(role)
+        return self._parts[role]
+
+    def _tries_parts(self, role: str) -> bool:
         none: list[dict[str, Any]] = []
         around = {"user": (none, none), "system": (none, [_say("user", "a")])}
         around["assistant"] = ([_say("user", "a")], [_say("user", "b")])

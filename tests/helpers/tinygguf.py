@@ -119,8 +119,8 @@ def write_model(
     such files. `tokenizer`: "llama", or a name for a file without a vocabulary. `n_embd`: width of the residual stream;
     None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens.
     `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
-    `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
-    `add_eos`: the tokenizer wants EOS at the end of texts. `markers`: user-defined tokens, the last ones.
+    `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32. `add_eos`: the tokenizer wants
+    EOS at the end of texts. `markers`: user-defined tokens, the last ones.
     deepseek2 (MLA), mamba and bert read only those parameters that mean something for them.
     Raises ValueError for an unknown architecture and for sizes that it cannot have.
     """
@@ -224,9 +224,7 @@ def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:
         writer.add_float32(f"{spec.arch}.{key}", value)
 
 
-def _write_tokenizer(
-    writer: GGUFWriter, n_vocab: int, chat_template: str | None, add_eos: bool, markers: Sequence[str]
-) -> None:
+def _write_tokenizer(writer: GGUFWriter, n_vocab: int, chat: str | None, add_eos: bool, markers: Sequence[str]) -> None:
     """Add a SentencePiece-like vocabulary: specials, all bytes, letters, and merges of which earlier ones win."""
     pieces = [*_pieces(n_vocab - len(SPECIALS) - N_BYTES - len(markers)), *markers]
     tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *pieces]
@@ -241,11 +239,10 @@ def _write_tokenizer(
     for name, token_id in (("unknown", 0), ("bos", 1), ("eos", 2)):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     writer.add_bool("tokenizer.ggml.add_bos_token", True)
-    if add_eos:
-        writer.add_bool("tokenizer.ggml.add_eos_token", True)
+    writer.add_bool("tokenizer.ggml.add_eos_token", add_eos)
     writer.add_bool("tokenizer.ggml.add_space_prefix", True)
-    if chat_template is not None:
-        writer.add_string("tokenizer.chat_template", chat_template)
+    if chat is not None:
+        writer.add_string("tokenizer.chat_template", chat)
 
 
 def _pieces(count: int) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvlocal.errors import UsageError
-from kvlocal.models.marks import Piece
+from kvlocal.models.marks import STEM, Piece
 from kvlocal.models.sandbox import _Generation, _tojson
 from kvlocal.models.template import ChatTemplate, split_pieces
 
@@ -265,6 +265,14 @@ def test_a_template_that_alters_texts_never_shows_a_mark(form: str) -> None:
         assert "alters the texts" in str(error) or "leaves out the text" in str(error)
     else:
         assert own(pieces) == ["<|c|>", "<|e|>"] and "kvlocal" not in joined(pieces).casefold()
+
+
+def test_a_word_that_is_a_mark_is_a_text_like_others() -> None:
+    word = f"{STEM}aaaaaa {STEM}zzzzzz"
+    pieces = template(CHATML).render([{"role": "user", "content": word, "name": f"{STEM}zzzzzz"}])
+    assert [p.text for p in pieces if not p.control] == [word]
+    with pytest.raises(UsageError, match="stands for texts"):
+        template("{{ 'kvlocal' ~ 'textmarkzzzzzz' ~ messages[0].content }}").render(say(("user", "Hi")))
 
 
 def test_a_template_that_leaves_the_question_out_is_refused() -> None:
