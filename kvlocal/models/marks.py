@@ -122,9 +122,7 @@ class Marks:
         for i in range(0, len(parts), 2):
             after = _number(parts[i + 1]) if i + 1 < len(parts) else None
             if after is not None and after >= len(self._marks):
-                raise UsageError(
-                    f"The chat template writes {STEM}{parts[i + 1]}, which stands for a text; use another."
-                )
+                raise UsageError(f"The chat template writes {STEM}, which stands for texts; use another.")
             here = tuple(None if mark is None else self._marks[mark].message for mark in (before, after))
             usual = written.get(here, "")
             space_before, found, space_after = parts[i].partition(usual) if usual else ("", "", "")
