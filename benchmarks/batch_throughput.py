@@ -12,8 +12,9 @@ from typing import Any
 
 from common import command, model_path, parser, table, write_json
 
-from kvlocal.batch.batch import Batch, Prompt, Step, batch_config
+from kvlocal.batch.batch import Batch, Step, batch_config
 from kvlocal.batch.documents import Document
+from kvlocal.batch.prompt import Prompt
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
 from kvlocal.engine.scheduler import Job, Scheduler

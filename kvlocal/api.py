@@ -22,8 +22,10 @@ from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine, Progress
 from kvlocal.engine.report import Report
 from kvlocal.errors import UsageError
+from kvlocal.models.messages import EMPTY, Messages
 from kvlocal.models.resolve import resolve_model
 from kvlocal.native.sampling import Sampling
+from kvlocal.native.text import check_text
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
@@ -31,8 +33,6 @@ from kvlocal.storage.storage import Storage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
-
-Messages = Sequence[Mapping[str, str]]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -173,7 +173,7 @@ class LLM:
         """The answer to a prompt, piece by piece. What the cache held before is forgotten.
 
         Args:
-            prompt: a question, or messages ``{"role", "content"}``.
+            prompt: a question, or messages ``{"role", "content"}``. Nothing in them becomes a control token.
             n_predict: most tokens of the answer; -1: until the model ends or the context is full.
             raw: continue the text as it is, without the model's chat template.
             on_progress: called with tokens read and tokens in all while the prompt is read.
@@ -183,13 +183,7 @@ class LLM:
                 out of range.
         """
         n_predict, raw, drawing = settings.N_PREDICT.check(n_predict), settings.RAW.check(raw), Sampling(**sampling)
-        _check_prompt(prompt)
-        if raw and not isinstance(prompt, str):
-            raise UsageError("Messages need the chat template; give a text with raw=True.")
-        if isinstance(prompt, str):
-            tokens = self.engine.tokenize(prompt) if raw else self.engine.chat_tokens([_user(prompt)])
-        else:
-            tokens = self.engine.chat_tokens([dict(message) for message in prompt])
+        tokens = self._tokens(prompt, raw)
         with self.engine.use():
             self.engine.reset()
             self.engine.prefill(tokens, on_progress=on_progress)
@@ -198,6 +192,20 @@ class LLM:
         if first is not None:
             yield first
             yield from answer
+
+    def _tokens(self, prompt: str | Messages, raw: bool) -> list[int]:
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes)):
+            if raw:
+                raise UsageError("Messages need the chat template; give a text with raw=True.")
+        elif not check_text(prompt, "The prompt").strip():
+            raise UsageError(EMPTY)
+        elif raw:
+            return self.engine.tokenize(prompt)
+        else:
+            prompt = [_user(prompt)]
+        tokens = self.engine.chat_tokens(prompt)
+        _warn(self.engine.template_note(prompt))
+        return tokens
 
     def chat(self, system: str | None = None, *, session: str | os.PathLike[str] | None = None) -> Conversation:
         """A new conversation, which takes the cache over; or one that was saved.
@@ -212,13 +220,8 @@ class LLM:
         talk = Conversation(self.engine, system)
         if session is not None:
             talk.load(session)
+        _warn(talk.note)
         return talk
-
-
-def _check_prompt(prompt: object) -> None:
-    messages = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
-    if not isinstance(prompt, str) and not messages:
-        raise settings.refusal("prompt", prompt, "a text, or messages such as {'role': 'user', 'content': '…'}")
 
 
 def _check_text(name: str, text: object) -> None:
@@ -235,6 +238,12 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def _warn(note: str | None) -> None:
+    """Python shows a warning once for each place that it comes from."""
+    if note is not None:
+        warnings.warn(note, stacklevel=2)
+
+
 class Conversation:
     """Turns on one cache: what was read or said is not read again."""
 
@@ -245,6 +254,11 @@ class Conversation:
     def messages(self) -> list[dict[str, str]]:
         """``{"role", "content"}`` in order."""
         return self._chat.messages
+
+    @property
+    def note(self) -> str | None:
+        """What is to be known of how the chat template takes the conversation, ``None`` if nothing."""
+        return self._chat.note
 
     @property
     def reread(self) -> bool:

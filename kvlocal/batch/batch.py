@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal.batch.documents import Document
+from kvlocal.batch.prompt import Prompt
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
 from kvlocal.engine.scheduler import Job, Scheduler
@@ -21,44 +22,7 @@ from kvlocal.storage.budget import Budget
 PREFIX = 0
 """The sequence that holds what all documents begin with."""
 
-_MARK = "\x1fdocument\x1f"
 _ROUND = 256  # tokens that contexts are a multiple of
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Where a document stands in a conversation: tokens before and after it, the same for all.
-
-    Attributes:
-        raw: the text is continued as it is, without a chat template.
-    """
-
-    system: str | None = None
-    instruction: str = ""
-    raw: bool = False
-
-    def frame(self, model: Model) -> tuple[list[int], str]:
-        """Tokens before every document, and the text that follows every document's own."""
-        before = f"{self.instruction}\n\n" if self.instruction else ""
-        if self.raw:
-            return model.tokenize(before) if before else [], ""
-        messages = [{"role": "user", "content": f"{before}{_MARK}"}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        text = model.chat_text(messages)
-        head, mark, tail = text.partition(_MARK)
-        if not mark:
-            raise UsageError(f"The chat template of {model.name} leaves out the text; use --no-chat-template.")
-        return model.template_tokens(head), tail
-
-    def tokens(self, model: Model, document: Document, tail: str, *, first: bool) -> list[int]:
-        """What follows the common tokens; nothing in a document is read as a control token.
-
-        ``first``: there are no common tokens, so that the model's first token is due.
-        """
-        text = f"{document.text}\n\n{document.question}" if document.question else document.text
-        out = model.tokenize(text, add_special=first, parse_special=False)
-        return out + (model.tokenize(tail, add_special=False) if tail else [])
 
 
 @dataclass
@@ -110,10 +74,11 @@ def batch_config(
     A budget in bytes is for all of them together. Without a given size the context is what the longest document needs,
     or the most that the model was trained for.
     """
-    prefix, tail = prompt.frame(model)
+    frame = prompt.frame(model)
+    prefix = frame.before
     n_ctx = config.n_ctx
     if not n_ctx:
-        longest = max(len(prompt.tokens(model, document, tail, first=not prefix)) for document in documents)
+        longest = max(len(prompt.tokens(model, document, frame)) for document in documents)
         needed = len(prefix) + longest + (n_predict if n_predict >= 0 else 1024) + 1
         n_ctx = min(-(-needed // _ROUND) * _ROUND, model.n_ctx_train)
     budget = config.budget
@@ -140,7 +105,8 @@ class Batch:
         self.prompt = prompt
         self.n_predict = n_predict
         self.sampling = sampling
-        self._prefix, self._tail = prompt.frame(engine.model)
+        self._frame = prompt.frame(engine.model)
+        self._prefix = self._frame.before
         self._done = self._failed = self._read = self._generated = 0
         self._scheduler = Scheduler(engine.model, engine.reader, engine.evictor, engine.sequences[:PREFIX:-1])
         if self._prefix:
@@ -151,6 +117,11 @@ class Batch:
                 found = prefill_cached(prompt_cache, engine, self._prefix, mode="whole")
             self._read = len(self._prefix) - found
             self._scheduler.prefix = engine.sequences[PREFIX]
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know of how the chat template takes the messages."""
+        return self._frame.note
 
     def run(self, documents: Iterable[Document], on_step: Callable[[Step], None] | None = None) -> Iterator[Result]:
         """The results, each as soon as it is there; a document that fails becomes one with an ``error``."""
@@ -188,7 +159,7 @@ class Batch:
         if document.fault is not None:
             return None
         model = self.engine.model
-        tokens = self.prompt.tokens(model, document, self._tail, first=not self._prefix)
+        tokens = self.prompt.tokens(model, document, self._frame)
         stepper = Plain(self.sampling, model.n_vocab, model.end_tokens if self.sampling.ignore_eos else ())
         return Job(tokens, stepper, self.n_predict, on_read=self._note_read())
 

@@ -21,9 +21,10 @@ import psutil
 import kvlocal
 from kvlocal.doctor.installation import Device, Library, find_library, list_devices
 from kvlocal.doctor.selftest import Comparison, self_test
-from kvlocal.errors import KVError
+from kvlocal.errors import KVError, UsageError
 from kvlocal.measure.machine import cpu_features, cpu_name
 from kvlocal.models.resolve import cache_dir, hub_cache
+from kvlocal.models.template import chat_tokens, has_template
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
@@ -81,6 +82,7 @@ class ModelInfo:
             no paged cache, or no layers were asked for with ``n_gpu_layers``.
         refused: why it cannot be paged, None if it can.
         formats: per storage format why its heads cannot be stored so, None if they can.
+        template: why its chat template cannot be used, None if it can or there is none.
     """
 
     path: str
@@ -93,6 +95,7 @@ class ModelInfo:
     formats: dict[str, str | None]
     n_layer: int | None = None
     on_device: int | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def examine(
             except KVError as error:
                 found.append(str(error))
             else:
+                found += [info.template] if info.template else []
                 _judge_model(info, warnings)
     return Report(_versions(), library, cpu, devices, _memory(), _places(), info, tests, found, warnings)
 
@@ -279,9 +283,20 @@ def _model(path: Path, n_gpu_layers: int) -> ModelInfo:
             formats=reasons,
             n_layer=None if layers is None else len(layers),
             on_device=None if layers is None else sum(layers),
+            template=_template_fault(model),
         )
     finally:
         model.close()
+
+
+def _template_fault(model: Model) -> str | None:
+    """Why the chat template cannot be used, ``None`` if it can or there is none."""
+    try:
+        if has_template(model):
+            chat_tokens(model, [{"role": "user", "content": "Hello"}])
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _layers(model: Model) -> list[bool]:

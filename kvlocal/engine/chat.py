@@ -10,17 +10,17 @@ from kvlocal.engine import session
 from kvlocal.engine.engine import Engine, Progress
 from kvlocal.engine.sequence import Mark, Sequence
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models.template import chat_pieces
 from kvlocal.native.sampling import Sampling
+from kvlocal.native.text import check_text
 
 
 @dataclass
 class _Turn:
-    """Where a question and its answer begin: in the cache, and in the template text that the cache has seen."""
+    """Where a question and its answer begin in the cache; ``question``: ``None`` if that is not known any more."""
 
     before: Mark
-    in_cache: str
     question: Mark | None = None
-    in_cache_question: str = ""
 
 
 class Chat:
@@ -35,10 +35,10 @@ class Chat:
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
         self.engine = engine
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = _system(system)
         self.reread = False
         self.dropped = ""
-        self._in_cache = ""  # template text that the cache has seen
+        self._answers: dict[int, list[int]] = {}  # by message: the tokens of an answer as they were generated
         self._turns: list[_Turn] = []
 
     @property
@@ -51,18 +51,24 @@ class Chat:
         first = self.messages[0] if self.messages else None
         return first["content"] if first and first["role"] == "system" else None
 
+    @property
+    def note(self) -> str | None:
+        """What the user should know of how the chat template takes the conversation."""
+        return self.engine.template_note(self.messages)
+
     def ask(
         self, text: str, n_predict: int, sampling: Sampling, *, on_progress: Progress | None = None
     ) -> Iterator[str]:
         """Ask and stream the answer. Closing the iterator early keeps what was said so far.
 
         Raises:
+            UsageError: the question is empty, or the chat template refuses the conversation.
             KVError: the conversation does not fit; it is as before the question.
         """
         self._own()
-        turn = _Turn(self.sequence.mark(logits=False), self._in_cache)
+        turn = _Turn(self.sequence.mark(logits=False))
         question = {"role": "user", "content": text}
-        self._read([*self.messages, question], on_progress)
+        self._read([*self.messages, question], on_progress, turn)
         self.messages.append(question)
         self._turns.append(self._mark(turn))
         yield from self._answer(n_predict, sampling)
@@ -82,7 +88,6 @@ class Chat:
         question = turn.question if turn is not None else None
         if turn is not None and question and question.logits is not None and self.sequence.back(question):
             self.reread = False
-            self._in_cache = turn.in_cache_question
         else:
             self.forget_cache()
             try:
@@ -91,7 +96,7 @@ class Chat:
                 self.messages += answer
                 raise
             self.reread = True
-            self._turns = [self._mark(_Turn(Mark(0, None), ""))]
+            self._turns = [self._mark(_Turn(Mark(0, None)))]
         yield from self._answer(n_predict, sampling)
 
     def undo(self) -> str:
@@ -105,35 +110,34 @@ class Chat:
         question = self.messages[i]["content"]
         del self.messages[i:]
         turn = self._turns.pop() if self._turns else None
-        if turn is not None and self.sequence.back(turn.before):
-            self._in_cache = turn.in_cache
-        else:
+        if turn is None or not self.sequence.back(turn.before):
             self.forget_cache()
         return question
 
     def set_system(self, text: str) -> None:
         """Another system message, or none; the conversation will be read again."""
-        rest = self.messages[1:] if self.system is not None else self.messages
-        self.messages = [{"role": "system", "content": text}, *rest] if text else rest
+        system = _system(text)
+        n_before = 0 if self.system is None else 1
+        self.messages = [*system, *self.messages[n_before:]]
+        self._answers = {i + len(system) - n_before: tokens for i, tokens in self._answers.items()}
         self.forget_cache()
 
     def forget_cache(self) -> None:
         """The cache is not what was said any more: the next question reads all of it again."""
         self.sequence.release()
-        self._in_cache = ""
         self._turns = []
 
     def clear(self) -> None:
         """Forget everything but the system message."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._in_cache = ""
-        self._turns = []
+        self._answers, self._turns = {}, []
         self.engine.reset()
 
     def save(self, path: Path) -> int:
         """Write the conversation and its cache; see :func:`kvlocal.engine.session.save`."""
         self._own()
-        return session.save(path, self.engine, session.Session(self.messages, self._in_cache))
+        answers = {str(i): tokens for i, tokens in self._answers.items()}
+        return session.save(path, self.engine, session.Session(self.messages, answers))
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation; see :func:`kvlocal.engine.session.load`."""
@@ -144,7 +148,7 @@ class Chat:
                 self.forget_cache()
             raise
         self.messages, self.dropped, self._turns = found.messages, found.dropped, []
-        self._in_cache = "" if found.dropped else found.in_cache
+        self._answers = {int(i): tokens for i, tokens in found.answers.items()}
         self.sequence.owner = self
 
     def _own(self) -> None:
@@ -162,35 +166,71 @@ class Chat:
 
     def _mark(self, turn: _Turn) -> _Turn:
         """A turn whose question was just read."""
-        turn.question, turn.in_cache_question = self.sequence.mark(), self._in_cache
+        turn.question = self.sequence.mark()
         return turn
 
-    def _read(self, messages: list[dict[str, str]], on_progress: Progress | None) -> None:
-        """Make the cache end where the answer to the last message begins."""
-        rendered = self.engine.model.chat_text(messages)
-        self.reread = not self._in_cache and any(message["role"] == "assistant" for message in messages)
+    def _read(self, messages: list[dict[str, str]], on_progress: Progress | None, turn: _Turn | None = None) -> None:
+        """Make the cache end where the answer to the last message begins; ``turn``: the one that begins with it."""
+        tokens = self._tokens(messages)
+        had = list(self.sequence.tokens)
+        self.reread = not had and any(message["role"] == "assistant" for message in messages)
         try:
-            if self._in_cache and rendered.startswith(self._in_cache):
-                # tokens of the answer stay as they were generated; only what follows is new
-                new = self.engine.tokenize(rendered[len(self._in_cache) :], add_special=False)
-                self.engine.prefill(new, on_progress=on_progress)
-            else:
-                tokens = self.engine.model.template_tokens(rendered)
-                self.reread |= self.engine.extend(tokens, on_progress=on_progress)
-        except BaseException:  # Ctrl-C included
+            self.reread |= self.engine.extend(tokens, on_progress=on_progress)
+        finally:  # after Ctrl-C too
+            if self.reread:
+                self._turns = []  # what they say of the cache is not so any more
+            n_common = _n_common(had, self.sequence.tokens)
+            for each in [*self._turns, turn] if turn is not None else self._turns:
+                _keep(each, n_common)
             if not self.sequence.tokens:
                 self.forget_cache()  # rolled back to nothing: the next question reads it all again
-            raise
-        if self.reread:
-            self._turns = []  # what they say of the cache is not so any more
-        self._in_cache = rendered
+
+    def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """The conversation up to the next answer.
+
+        Earlier answers are the tokens that were generated, where the template shows their text (up to white space
+        around it).
+        """
+        model = self.engine.model
+        pieces = chat_pieces(model, messages)
+        parts = model.tokenize_parts([(piece.text, piece.control) for piece in pieces])
+        for i, piece in enumerate(pieces):
+            answer = self._answers.get(-1 if piece.message is None else piece.message)
+            if answer and piece.path == ("content",) and _same(piece.text, messages[piece.message or 0]["content"]):
+                parts[i] = answer
+        return [token for part in parts for token in part]
 
     def _answer(self, n_predict: int, sampling: Sampling) -> Iterator[str]:
-        answer = ""
+        answer, start = "", len(self.sequence.tokens)
         try:
             for piece in self.engine.generate(n_predict, sampling):
                 answer += piece
                 yield piece
         finally:
+            self._answers = {i: tokens for i, tokens in self._answers.items() if i < len(self.messages)}
+            if self.sequence.owner is self:
+                self._answers[len(self.messages)] = self.sequence.tokens[start:]
             self.messages.append({"role": "assistant", "content": answer})
-            self._in_cache += answer
+
+
+def _same(a: str, b: str) -> bool:
+    """Equal but for white space around them."""
+    return a.strip() == b.strip()
+
+
+def _keep(turn: _Turn, n: int) -> None:
+    """Only the first ``n`` tokens of the cache are as they were: the template has rewritten an earlier answer."""
+    if turn.before.n > n:
+        turn.before = Mark(n, None)
+    if turn.question is not None and turn.question.n > n:
+        turn.question = None
+
+
+def _n_common(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    """The system message, if there is one."""
+    return [{"role": "system", "content": check_text(text, "The system prompt")}] if text else []

@@ -21,6 +21,8 @@ from kvlocal.engine.scheduler import Job, Scheduler
 from kvlocal.engine.sequence import Sequence
 from kvlocal.engine.stepper import Plain
 from kvlocal.errors import KVError
+from kvlocal.models.messages import Messages
+from kvlocal.models.template import chat_template, chat_tokens
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.model import Model
@@ -157,13 +159,20 @@ class Engine:
         """Most tokens of a sequence."""
         return self.reader.n_max
 
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Tokens of plain text: nothing in it becomes a control token."""
         with self.use():
-            return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
+            return self.model.tokenize(text, add_special=add_special)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat_tokens(self, messages: Messages) -> list[int]:
+        """Tokens of a conversation; see :func:`kvlocal.models.template.chat_tokens`."""
         with self.use():
-            return self.model.chat_tokens(messages)
+            return chat_tokens(self.model, messages)
+
+    def template_note(self, messages: Messages) -> str | None:
+        """What the user should know of how the chat template takes the messages."""
+        with self.use():
+            return chat_template(self.model).note(messages)
 
     #
     # eviction

@@ -35,17 +35,17 @@ class Session:
 
     Attributes:
         messages: the conversation, as :class:`kvlocal.engine.chat.Chat` has it; empty for a prompt.
-        in_cache: template text that the cache has seen; empty without a cache, where all is to be read again.
+        answers: by the index of their message, as text, the tokens of answers as they were generated.
         budget: of the cache.
         dropped: why the cache of the file was left out, empty if it was not; never saved.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
-    in_cache: str = ""
+    answers: dict[str, list[int]] = field(default_factory=dict)
     budget: str = ""
     dropped: str = ""
 
-    SAVED: ClassVar = ("messages", "in_cache", "budget")
+    SAVED: ClassVar = ("messages", "answers", "budget")
 
 
 def fingerprint(path: Path) -> str:
@@ -93,7 +93,7 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         parts["tokens"] = np.array(sequence.tokens, np.int32).tobytes()
         parts["logits"] = b"" if logits is None else logits.astype(np.float32).tobytes()
         parts["cache"] = engine.context.save(sequence.seq)
-    session = replace(session, in_cache=session.in_cache if parts["cache"] else "", budget=str(engine.config.budget))
+    session = replace(session, budget=str(engine.config.budget))
     header = {
         "version": __version__,
         "model_name": engine.model_name,
@@ -232,7 +232,8 @@ def _session(path: Path, header: Mapping[str, Any]) -> Session:
         texts = [part for message in out.messages for part in (message["role"], message["content"])]
         if not isinstance(out.messages, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("its messages are no texts")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        np.array([int(i) for i in out.answers] + [token for some in out.answers.values() for token in some], np.int32)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise KVError(f"The session {path} is damaged: its header makes no sense ({error}).") from error
     return out
 

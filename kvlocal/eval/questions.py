@@ -9,15 +9,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from kvlocal.errors import UsageError
-from kvlocal.eval.cases import Case, Score
+from kvlocal.eval.cases import Case, Question, Score
 from kvlocal.eval.evaluation import Evaluation
 from kvlocal.eval.records import Record, Store, digest, identity
 from kvlocal.eval.scores import measure
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
 from kvlocal.measure.variants import Variant
+from kvlocal.models.marks import Piece
+from kvlocal.models.template import chat_pieces, has_template, piece_tokens, split_pieces
 from kvlocal.native.model import Model
 
-_ANSWER = "\x02answer\x03"  # stands for an answer while a template is rendered
+_DOCUMENT, _ANSWER = "kvlocaldocument", "kvlocalanswer"  # stand for them while a template is rendered
 
 
 @dataclass(frozen=True)
@@ -29,27 +31,36 @@ class Turns:
 
 
 def turns(model: Model, case: Case) -> Turns:
-    """A case in the model's chat template, or as plain text if it has none."""
+    """A case in the model's chat template, or as plain text if it has none; nothing in it becomes a control token."""
 
-    def rendered(messages: list[dict[str, str]]) -> str:
-        if model.meta("tokenizer.chat_template"):
-            return model.chat_text(messages)
-        return "\n".join(message["content"] for message in messages) + "\n"
+    def rendered(messages: list[dict[str, str]]) -> list[Piece]:
+        if has_template(model):
+            return chat_pieces(model, messages)
+        return [Piece("\n".join(message["content"] for message in messages) + "\n", control=False)]
+
+    def split(messages: list[dict[str, str]], text: str) -> tuple[list[Piece], list[Piece]]:
+        found = split_pieces(rendered(messages), text)
+        if found is None:
+            raise UsageError(f"The chat template of {model.name} leaves out what the case {case.id} says.")
+        return found
 
     first = case.questions[0]
-    messages = [{"role": "user", "content": case.document + first.text}]
-    text = rendered(messages)
-    # templates trim what they are given
-    document = case.document.strip()
-    end = text.index(document) + len(document)
-    head = model.template_tokens(text[:end])
-    tails = [model.tokenize(text[end:] + first.answer_prefix, add_special=False)]
+    core = case.document.strip()
+    lead, _, trail = case.document.partition(core) if core else ("", "", case.document)
+    messages = [{"role": "user", "content": f"{lead}{_DOCUMENT}{trail}{first.text}"}]
+    before, after = split(messages, _DOCUMENT)
+    head = piece_tokens(model, [*before, Piece(core, control=False)])
+    tails = [_tail(model, after, first, head[-1] if head else None)]
     for question in case.questions[1:]:
         messages += [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": question.text}]
-        text = rendered(messages)
-        after = text.rindex(_ANSWER) + len(_ANSWER)
-        tails.append(model.tokenize(text[after:] + question.answer_prefix, add_special=False))
+        tails.append(_tail(model, split(messages, _ANSWER)[1], question, None))
     return Turns(head, tails)
+
+
+def _tail(model: Model, pieces: list[Piece], question: Question, after: int | None) -> list[int]:
+    """Tokens from behind the document, or an answer, to where the model goes on."""
+    parts = [*((piece.text, piece.control) for piece in pieces), (question.answer_prefix, False)]
+    return [token for part in model.tokenize_parts(parts, add_special=False, after=after) for token in part]
 
 
 Want = tuple[Variant, str]

@@ -48,7 +48,7 @@ def excerpts(model: Model, paths: Sequence[Path], n_context: int, n_continue: in
     out = []
     for path in paths:
         try:
-            tokens = model.tokenize(path.read_text("utf-8"), add_special=False, parse_special=False)
+            tokens = model.tokenize(path.read_text("utf-8"), add_special=False)
         except (OSError, UnicodeDecodeError) as error:
             raise KVError(f"{path} cannot be read as text: {error}.") from error
         bos = model.tokenize("")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlocal.errors import KVError, UsageError
+from kvlocal.errors import KVError
 from kvlocal.native import library
 from kvlocal.native.formats import FORMATS
+from kvlocal.native.text import check_text
+
+_SPM = 1  # LLAMA_VOCAB_TYPE_SPM
+_ANCHOR = "\x02"
 
 
 class Model:
@@ -99,23 +104,116 @@ class Model:
     # text and tokens
     #
 
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of ``text``. ``add_special`` adds the model's BOS, ``parse_special`` reads ``<|…|>`` markers."""
-        data = text.encode()
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of ``text``, never with an end-of-text token after it.
+
+        ``add_special``: the model's BOS comes first, if it has one. ``parse_special``: text such as ``<|im_end|>``
+        becomes the control token of that name; only for text of the model's own template.
+
+        Raises:
+            UsageError: the text has lone surrogates, which have no UTF-8.
+        """
+        return self.tokenize_parts([(text, parse_special)], add_special=add_special)[0]
+
+    def tokenize_parts(
+        self, parts: Sequence[tuple[str, bool]], *, add_special: bool = True, after: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of texts that follow each other, ``(text, parse_special)``; one list a text, BOS once in the first.
+
+        Every text is tokenized by itself. After plain text none gets the space that SentencePiece puts before a text.
+        ``after``: the token before all of them, if there is one.
+        """
+        out: list[list[int]] = []
+        last = after
+        for text, parse_special in parts:
+            joined = last is not None and not self._is_marker(last)
+            out.append(self._encode(text, True, joined=joined) if parse_special else self._plain(text, joined=joined))
+            last = out[-1][-1] if out[-1] else last
+        if add_special and out:
+            self._begin(out)
+        return out
+
+    def _begin(self, parts: list[list[int]]) -> None:
+        """BOS exactly once: templates may have written it."""
+        bos = int(self.llama.llama_vocab_bos(self.vocab))
+        if bos < 0:
+            return
+        first = next((part for part in parts if part), parts[0])
+        while first[:2] == [bos, bos]:
+            del first[0]
+        if self.llama.llama_vocab_get_add_bos(self.vocab) and first[:1] != [bos]:
+            parts[0].insert(0, bos)
+
+    def _encode(self, text: str, parse_special: bool, *, joined: bool = False) -> list[int]:
+        """``joined``: plain text stands before it, so that no space belongs in between."""
+        if joined and text and self.llama.llama_vocab_type(self.vocab) == _SPM:
+            # a control character merges with nothing
+            before, both = (self._encode(t, parse_special) for t in (_ANCHOR, _ANCHOR + text))
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        data = check_text(text, "The text").encode()
         size = len(data) + 8
         while True:
             buffer = (self.llama.llama_token * size)()
-            n = self.llama.llama_tokenize(self.vocab, data, len(data), buffer, size, add_special, parse_special)
+            n = self.llama.llama_tokenize(self.vocab, data, len(data), buffer, size, False, parse_special)
             if n >= 0:
                 return list(buffer[:n])
             size = -n
 
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; control tokens are empty."""
+    def _plain(self, text: str, *, joined: bool) -> list[int]:
+        """Tokens of plain text: what would be a marker nevertheless is spelled out.
+
+        Some models declare their markers as tokens that text may contain, and SentencePiece merges letters into any
+        token of the vocabulary.
+        """
+        tokens = self._encode(text, False, joined=joined)
+        found = [self._text(token) for token in set(tokens) & self._markers]
+        if found:
+            tokens = []
+            for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, found))})", text)):
+                for run in part if i % 2 else [part]:
+                    tokens += self._encode(run, False, joined=joined or bool(tokens))
+        if not any(self._is_control(token) for token in set(tokens)):
+            return tokens
+        letters = ([t] if not self._is_control(t) else self._spelled(self._text(t)) for t in tokens)
+        return [token for some in letters for token in some]
+
+    def _spelled(self, text: str) -> list[int]:
+        return [token for char in text for token in self._encode(char, False, joined=True)]
+
+    def _text(self, token: int) -> str:
+        return self.piece(token, special=True).decode("utf-8", "replace")
+
+    def _is_control(self, token: int) -> bool:
+        return bool(self.llama.llama_vocab_is_control(self.vocab, token))
+
+    def _is_marker(self, token: int) -> bool:
+        """Whether the tokenizer finds this token before it looks at text."""
+        kinds = self.llama.LLAMA_TOKEN_ATTR_CONTROL | self.llama.LLAMA_TOKEN_ATTR_USER_DEFINED
+        return bool(self.llama.llama_vocab_get_attr(self.vocab, token) & (kinds | self.llama.LLAMA_TOKEN_ATTR_UNKNOWN))
+
+    @functools.cached_property
+    def _markers(self) -> frozenset[int]:
+        """User-defined tokens, but for white space, that the chat template writes."""
+        template = self.meta("tokenizer.chat_template") or ""
+        tokens = {token for token in self._encode(template, True) if not self._is_control(token)}
+        return frozenset(t for t in tokens if self._is_marker(t) and self._text(t).strip())
+
+    def special_text(self, name: str) -> str:
+        """The text of the model's ``bos``, ``eos``, ``pad`` or ``unk`` token, empty without one."""
+        if name == "unk":
+            token = int(self.meta("tokenizer.ggml.unknown_token_id") or -1)
+        else:
+            token = int(getattr(self.llama, f"llama_vocab_{name}")(self.vocab))
+        text = self.llama.llama_vocab_get_text(self.vocab, token) if 0 <= token < self.n_vocab else None
+        return text.decode("utf-8", "replace") if text else ""
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for; those of control tokens are empty without ``special``."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = self.llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+            n = self.llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
@@ -131,40 +229,3 @@ class Model:
     def end_tokens(self) -> list[int]:
         """Every token that ends an answer."""
         return [token for token in range(self.n_vocab) if self.is_end(token)]
-
-    def chat_text(self, messages: list[dict[str, str]]) -> str:
-        """The conversation in the model's own chat template, up to where the assistant answers.
-
-        Raises:
-            UsageError: the model has no chat template, or the template refuses the messages.
-        """
-        template = self.meta("tokenizer.chat_template")
-        if not template:
-            raise UsageError(f"{self.name} has no chat template; use --no-chat-template to give it plain text.")
-        # imports the binding's server-side modules: only when a template is used
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        def special(token: int) -> str:
-            text = self.llama.llama_vocab_get_text(self.vocab, token) if token >= 0 else None
-            return text.decode("utf-8", "replace") if text else ""
-
-        formatter = Jinja2ChatFormatter(
-            template,
-            eos_token=special(self.llama.llama_vocab_eos(self.vocab)),
-            bos_token=special(self.llama.llama_vocab_bos(self.vocab)),
-        )
-        try:
-            return str(formatter(messages=messages).prompt)  # type: ignore[arg-type, unused-ignore]
-        except Exception as error:  # whatever a model's own template raises
-            raise UsageError(f"The chat template of {self.name} refuses the conversation: {error}.") from error
-
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.template_tokens(self.chat_text(messages))
-
-    def template_tokens(self, text: str) -> list[int]:
-        """Tokens of rendered template text: a BOS is added only if the template did not write it."""
-        bos = self.llama.llama_vocab_bos(self.vocab)
-        tokens = self.tokenize(text, add_special=True)
-        if bos >= 0 and tokens[:2] == [bos, bos]:
-            del tokens[0]
-        return tokens

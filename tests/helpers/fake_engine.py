@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +61,7 @@ class FakeEngine:
     n_predict: int | None = None
     closed: bool = False
     generated: int = 0
+    note: str | None = None
 
     @property
     def policy(self) -> Any:
@@ -86,13 +87,16 @@ class FakeEngine:
     def close(self) -> None:
         self.closed = True
 
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         self.raw = text
         return list(range(len(text.split())))
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         self.messages = [dict(message) for message in messages]
         return list(range(sum(len(message["content"].split()) for message in messages)))
+
+    def template_note(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        return self.note if any(message["role"] == "system" for message in messages) else None
 
     def prefill(self, tokens: Sequence[int], *, on_progress: Progress = None) -> None:
         self.sequences[0].tokens += tokens
@@ -173,6 +177,10 @@ class FakeChat:
     messages: list[dict[str, str]] = field(default_factory=list)
     reread: bool = False
     forgotten: bool = False
+
+    @property
+    def note(self) -> str | None:
+        return self.engine.note if self.system else None
 
     def ask(self, text: str, n_predict: int, sampling: Any, *, on_progress: Progress = None) -> Iterator[str]:
         self.messages.append({"role": "user", "content": text})

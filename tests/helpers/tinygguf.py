@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -110,6 +110,8 @@ def write_model(
     attn_std: float = 1.5,
     chat_template: str | None = None,
     tokenizer: str = "llama",
+    add_eos: bool = False,
+    markers: Sequence[str] = (),
 ) -> TinySpec:
     """Write a model of `arch` with random weights to `path` and return its hyper-parameters.
 
@@ -117,7 +119,8 @@ def write_model(
     such files. `tokenizer`: "llama", or a name for a file without a vocabulary. `n_embd`: width of the residual stream;
     None means 128, or n_head * head_dim where the architecture demands it. `n_ctx`: training context in tokens.
     `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
-    `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32.
+    `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32. `add_eos`: the tokenizer wants
+    EOS at the end of texts. `markers`: user-defined tokens, the last ones.
     deepseek2 (MLA), mamba and bert read only those parameters that mean something for them.
     Raises ValueError for an unknown architecture and for sizes that it cannot have.
     """
@@ -144,7 +147,7 @@ def write_model(
     writer = GGUFWriter(spec.path, arch)
     _write_metadata(writer, spec)
     if tokenizer == "llama":
-        _write_tokenizer(writer, n_vocab, chat_template)
+        _write_tokenizer(writer, n_vocab, chat_template, add_eos, markers)
     else:
         writer.add_string("tokenizer.ggml.model", tokenizer)
         writer.add_uint32(f"{arch}.vocab_size", n_vocab)
@@ -223,12 +226,12 @@ def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:
         writer.add_float32(f"{spec.arch}.{key}", value)
 
 
-def _write_tokenizer(writer: GGUFWriter, n_vocab: int, chat_template: str | None) -> None:
+def _write_tokenizer(writer: GGUFWriter, n_vocab: int, chat: str | None, add_eos: bool, markers: Sequence[str]) -> None:
     """Add a SentencePiece-like vocabulary: specials, all bytes, letters, and merges of which earlier ones win."""
-    pieces = _pieces(n_vocab - len(SPECIALS) - N_BYTES)
+    pieces = [*_pieces(n_vocab - len(SPECIALS) - N_BYTES - len(markers)), *markers]
     tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *pieces]
     types = [TokenType.UNKNOWN] + [TokenType.CONTROL] * 2 + [TokenType.BYTE] * N_BYTES
-    types += [TokenType.NORMAL] * len(pieces)
+    types += [TokenType.NORMAL] * (len(pieces) - len(markers)) + [TokenType.USER_DEFINED] * len(markers)
     scores = [0.0] * (len(SPECIALS) + N_BYTES) + [-float(rank) for rank in range(len(pieces))]
 
     writer.add_string("tokenizer.ggml.model", "llama")
@@ -238,9 +241,10 @@ def _write_tokenizer(writer: GGUFWriter, n_vocab: int, chat_template: str | None
     for name, token_id in (("unknown", 0), ("bos", 1), ("eos", 2)):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_bool("tokenizer.ggml.add_eos_token", add_eos)
     writer.add_bool("tokenizer.ggml.add_space_prefix", True)
-    if chat_template is not None:
-        writer.add_string("tokenizer.chat_template", chat_template)
+    if chat is not None:
+        writer.add_string("tokenizer.chat_template", chat)
 
 
 def _pieces(count: int) -> list[str]:

@@ -48,7 +48,8 @@ def open_batch(
     screen: Screen,
 ) -> Iterator[Batch]:
     """An engine for as many documents at a time, and what works through them."""
-    from kvlocal.batch.batch import Batch, Prompt, batch_config
+    from kvlocal.batch.batch import Batch, batch_config
+    from kvlocal.batch.prompt import Prompt
     from kvlocal.native.model import Model
 
     config = engine_config(settings, screen)
@@ -63,4 +64,6 @@ def open_batch(
         engine = load_engine(config, screen, model)
     with engine:
         cache = None if prompt_cache is None else file_path(prompt_cache)
-        yield Batch(engine, prompt, n_predict, sampling, cache)
+        work = Batch(engine, prompt, n_predict, sampling, cache)
+        screen.note(work.note)
+        yield work

@@ -178,7 +178,7 @@ def _prepare_cases(model: Model, plan: EvalPlan) -> Prepared:
     from kvlocal.eval.tasks.needle import needle_cases
 
     def count(text: str) -> int:
-        return len(model.tokenize(text, add_special=False, parse_special=False))
+        return len(model.tokenize(text, add_special=False))
 
     def size(case: Case) -> int:
         tokens = turns(model, case)

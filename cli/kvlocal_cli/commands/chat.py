@@ -154,9 +154,17 @@ class Conversation:
         self.transcript = transcript
         self.answered = False
         self.pending: list[str] = []  # texts of /read
+        self._noted = False
+
+    def note(self) -> None:
+        """Say once how the chat template takes a system prompt that it has no role for."""
+        if not self._noted and (note := self.chat.note) is not None:
+            self._noted = True
+            self.screen.note(note)
 
     def run(self, lines: Iterator[str]) -> None:
         """Obey the lines until they end or one of them is /exit."""
+        self.note()
         for line in lines:
             text = line.strip()
             if text.startswith(QUOTES):

@@ -85,7 +85,11 @@ def run(
     drawing = backend.new_sampling(sampling)
     screen = Screen()
     with backend.open_engine(settings, screen) as engine:
-        tokens = engine.tokenize(question) if raw else engine.chat_tokens(messages(question, system))
+        if raw:
+            tokens = engine.tokenize(question)
+        else:
+            tokens = engine.chat_tokens(messages(question, system))
+            screen.note(engine.template_note(messages(question, system)))
         answer = None if as_json else Answer(live=live)
         interrupted = complete(engine, tokens, n_predict, drawing, screen, answer, prompt_cache)
         report = engine.report().as_dict()

@@ -71,7 +71,7 @@ def _read(talk: Conversation, rest: str) -> None:
     if not text:
         raise UsageError(f"'{path}' is empty.")
     talk.pending.append(text)
-    n = len(talk.engine.tokenize(text, add_special=False, parse_special=False))
+    n = len(talk.engine.tokenize(text, add_special=False))
     talk.screen.line(f"{path}: {n:,} tokens; they go before your next question.")
 
 
@@ -83,6 +83,7 @@ def _system(talk: Conversation, rest: str) -> None:
     talk.chat.set_system("" if rest == "none" else rest)
     talk.transcript.note(f"System prompt: {rest}")
     talk.screen.line("The system prompt has changed; the conversation is read again with your next question.")
+    talk.note()
 
 
 def _set(talk: Conversation, rest: str) -> None:
@@ -151,6 +152,7 @@ def _load(talk: Conversation, rest: str) -> None:
     path = _argument(rest, "/load FILE")
     talk.chat.load(prompt.file_path(path))
     talk.screen.line(loaded(talk, path))
+    talk.note()
 
 
 def loaded(talk: Conversation, path: str) -> str:

@@ -47,6 +47,11 @@ class Screen:
         """One line, however long."""
         self.console.print(Text(text, style), soft_wrap=True)
 
+    def note(self, text: str | None) -> None:
+        """A line that is good to know, if there is one."""
+        if text is not None:
+            self.line(text, "dim")
+
     def show(self, *renderables: RenderableType) -> None:
         for renderable in renderables:
             self.console.print(renderable)

@@ -51,9 +51,9 @@ def test_the_first_token_is_that_of_the_full_cache(policy: str, open_engine: Ope
         for engine in (whole, evicting):
             engine.reset()
             # up to where the value is due: here the first token is the fact itself
-            text = engine.model.chat_text([{"role": "user", "content": f"{document(fact)}\n\n{fact.question}"}])
-            begun = text + fact.sentence.removesuffix(f" {fact.value}.")
-            engine.prefill(engine.model.template_tokens(begun))
+            asked = engine.chat_tokens([{"role": "user", "content": f"{document(fact)}\n\n{fact.question}"}])
+            begun = engine.tokenize(fact.sentence.removesuffix(f" {fact.value}."), add_special=False)
+            engine.prefill([*asked, *begun])
             logits.append(engine.context.logits()[0])
         assert evicting.report().tokens.held_mean == 48
         np.testing.assert_array_equal(logits[0], logits[1])

@@ -14,8 +14,9 @@ import pytest
 from needles import OpenEngine
 from processes import COMMAND, TIMEOUT_S, call, environment
 
-from kvlocal.batch.batch import Batch, Prompt
+from kvlocal.batch.batch import Batch
 from kvlocal.batch.documents import Document
+from kvlocal.batch.prompt import Prompt
 from kvlocal.engine.evictor import Event
 from kvlocal.engine.sequence import Sequence
 from kvlocal.errors import KVError
@@ -65,7 +66,7 @@ def test_control_tokens_in_a_document_are_text(open_engine: OpenEngine) -> None:
     engine = open_engine(policy="full", n_ctx=1024, n_seq_max=2)
     batch = Batch(engine, Prompt(None, "Summarize."), 1, GREEDY)
     (result,) = batch.run([Document("x", "x", "<|im_end|>")])
-    plain = engine.tokenize("<|im_end|>", add_special=False, parse_special=False)
+    plain = engine.tokenize("<|im_end|>", add_special=False)
     assert len(plain) > 1 and result.tokens["prompt"] >= len(plain) + 3
 
 
