@@ -1,8 +1,13 @@
-"""All tests: what this machine's user has configured must not reach them, nor the processes that they start."""
+"""All tests: the user's configuration reaches neither them nor the processes that they start; skips are counted."""
 
 from __future__ import annotations
 
 import os
+
+
+from skips import pytest_make_collect_report, pytest_runtest_makereport
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
 
 KEPT = ("KVLOCAL_CACHE", "KVLOCAL_BENCHMARK_DATA")
 """Where the default model and the evaluation data are."""

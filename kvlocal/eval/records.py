@@ -12,7 +12,7 @@ from typing import Any
 import platformdirs
 
 from kvlocal import __version__
-from kvlocal.eval.bootstrap import interval
+from kvlocal.eval.scores import interval
 from kvlocal.measure.variants import Variant
 from kvlocal.native import library
 

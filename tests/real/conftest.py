@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 
 REPO = Path(__file__).resolve().parents[2]
-SHARED = REPO.parent / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -40,28 +37,6 @@ def default_path() -> Path:
 def log_text() -> str:
     """The document of the demo."""
     return (REPO / "demo" / "expedition-log.txt").read_text("utf-8")
-
-
-@pytest.fixture(scope="session")
-def data_root() -> Path:
-    """Evaluation data, which is not part of the repository."""
-    root = SHARED / "data"
-    if not root.is_dir():
-        pytest.skip(f"no evaluation data at {root}")
-    return root
-
-
-@pytest.fixture(scope="session")
-def reference() -> ModuleType:
-    """An independent numpy model of the policies, which is not part of the repository."""
-    path = SHARED / "oracles" / "ada_reference.py"
-    if not path.is_file():
-        pytest.skip(f"no reference model at {path}")
-    spec = importlib.util.spec_from_file_location("ada_reference", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import ada_reference as reference
 import numpy as np
 import pytest
 
@@ -55,7 +55,7 @@ class Run:
         """Positions per KV head."""
         return [held.tolist() for held in self.cache.positions(self.seq[policy], layer)]
 
-    def pooled(self, reference: ModuleType, layer: int) -> Floats:
+    def pooled(self, layer: int) -> Floats:
         """Scores of the prefix per KV head, by the reference."""
         grouped = reference.reduce_groups(self.scores[layer][:, :PREFIX], self.n_head_kv, "mean")
         scores: Floats = reference.pool1d(grouped, KERNEL, "maxpool")
@@ -116,14 +116,14 @@ def test_the_evicting_step_saw_everything(policy: str, run: Run) -> None:
 #
 
 
-def check(kept: list[list[int]], scores: Floats, counts: list[int], reference: ModuleType) -> None:
+def check(kept: list[list[int]], scores: Floats, counts: list[int]) -> None:
     """Every head holds its best ``counts[h]`` of the prefix (the lower slot among equals) and the window."""
     for head, (row, count) in enumerate(zip(scores, counts, strict=True)):
         best = sorted(reference.topk_idx(row, count).tolist())
         assert kept[head] == [*best, *range(PREFIX, N_TOKENS)]
 
 
-def ada_counts(scores: Floats, per_head: int, reference: ModuleType) -> list[int]:
+def ada_counts(scores: Floats, per_head: int) -> list[int]:
     """The reference's counts with the tie rule of Ada-SnapKV: score, then rank inside the head, then head.
 
     The reference takes ties in the order of the flat array, and max pooling makes ties the norm: it gets the scores'
@@ -156,36 +156,36 @@ def layer_budgets(run: Run, policy: str) -> list[int]:
     return budgets
 
 
-def test_snapkv_keeps_what_the_reference_keeps(run: Run, reference: ModuleType) -> None:
+def test_snapkv_keeps_what_the_reference_keeps(run: Run) -> None:
     for layer in range(run.n_layer):
-        scores = run.pooled(reference, layer)
-        check(run.kept("snapkv", layer), scores, [BUDGET - WINDOW] * run.n_head_kv, reference)
+        scores = run.pooled(layer)
+        check(run.kept("snapkv", layer), scores, [BUDGET - WINDOW] * run.n_head_kv)
 
 
-def test_pyramidkv_keeps_what_the_reference_keeps(run: Run, reference: ModuleType) -> None:
+def test_pyramidkv_keeps_what_the_reference_keeps(run: Run) -> None:
     """The reference's pyramid takes integer steps and misses the total; its selection inside a layer is the same."""
     budgets = layer_budgets(run, "pyramidkv")
     integer = reference.pyramid(BUDGET, WINDOW, BETA, run.n_layer, N_TOKENS)
     assert (np.abs(np.array(budgets) - integer) < run.n_layer).all()
     for layer, per_head in enumerate(budgets):
-        check(run.kept("pyramidkv", layer), run.pooled(reference, layer), [per_head] * run.n_head_kv, reference)
+        check(run.kept("pyramidkv", layer), run.pooled(layer), [per_head] * run.n_head_kv)
 
 
-def test_ada_snapkv_keeps_what_the_reference_keeps(run: Run, reference: ModuleType) -> None:
+def test_ada_snapkv_keeps_what_the_reference_keeps(run: Run) -> None:
     for layer in range(run.n_layer):
-        scores = run.pooled(reference, layer)
-        counts = ada_counts(scores, BUDGET - WINDOW, reference)
+        scores = run.pooled(layer)
+        counts = ada_counts(scores, BUDGET - WINDOW)
         kept = run.kept("ada-snapkv", layer)
-        check(kept, scores, counts, reference)
+        check(kept, scores, counts)
         # with the reference's own order of ties: as many slots in total, and to within the ties the same
         exact = reference.ada_budget_exact(scores, BUDGET - WINDOW, ALPHA)
         assert sum(map(len, kept)) - WINDOW * run.n_head_kv == exact.sum()
         assert np.abs(np.array(counts) - exact).max() <= KERNEL
 
 
-def test_ada_pyramid_keeps_what_the_reference_keeps(run: Run, reference: ModuleType) -> None:
+def test_ada_pyramid_keeps_what_the_reference_keeps(run: Run) -> None:
     budgets = layer_budgets(run, "ada-pyramid")
     assert budgets == layer_budgets(run, "pyramidkv"), "Ada moves slots inside a layer only"
     for layer, per_head in enumerate(budgets):
-        scores = run.pooled(reference, layer)
-        check(run.kept("ada-pyramid", layer), scores, ada_counts(scores, per_head, reference), reference)
+        scores = run.pooled(layer)
+        check(run.kept("ada-pyramid", layer), scores, ada_counts(scores, per_head))

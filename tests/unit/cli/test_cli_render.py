@@ -145,8 +145,9 @@ def test_the_sentences_of_a_model_are_no_markup() -> None:
 
 
 def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = pytest.importorskip("kvlocal.engine.engine")
-    models = pytest.importorskip("kvlocal.models.resolve")
+    from kvlocal.engine import engine
+    from kvlocal.models import resolve as models
+
     seen: dict[str, Any] = {}
 
     def resolve(spec: str | None, *, progress: Any = None) -> Path:
@@ -174,12 +175,12 @@ def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_sampling_defaults_are_the_engines() -> None:
-    sampling = pytest.importorskip("kvlocal.native.sampling")
-    assert backend.new_sampling(SamplingSettings()) == sampling.Sampling()
+    from kvlocal.native.sampling import Sampling
+
+    assert backend.new_sampling(SamplingSettings()) == Sampling()
 
 
 def test_the_real_policies_can_be_listed() -> None:
-    pytest.importorskip("kvlocal.policies")
     from kvlocal_cli.render.screen import parameters_table, policies_table
 
     rows = backend.describe_policies()

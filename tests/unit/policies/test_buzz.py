@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import buzz_reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +12,6 @@ from policy_views import cache_view, evict, layer_view
 from kvlocal.errors import UsageError
 from kvlocal.policies import make_policy
 from kvlocal.policies.buzz import Buzz
-
-ORACLE = Path(__file__).resolve().parents[4] / "shared" / "oracles" / "buzz_reference.py"
 
 
 class Run:
@@ -148,19 +144,14 @@ def test_mean_length_of_a_summary() -> None:
     assert np.mean(882 + np.arange(150)) == 956.5
 
 
-@pytest.mark.skipif(not ORACLE.exists(), reason=f"no reference model at {ORACLE}")
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_equals_the_reference_on_random_traces(seed: int) -> None:
-    spec = importlib.util.spec_from_file_location("buzz_reference", ORACLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     rng = np.random.default_rng(seed)
     sink, window, stride, threshold = (int(rng.integers(low, high)) for low, high in ((0, 4), (1, 6), (3, 7), (1, 15)))
     n_head_kv, group = int(rng.integers(1, 4)), int(rng.integers(1, 3))
     run = Run(tiny(sink, window, stride, threshold), n_head_kv, group)
-    reference = module.Buzz(sink, window, stride, threshold)
+    reference = buzz_reference.Buzz(sink, window, stride, threshold)
     for t in range(40):
         n_new = int(rng.integers(1, 60)) if t == 0 else int(rng.integers(1, 4))
         n = len(run.positions[0]) + n_new

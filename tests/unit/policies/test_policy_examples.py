@@ -30,12 +30,11 @@ What is where (E: eviction of a prompt and baselines, U: eviction while decoding
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
+from buzz_reference import Cascade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_views import cache_view, evict, layer_view, random_layer, rotate
@@ -45,7 +44,6 @@ from kvlocal.policies import LayerView, Policy, make_policy
 from kvlocal.policies.cascading import Cascading
 from kvlocal.policies.expected_attention import ExpectedAttention, mean_rotation
 
-ORACLE = Path(__file__).resolve().parents[4] / "shared" / "oracles" / "buzz_reference.py"
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -156,15 +154,10 @@ def test_a_cascade_worked_off_in_one_eviction_is_the_one_token_by_token(
     assert held_after(policy, sink + capacity, rows, every) == want[every - 1 :: every]
 
 
-@pytest.mark.skipif(not ORACLE.exists(), reason=f"no reference model at {ORACLE}")
 @given(SEEDS, st.integers(0, 3), st.integers(1, 4), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_the_cascade_equals_the_reference(seed: int, sink: int, cascades: int, each: int) -> None:
-    spec = importlib.util.spec_from_file_location("buzz_reference", ORACLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    reference = module.Cascade(each, cascades, sink)
+    reference = Cascade(each, cascades, sink)
     scores = np.random.default_rng(seed).random(80)
     want = []
     for t, score in enumerate(scores):

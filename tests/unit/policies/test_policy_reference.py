@@ -1,29 +1,14 @@
-"""Random cross-checks against an independent numpy model, where it is at hand (``../shared/oracles``)."""
+"""Random cross-checks against an independent numpy model of the methods."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import ada_reference as reference
 import numpy as np
 import pytest
 from policy_views import cache_view, evict, layer_view, mass
 
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.allocation import mix, mix_adakv, pyramid_adakv, pyramid_kvpress, top_counts
-
-PATH = Path(__file__).resolve().parents[4] / "shared" / "oracles" / "ada_reference.py"
-pytestmark = pytest.mark.skipif(not PATH.exists(), reason=f"no reference model at {PATH}")
-
-
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ada_reference", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def draw_model(rng: np.random.Generator):
@@ -37,7 +22,7 @@ def draw_model(rng: np.random.Generator):
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
 @pytest.mark.parametrize("seed", range(30))
-def test_snapkv(reference, seed, pool):
+def test_snapkv(seed, pool):
     rng = np.random.default_rng(seed)
     q, k, n_head_kv, window, n, budget = draw_model(rng)
     kernel, agg = int(rng.choice([1, 3, 5, 7])), str(rng.choice(["mean", "max"]))
@@ -51,7 +36,7 @@ def test_snapkv(reference, seed, pool):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_ada_counts_and_rounding(reference, seed):
+def test_ada_counts_and_rounding(seed):
     rng = np.random.default_rng(seed)
     n_head, n = int(rng.integers(1, 7)), int(rng.integers(1, 60))
     budget = int(rng.integers(0, n + 1))
@@ -70,7 +55,7 @@ def test_ada_counts_and_rounding(reference, seed):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(20))
-def test_protect_and_kvpress_selection(reference, seed, alpha):
+def test_protect_and_kvpress_selection(seed, alpha):
     rng = np.random.default_rng(seed)
     q, k, n_head_kv, window, n, budget = draw_model(rng)
     attention = reference.window_attention(q, k, window).mean(axis=1)
@@ -90,7 +75,7 @@ def test_protect_and_kvpress_selection(reference, seed, alpha):
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_pyramids_of_the_repositories(reference, seed):
+def test_pyramids_of_the_repositories(seed):
     rng = np.random.default_rng(seed)
     n_layer, window, beta = int(rng.integers(2, 81)), int(rng.integers(1, 65)), int(rng.integers(1, 30))
     n = 1 << int(rng.integers(8, 14))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlocal.errors import UsageError
-from kvlocal.eval import bootstrap
-from kvlocal.eval.bootstrap import interval
+from kvlocal.eval import scores
+from kvlocal.eval.scores import interval
 
 VALUES = st.lists(st.floats(-1, 1), min_size=2, max_size=40)
 
@@ -55,7 +55,7 @@ def test_no_values_give_no_numbers() -> None:
 def test_many_values_are_drawn_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(64) / 64
     whole = interval(values, n_resamples=500)
-    monkeypatch.setattr(bootstrap, "_BLOCK", 64 * 7)
+    monkeypatch.setattr(scores, "_BLOCK", 64 * 7)
     assert interval(values, n_resamples=500) == whole
 
 
