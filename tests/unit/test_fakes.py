@@ -9,6 +9,7 @@ from typing import Any
 import fake_bench
 import fake_engine
 import pytest
+from kvlocal_cli.options.settings import Settings
 from signatures import disagreement, disagreements
 
 from kvlocal.batch.batch import Batch
@@ -95,3 +96,13 @@ def test_an_attribute_that_is_gone_is_seen() -> None:
         def call(self) -> None: ...
 
     assert disagreements(Fake, Real, set()) == ["gone: not there", "call: it needs 'n'"]
+
+
+def keys(values: dict[str, Any]) -> dict[str, Any]:
+    """The names of nested dictionaries, without what they hold."""
+    return {name: keys(value) if isinstance(value, dict) else None for name, value in values.items()}
+
+
+def test_the_fake_report_has_the_fields_of_the_real_one() -> None:
+    real = Report().as_dict()
+    assert keys(fake_engine.FakeEngine(Settings()).report().as_dict()) == keys(real)
