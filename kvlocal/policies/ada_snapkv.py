@@ -5,48 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from kvlocal.errors import UsageError
-from kvlocal.policies.parts.allocation import mix, mix_adakv, safe_counts, spread, top_counts
-from kvlocal.policies.parts.params import choice, real
-from kvlocal.policies.parts.ranked import Ranked
+from kvlocal.policies.parts.ranked import ALPHA, SAFEGUARD
 from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.parts.view import LayerView
 from kvlocal.policies.snapkv import SnapKV
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaHeads(Ranked):
-    """Heads of a layer compete for its slots; see :class:`AdaSnapKV`."""
-
-    alpha: float = real(0.2, low=0, high=1, help="share of the budget that is divided equally; 1 is SnapKV")
-    safeguard: str = choice("mix", ["mix", "protect"], help="how alpha protects heads from starving")
-
-    def head_counts(self, layer: LayerView, total: int) -> Ints:
-        held = layer.n_slots
-        if total >= held.sum():
-            return held
-        where = self.region(layer)
-        scores = self.scores(layer, where)
-        n_best = total - int(where.always.sum())
-        uniform = spread(total, held) - where.always
-        compat = getattr(self, "compat", None)
-        if compat == "kvpress":
-            reserved = int(total // layer.n_head_kv * self.alpha) - where.always
-            best = top_counts(scores, n_best, n_safe=np.clip(reserved, 0, where.size))
-        elif compat == "adakv":
-            best = mix_adakv(top_counts(scores, n_best), n_best // layer.n_head_kv, self.alpha)
-            best = np.minimum(best, where.size)
-        elif self.safeguard == "protect":
-            best = top_counts(scores, n_best, n_safe=safe_counts(uniform, self.alpha))
-        else:
-            best = mix(top_counts(scores, n_best), uniform, self.alpha)
-        return where.always + best
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaSnapKV(AdaHeads, SnapKV):
+class AdaSnapKV(SnapKV):
     """Like SnapKV, but the heads of a layer compete: spread-out heads get more slots, concentrated ones fewer.
 
     Paper: Feng et al., *Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM
@@ -73,7 +40,13 @@ class AdaSnapKV(AdaHeads, SnapKV):
     name: ClassVar[str] = "ada-snapkv"
     paper: ClassVar[str] = "Ada-KV, arXiv:2407.11550"
 
+    alpha: float = ALPHA
+    safeguard: str = SAFEGUARD
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compat == "adakv" and self.safeguard == "protect":
             raise UsageError("compat=adakv knows no safeguard=protect: use safeguard=mix, or leave out compat.")
+
+    def head_counts(self, layer: LayerView, total: int) -> Ints:
+        return self.ada_counts(layer, total, self.alpha, self.safeguard, self.compat)

@@ -58,5 +58,4 @@ def chunk_means(values: Floats, chunk: int) -> Floats:
     if not len(first):
         return values
     lengths = np.diff(np.r_[first, len(values)])
-    means: Floats = np.repeat(np.add.reduceat(values, first) / lengths, lengths)
-    return means
+    return np.repeat(np.add.reduceat(values, first) / lengths, lengths)

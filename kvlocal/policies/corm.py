@@ -7,15 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.ada_snapkv import AdaHeads
 from kvlocal.policies.parts.allocation import require_budget
 from kvlocal.policies.parts.params import choice, real, whole
+from kvlocal.policies.parts.ranked import SAFEGUARD, Ranked
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, competing, per_head, reduce_groups
 from kvlocal.policies.parts.view import CacheView, LayerView
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corm(AdaHeads):
+class Corm(Ranked):
     """Keeps the tokens that one of the last queries gave at least an average share of its attention.
 
     Paper: Dai et al., *CORM: Cache Optimization with Recent Message for Large Language Model Inference*,
@@ -42,6 +42,7 @@ class Corm(AdaHeads):
     needs: ClassVar[frozenset[str]] = frozenset({"last"})
 
     alpha: float = real(0.0, low=0, high=1, help="share of the budget that is divided equally among the heads")
+    safeguard: str = SAFEGUARD
     queries: int = whole(0, low=0, help="queries of which one must have looked at a token; 0: solved for the budget")
     cap: str = choice("yes", ["yes", "no"], help="with queries: whether the budget is an upper bound")
 
@@ -71,6 +72,9 @@ class Corm(AdaHeads):
         counts: Ints = where.always + important.sum(axis=1)
         total = layer.n_head_kv * budget
         return self.head_counts(layer, total) if self.cap == "yes" and counts.sum() > total else counts
+
+    def head_counts(self, layer: LayerView, total: int) -> Ints:
+        return self.ada_counts(layer, total, self.alpha, self.safeguard)
 
     def scores(self, layer: LayerView, where: Region) -> Floats:
         last = reduce_groups(layer.mass, layer.n_head_kv, "max").astype(np.float64)

@@ -119,5 +119,4 @@ def mean_rotation(rotate: Rotate, d: int, first: int, n: int) -> Floats:
 def softmax(logits: Floats) -> Floats:
     """Of one vector with at least one entry."""
     p = np.exp(logits - logits.max())
-    weights: Floats = p / p.sum()
-    return weights
+    return p / p.sum()

@@ -43,5 +43,4 @@ def difference(keys: Floats) -> Floats:
     """Minus the cosine of every key ``[n, d]`` with the mean of the normalised keys, ``[n]``."""
     unit = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
     anchor = unit.mean(axis=0)
-    similar: Floats = -(unit @ anchor) / max(float(np.linalg.norm(anchor)), 1e-12)
-    return similar
+    return -(unit @ anchor) / max(float(np.linalg.norm(anchor)), 1e-12)

@@ -5,42 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from kvlocal.policies.parts.allocation import pyramid, pyramid_adakv, pyramid_kvpress, slots_held, spread
-from kvlocal.policies.parts.params import whole
-from kvlocal.policies.parts.ranked import Ranked
+from kvlocal.policies.parts.ranked import BETA
 from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.parts.view import CacheView
 from kvlocal.policies.snapkv import SnapKV
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidLayers(Ranked):
-    """Budgets that fall from layer to layer; see :class:`PyramidKV`."""
-
-    beta: int = whole(20, low=1, help="the last layer gets about 1/beta of the average; 1 makes all layers equal")
-
-    def layer_totals(self, view: CacheView) -> Ints:
-        held = slots_held(view)
-        n_head = np.array([layer.n_head_kv for layer in view.layers], dtype=np.int64)
-        n_prefix = max(int(self.region(layer).size.sum()) // layer.n_head_kv for layer in view.layers)
-        always, competing = self.n_always, view.budget - self.n_always
-        compat = getattr(self, "compat", None)
-        if compat == "adakv":
-            per_head = always + pyramid_adakv(competing, self.beta, view.n_layer, n_prefix)
-        elif compat == "kvpress":
-            per_head = pyramid_kvpress(view.budget, self.beta, view.n_layer, n_prefix + always, always)
-        else:
-            per_head = always + pyramid(competing, self.beta, view.n_layer, n_prefix)
-        totals: Ints = np.minimum(n_head * per_head, held)
-        if compat is None:
-            totals = spread(min(int(n_head.sum()) * view.budget, int(held.sum())), held, start=totals)
-        return totals
-
-
-@dataclass(frozen=True, kw_only=True)
-class PyramidKV(PyramidLayers, SnapKV):
+class PyramidKV(SnapKV):
     """Like SnapKV, with more slots in the lower layers and fewer in the upper ones.
 
     Paper: Cai et al., *PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling*,
@@ -62,3 +34,8 @@ class PyramidKV(PyramidLayers, SnapKV):
 
     name: ClassVar[str] = "pyramidkv"
     paper: ClassVar[str] = "PyramidKV, arXiv:2406.02069"
+
+    beta: int = BETA
+
+    def layer_totals(self, view: CacheView) -> Ints:
+        return self.pyramid_totals(view, self.beta, self.compat)

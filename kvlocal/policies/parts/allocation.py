@@ -6,15 +6,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from kvlocal.errors import UsageError
 from kvlocal.policies.parts.policy import Policy
-from kvlocal.policies.parts.scoring import top
+from kvlocal.policies.parts.scoring import Floats, Ints, top
 from kvlocal.policies.parts.view import CacheView, LayerView
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.floating]
 
 
 def require_budget(policy: Policy, view: CacheView) -> None:
@@ -34,8 +30,7 @@ def slots_held(view: CacheView) -> Ints:
 def uniform_totals(view: CacheView) -> Ints:
     """The same total for every layer, at most what the layer holds, int64 ``[L]``."""
     heads = np.array([layer.n_head_kv for layer in view.layers], dtype=np.int64)
-    totals: Ints = np.minimum(heads * view.budget, slots_held(view))
-    return totals
+    return np.minimum(heads * view.budget, slots_held(view))
 
 
 def uniform_counts(policy: Policy, view: CacheView) -> Ints:
@@ -106,33 +101,6 @@ def pyramid(budget: int, beta: int, n_layer: int, n_prefix: int) -> Ints:
     return largest_remainder(np.linspace(high, low, n_layer), n_layer * budget)
 
 
-def pyramid_adakv(budget: int, beta: int, n_layer: int, n_prefix: int) -> Ints:
-    """The progression of the AdaKV repository: the step is an integer, so the total drifts upwards."""
-    if n_layer == 1 or budget >= n_prefix:
-        return np.full(n_layer, min(budget, n_prefix), dtype=np.int64)
-    low = budget // beta
-    high = 2 * budget - low
-    if high >= n_prefix:
-        high, low = n_prefix, 2 * budget - n_prefix
-    return high - np.arange(n_layer, dtype=np.int64) * ((high - low) // (n_layer - 1))
-
-
-def pyramid_kvpress(budget: int, beta: int, n_layer: int, n_tokens: int, n_always: int) -> Ints:
-    """The layer budgets of kvpress: the window (``n_always`` slots) is inside, each layer is rounded on its own.
-
-    Falls back to ``budget`` everywhere unless ``n_tokens >= high >= low >= n_always``.
-    """
-    low = budget / beta
-    high = 2 * budget - low
-    if high >= n_tokens - n_always:
-        high, low = float(n_tokens - n_always), 2.0 * budget - (n_tokens - n_always)
-    if n_layer == 1 or not n_tokens >= high >= low >= n_always:
-        return np.full(n_layer, budget, dtype=np.int64)
-    step = (high - low) / (n_layer - 1)
-    counts: Ints = np.rint(high - np.arange(n_layer) * step).astype(np.int64)
-    return counts
-
-
 def top_counts(scores: Floats, total: int, n_safe: Ints | None = None) -> Ints:
     """How many of the ``total`` largest entries of all heads together lie in each head.
 
@@ -163,15 +131,7 @@ def mix(adaptive: Ints, uniform: Ints, alpha: float) -> Ints:
     return largest_remainder((1 - alpha) * adaptive + alpha * uniform, int(adaptive.sum()))
 
 
-def mix_adakv(adaptive: Ints, budget: int, alpha: float) -> Ints:
-    """The rounding of the AdaKV repository: integer floor, then float32 rounded half to even; the total drifts."""
-    share = np.float32(1 - alpha) * adaptive.astype(np.float32) + np.float32(int(budget * alpha))
-    counts: Ints = np.rint(share).astype(np.int64)
-    return counts
-
-
 def safe_counts(uniform: Ints, alpha: float) -> Ints:
     """``floor(alpha * uniform)``: the best entries of each head that the protect safeguard reserves."""
     # 0.29 * 100 falls just below 29 in binary.
-    counts: Ints = np.floor(alpha * uniform + 1e-9).astype(np.int64)
-    return counts
+    return np.floor(alpha * uniform + 1e-9).astype(np.int64)

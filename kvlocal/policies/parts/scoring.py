@@ -64,8 +64,7 @@ def reduce_groups(scores: Floats, n_head_kv: int, agg: str) -> Floats:
     The mean picks the set that maximises the group's summed attention mass; the max does not.
     """
     grouped = scores.reshape(n_head_kv, -1, scores.shape[-1])
-    reduced: Floats = grouped.mean(axis=1) if agg == "mean" else grouped.max(axis=1)
-    return reduced
+    return grouped.mean(axis=1) if agg == "mean" else grouped.max(axis=1)
 
 
 def pool(scores: Floats, kernel: int, kind: str) -> Floats:

@@ -11,14 +11,12 @@ from policy_views import mass
 from kvlocal.policies.parts.allocation import (
     largest_remainder,
     mix,
-    mix_adakv,
     pyramid,
-    pyramid_adakv,
-    pyramid_kvpress,
     safe_counts,
     spread,
     top_counts,
 )
+from kvlocal.policies.parts.compat import mix_adakv, pyramid_adakv, pyramid_kvpress
 
 # Three heads x six tokens, the figure in the Ada-KV README; two tokens per head.
 THREE = np.array(

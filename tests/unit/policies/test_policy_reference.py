@@ -8,7 +8,8 @@ import pytest
 from policy_views import cache_view, evict, layer_view, mass
 
 from kvlocal.policies import make_policy
-from kvlocal.policies.parts.allocation import mix, mix_adakv, pyramid_adakv, pyramid_kvpress, top_counts
+from kvlocal.policies.parts.allocation import mix, top_counts
+from kvlocal.policies.parts.compat import mix_adakv, pyramid_adakv, pyramid_kvpress
 
 
 def draw_model(rng: np.random.Generator):
