@@ -43,8 +43,9 @@ class Head:
 class Ladder(Policy):
     """Stores every token of every head as precisely as its importance pays for, at one price for the whole model.
 
-    Source: our own. Other methods drop tokens (SnapKV, Ada-KV) or store all of them in few bits (KIVI, LogQuant); one
-    rule does both: f16, q8, q4, kv3, kv2, gone.
+    Source: kvlocal. One rule decides what is dropped (as SnapKV and Ada-KV do) and what is stored in few bits (as KIVI
+    and LogQuant do): f16, q8, q4, kv3, kv2, gone. Related: RDKV, arXiv:2605.08317; ARKV, arXiv:2603.08727; MixedDimKV,
+    arXiv:2603.20616.
 
     Formula, per layer, KV head and slot ``j`` between sinks and window::
 
