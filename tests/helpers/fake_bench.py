@@ -115,9 +115,10 @@ class FakeContext:
         self.peak = max(self.peak, self.allocated)
         self.world.events.append(Event(self.lane, what, seq, **values))
 
-    def decode(self, tokens: Sequence[int], at: np.ndarray, seqs: np.ndarray, *, outputs: str = "last") -> None:
-        pos, seq = int(at[0]), int(seqs[0])
-        assert (at == np.arange(pos, pos + len(tokens))).all() and (seqs == seq).all()
+    def decode(self, tokens: Sequence[int], pos: np.ndarray, seq: np.ndarray, *, outputs: str = "last") -> None:
+        positions, seqs = pos, seq
+        pos, seq = int(pos[0]), int(seq[0])
+        assert (positions == np.arange(pos, pos + len(tokens))).all() and (seqs == seq).all()
         self.n_decoded += 1
         held = self.slots[seq]
         assert pos == (held[-1] + 1 if held else 0), "a gap between the positions"
