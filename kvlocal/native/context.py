@@ -354,8 +354,10 @@ class Context:
         self._native.log.clear()
         there = np.frombuffer(saved, np.uint8) if memoryview(saved).nbytes else np.empty(0, np.uint8)
         at = there.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        n_read = self._llama.llama_state_seq_set_data(self.handle, at, there.nbytes, seq)
-        if n_read != there.nbytes or not n_read:
+        n = there.nbytes
+        n_read = self._llama.llama_state_seq_set_data(self.handle, at, n, seq)
+        del at, there  # an error's traceback would keep them, and a mapped file can then not be closed
+        if n_read != n or not n_read:
             if n_read:  # what is left over belongs to something else
                 self.truncate(seq, 0)
             raise KVError(f"The saved cache cannot be restored: {self._why()}.")

@@ -46,6 +46,7 @@ KNOWN: set[str] = {
     "circle: kvlocal_cli.commands.chat, kvlocal_cli.commands.slash",
     "long: cli/kvlocal_cli/render/screen.py",
     "long: kvlocal/models/resolve.py",
+    "long: patches/overlay/src/kvl.cpp",
     "long: tests/native/cache/test_kivi.py",
     "long: tests/unit/cli/test_cli_eval.py",
     "long: tests/unit/models/test_resolve.py",

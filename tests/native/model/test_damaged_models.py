@@ -53,7 +53,6 @@ for i in range(200):
                 assert cache.mass(0, layer).shape[1] == 90
                 cache.keep(0, layer, [np.arange(0, n, 2) for n in cache.lengths(0, layer)])
                 cache.demote(0, layer, [np.arange(20)] * cache.layers[layer].n_head_kv, "kv2")
-            cache.note_eviction(0)
             context.decode([1, 2, 3], 90)
             context.restore(0, context.save(0))
             assert {int(n) for held in cache.held(0) for n in held} == {48}
