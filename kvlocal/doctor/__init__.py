@@ -1,1 +1,1 @@
-"""What is installed, and whether it computes what it should."""
+"""What is installed, and whether it computes correctly on this machine."""

@@ -1,4 +1,4 @@
-"""The native library as it is installed: what it is, what it was built for, whether it is ours, what it computes on."""
+"""The installed native library: its files, what it was built for, whether it is ours, and its devices."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def find_library() -> tuple[Library, str]:
 
 
 def _probe() -> str:
-    """What happens to another process that loads the library: instructions that a processor lacks end it."""
+    """The result of loading the library in another process, which instructions that this processor lacks would kill."""
     code = "from kvlocal.native.library import load; load()"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
@@ -149,7 +149,7 @@ def vector_code(build: dict[str, str]) -> str:
 
 
 def list_devices() -> list[Device]:
-    """What ggml can compute on; the library must be one that loads."""
+    """The devices that ggml can compute on; the library must load."""
     registry, base = library.open_library("ggml"), library.open_library("ggml-base")
     count, get = registry.ggml_backend_dev_count, registry.ggml_backend_dev_get
     count.restype, get.restype, get.argtypes = ctypes.c_size_t, ctypes.c_void_p, [ctypes.c_size_t]

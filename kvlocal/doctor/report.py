@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, library, processor, devices, memory, paths, a model, and what is wrong with them.
+"""The report of `kvlocal doctor`: versions, library, processor, devices, memory, paths, a model, and their faults.
 
 report = examine(None)
 report.ok, report.failures, report.warnings
@@ -66,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder that kvlocal uses, there or not."""
+    """A file or folder that kvlocal uses, and whether it exists."""
 
     name: str
     path: str
@@ -133,7 +133,7 @@ def examine(
     failures: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda _what: None,
 ) -> Report:
-    """Look at everything, and never raise for what is wrong with it.
+    """Examine everything; faults are reported, never raised.
 
     Args:
         model: a GGUF file to look at as well.

@@ -1,4 +1,4 @@
-"""Whether the kernels compute on this machine what they should: a check of a second, on random data.
+"""Checks in a second, on random data, that the kernels compute correctly on this machine.
 
 Three kinds of comparison. Logits of a tiny random model with the page kernels against the portable path, which is made
 of llama.cpp's own operators. Rows of every storage format, decoded by vector code against plain loops. Attention that
@@ -201,7 +201,7 @@ def _pages(pair: tuple[str, str], n_slots: int) -> list[tuple[str, str]]:
 
 
 def _decoded(x: npt.NDArray[np.float16], rows: list[str]) -> npt.NDArray[Any]:
-    """What attention should see of keys or values whose pages are stored like this."""
+    """Keys or values as attention should see them, given the formats of their pages."""
     out = x.astype(np.float32)
     stored = PAGE_SLOTS * sum(row != "f16" for row in rows)
     if stored:

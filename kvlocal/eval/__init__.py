@@ -1,1 +1,1 @@
-"""What a policy costs in quality: texts continued, needles found, questions answered, articles summarized."""
+"""How much quality a policy costs: continued texts, needles, questions, summaries."""

@@ -1,4 +1,4 @@
-"""What an evaluation asks: a document, questions about it, and how an answer is scored."""
+"""A case of an evaluation: a document, questions about it, and how an answer is scored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Score = Callable[[str, Sequence[str]], Mapping[str, float]]
-"""An answer and what was expected, to measures by name; ``score`` is the one that is shown, 0 to 1."""
+"""From an answer and the expected strings to measures by name; tables show ``score``, 0 to 1."""
 
 
 @dataclass(frozen=True)

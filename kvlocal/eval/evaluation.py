@@ -1,4 +1,4 @@
-"""What all evaluations have in common: units of work, what is on record of them, and measuring what is not."""
+"""The base of all evaluations: units of work, their records, and measuring those that have none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Want = TypeVar("Want")
 
 @dataclass(frozen=True)
 class Step:
-    """What goes on: ``done`` of ``total`` results, and the name of what is measured next."""
+    """Progress: ``done`` of ``total`` results, and the name of the next one."""
 
     done: int
     total: int
@@ -35,15 +35,15 @@ class Evaluation(Generic[Unit, Want]):
         self.units, self.wants, self.store = units, wants, store
 
     def key(self, unit: Unit, want: Want) -> str:
-        """What a result is on record as: changes with all that it depends on."""
+        """The key of a result on record; it changes with everything that the result depends on."""
         raise NotImplementedError
 
     def open(self, stack: ExitStack) -> None:
-        """Make the contexts, once something has to be measured; ``stack`` closes them."""
+        """Open the contexts, when something has to be measured; ``stack`` closes them."""
         raise NotImplementedError
 
     def measure(self, unit: Unit, missing: Sequence[Want]) -> Iterator[tuple[int, str]]:
-        """Put a record of all that is missing of a unit; yield, before each part, how much is done and what comes."""
+        """Measure and record what is missing of a unit; yield, before each part, how much is done and what is next."""
         raise NotImplementedError
 
     def run(self, on_step: OnStep = lambda _step: None) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""What evaluations measured, drawn with matplotlib, which is imported only here and only when used."""
+"""Plots of evaluations, with matplotlib, which is imported only here and only when used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_plot(records: Sequence[Record], path: Path) -> None:
 
 
 def label(record: Record | Mapping[str, Any], *, budget: bool = True) -> str:
-    """``ada-snapkv 25% chunked guide 64``: what tells a record or a row from others."""
+    """A short name that tells a record or row from others, such as ``ada-snapkv 25% chunked guide 64``."""
     of = record if isinstance(record, Mapping) else vars(record)
     parts = [of["policy"], of["budget"] if budget and of["budget"] != "100%" else ""]
     parts += ["chunked" if of["prefill"] == "chunked" else "", f"guide {of['guide']}" if of["guide"] else ""]
@@ -145,7 +145,7 @@ def _draw_curve(axes: Any, name: str, points: Sequence[Mapping[str, Any]], measu
 
 
 def _draw_level(axes: Any, row: Mapping[str, Any], measure: str, style: str) -> None:
-    """What evicts nothing. A KL far below those of the policies, such as that of other kernels, is only told."""
+    """Levels of the variants that evict nothing. A KL far below the policies' is given in the legend, not drawn."""
     value, low = row[measure], axes.get_ylim()[0]
     if measure != "kl" or value >= low:
         axes.axhline(value, color="grey", linestyle=style)

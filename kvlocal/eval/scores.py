@@ -17,10 +17,10 @@ _BLOCK = 1 << 22  # most values drawn at once, 32 MiB
 
 
 def contains(answer: str, expected: Sequence[str]) -> dict[str, float]:
-    """The fraction of ``expected`` that stands somewhere in the answer, in upper or lower case.
+    """The fraction of ``expected`` strings found in the answer, ignoring case.
 
-    What RULER calls ``string_match_all``; for one expected string it is 0 or 1. Strings are not parted into words:
-    ``48213`` is found in ``148213``.
+    RULER's ``string_match_all``; 0 or 1 for one expected string. Words are not separated: ``48213`` is found in
+    ``148213``.
 
     Raises:
         UsageError: nothing is expected.
@@ -31,7 +31,7 @@ def contains(answer: str, expected: Sequence[str]) -> dict[str, float]:
 
 
 def measure(score: Score, answer: str, question: Question) -> dict[str, float]:
-    """An answer's measures: against all that is expected, or (``any_of``) against what it matches best."""
+    """An answer's measures against all expected strings, or (``any_of``) against the one that it matches best."""
     if not question.any_of:
         return dict(score(answer, question.expected))
     return max((dict(score(answer, [text])) for text in question.expected), key=lambda found: found["score"])

@@ -1,4 +1,4 @@
-"""The results of a benchmark over depth, drawn with matplotlib, which is imported only here and only when used."""
+"""Plots of a benchmark over depth, with matplotlib, which is imported only here and only when used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PANELS = (
 
 
 def check_plot(path: Path) -> None:
-    """Raises before a long run what :func:`write_plot` would after it.
+    """Raises, before a long run, the errors that :func:`write_plot` would raise after it.
 
     Raises:
         UsageError: neither ``.svg`` nor ``.png``.

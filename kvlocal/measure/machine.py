@@ -1,4 +1,4 @@
-"""What a measurement ran on: the processor, its cores, and how fast they read memory."""
+"""The machine of a measurement: its processor, its cores, and how fast they read memory."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cac
 
 
 def read_bandwidth(n_threads: int, n_bytes: int = 0) -> float:
-    """Bytes per second that ``n_threads`` threads read from memory together: what bounds decoding at best.
+    """Bytes per second that ``n_threads`` threads read from memory together: the upper limit on decoding speed.
 
     One array, far larger than the caches (512 MiB, or 8 times the last-level cache; at most a quarter of the free
     memory), is filled, so that its pages exist, and cut into one slice per thread. Every thread takes the maximum of

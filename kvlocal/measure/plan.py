@@ -1,8 +1,8 @@
-"""What a run will take, before anything is allocated: weights, cache and buffers from the library's own accounts.
+"""How much memory a run will take, before it is allocated: weights, cache and buffers as the library counts them.
 
 Nothing is computed from formulas: a model without weights says what it would allocate, and a :class:`Rehearsal` of the
-run takes the pages that the run would take. Only scores are made up, so that which token of which head stays, and with
-it the waste in part-filled pages, is that of some text, not of this one.
+run takes the pages that the run would take. Only the scores are invented: which tokens each head keeps, and so the
+waste in partly filled pages, is that of another text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage
 
 STEP = 256
-"""Contexts are suggested in multiples of so many tokens."""
+"""Suggested contexts are multiples of this many tokens."""
 
 _BUDGETS = (2048, 1024, 512, 256)
 _MAX_TRIES = 8
@@ -37,8 +37,14 @@ storage as they are written."""
 
 @dataclass(frozen=True)
 class KVPlan:
-    """Bytes: what a full f16 cache would take for all tokens, what is in use at the end, the most that is ever taken;
-    the window queries that a policy remembers (f32); page tables, positions and accumulated mass at their most."""
+    """Bytes of the cache.
+
+    Attributes:
+        full_bytes: a full f16 cache of all tokens.
+        used_bytes: in use at the end; peak_bytes: the most ever taken.
+        query_bytes: the window queries that a policy remembers (f32).
+        table_bytes: page tables, positions and accumulated mass, at their peak.
+    """
 
     full_bytes: int
     used_bytes: int
@@ -66,13 +72,13 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, what it takes, and what would fit.
+    """A run: what it takes, whether that fits, and what would fit.
 
     Attributes:
-        n_ctx: tokens of the context per sequence; n_prompt: of the prompt; n_generate: that follow it.
-        parallel: sequences that do so in one cache.
-        threads: that compute; threads_reason: why so many.
-        free_bytes: main memory that there is for it; device_free_bytes: of accelerators.
+        n_ctx: tokens of context per sequence; n_prompt: tokens of the prompt; n_generate: tokens generated after it.
+        parallel: sequences in one cache.
+        threads: threads that compute; threads_reason: why this number.
+        free_bytes: main memory available; device_free_bytes: memory available on accelerators.
         max_context: by storage, the largest context that fits when a prompt fills it, tokens, at most what the model
             was trained for (or what was asked for); 0: none fits; ``None``: the storage cannot serve this model or
             policy. A policy that chooses formats itself has one entry, under its own name.
@@ -133,8 +139,8 @@ class Planner:
         followed by ``n_generate`` (-1: 512, or a quarter of the context if that is less).
 
         Raises:
-            UsageError: the settings cannot be, or the prompt does not fit into the context.
-            KVError: the cache cannot be made.
+            UsageError: the settings are impossible, or the prompt does not fit into the context.
+            KVError: the cache cannot be created.
         """
         config = replace(config, n_ctx=config.n_ctx or self.model.n_ctx_train)
         n_generate = min(512, config.n_ctx // 4) if n_generate < 0 else n_generate
@@ -173,7 +179,7 @@ class Planner:
         return self._left(need) >= 0
 
     def _left(self, need: Need) -> int:
-        """Bytes to spare, of whatever is shortest."""
+        """Bytes to spare, in main memory or on the accelerator, whichever has less."""
         left = self.free_bytes - need.total_bytes
         return min(left, self.device_free_bytes - need.device_bytes) if need.device_bytes else left
 
@@ -181,8 +187,8 @@ class Planner:
         """Bytes of one run, rehearsed; ``to_peak``: no further than to its peak, so that ``used_bytes`` is of then.
 
         Raises:
-            UsageError: it cannot be.
-            KVError: its cache cannot hold that.
+            UsageError: the settings are impossible.
+            KVError: the cache cannot hold the run.
         """
         paged = config.policy.evicts or config.storage.demotes
         # sequences share the cells of llama.cpp's own cache, and each has a context of its own in ours
@@ -330,7 +336,7 @@ def _stored(config: EngineConfig, name: str) -> EngineConfig:
 
 
 def _least(config: EngineConfig, n_generate: int) -> int:
-    """A context as small as it can be, about."""
+    """About the smallest context that the settings allow."""
     n = n_generate + 2
     if config.prefill == "chunked":
         budget = int(config.budget.value) if config.budget.unit == "tokens" else 0

@@ -17,7 +17,7 @@ from kvlocal.storage.storage import Storage
 Prefill = Literal["exact", "chunked"]
 
 PAGED = "paged"
-"""A name beside the policies: our cache and kernels with nothing evicted, where ``full`` is llama.cpp's own."""
+"""The name of our cache and kernels with nothing evicted; ``full`` is llama.cpp's own cache."""
 
 StockStorage = Literal["f16", "q8", "q4"]
 STOCK_STORAGES: tuple[StockStorage, ...] = ("f16", "q8", "q4")
@@ -28,7 +28,7 @@ _ALL = Budget.parse("100%")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to keep a text: ``full`` is llama.cpp's cache, :data:`PAGED` ours; neither has a budget but 100%."""
+    """One way to keep a text; ``full`` (llama.cpp's cache) and :data:`PAGED` (ours) always keep 100%."""
 
     name: str
     policy: Policy
@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def store(self) -> Storage:
-        """How what it keeps is stored."""
+        """The storage of the tokens that it keeps."""
         return Storage.parse(self.storage)
 
     @property
@@ -72,7 +72,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """``ada-snapkv 25% chunked``: what tells it from the others."""
+        """A short name that tells it from the others, such as ``ada-snapkv 25% chunked``."""
         parts = [self.name, str(self.budget) if self.policy.evicts else "", "chunked" if self.chunked else ""]
         parts.append(f"guide {self.guide}" if self.guide else "")
         return " ".join(filter(None, [*parts, self.storage if self.storage != "f16" else ""]))

@@ -17,19 +17,19 @@ from kvlocal.policies.parts.scoring import Floats, Ints, Region, prefix_scores, 
 from kvlocal.policies.parts.view import CacheView, LayerView
 
 ERRORS = {"f16": 0.0, "q8": 0.003, "q4": 0.03, "kv3": 0.12, "kv2": 0.20}
-"""The rungs, and the relative error of attention output of what stands on them; what is dropped has 1."""
+"""The rungs, and the relative error that each adds to a token's part of the attention output; dropping it adds 1."""
 
 
 @dataclass
 class Head:
-    """The competing slots of one head, cut into pages.
+    """The competing slots of one head, grouped into pages.
 
     Attributes:
-        rungs: int64 ``[n]``: where every slot stands now.
-        pages: slots of each page, best page first; they all stand on one rung now.
-        weights: float64, of each page.
-        bytes: of the pages of what always stays and of the slots that fill them up.
-        slot_bytes: per rung.
+        rungs: int64 ``[n]``: the rung of every slot now.
+        pages: slots of each page, best page first; the slots of a page share a rung.
+        weights: float64, sum of the slots' weights per page.
+        bytes: of the f16 pages that sinks, window and the slots that fill these pages take.
+        slot_bytes: bytes of a slot per rung.
     """
 
     rungs: Ints
@@ -106,7 +106,7 @@ class Ladder(Policy):
         return -(-(self.sink + self.window) // PAGE_SLOTS) * PAGE_SLOTS
 
     def limit(self, budget: int, evict_every: int) -> int:
-        # a look at a long cache is worth more than a page
+        # checking a long cache costs more than a page of room
         return budget + max(evict_every, budget // 16) - 1
 
     @property

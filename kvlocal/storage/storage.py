@@ -1,4 +1,4 @@
-"""How kept tokens are stored: which of them in f16, and what the others are demoted to."""
+"""How kept tokens are stored: which stay in f16, and the format that the others are demoted to."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from kvlocal.settings import KV_TAIL, refusal
 from kvlocal.storage.budget import Budget
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
-"""What can be named."""
+"""Names that ``--kv`` takes."""
 
 MIN_MEAN = 64
 """Tokens from which the mean of the keys is taken, at least."""
 
 SINK = 32
-"""Tokens at the start that stay in f16 by default, but for kivi and logquant: these are as published."""
+"""Tokens at the start that stay in f16 by default; kivi and logquant keep none, as published."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Some tokens stay in f16, the others are demoted once and then stay as they are (spec: quant).
+    """Which tokens stay in f16, and the format that the others are demoted to, once.
 
-    ``q8``, ``q4``, ``kv3``, ``kv2``: rotated rows of 8, 4, 3 and 2, or 2 bits (section 3.4); what leaves the tail is
-    demoted, the sinks never. ``kivi`` (Liu et al., arXiv:2402.02750): keys per channel over groups of tokens, values
+    ``q8``, ``q4``, ``kv3``, ``kv2``: rotated rows of 8, 4, 3 and 2, or 2 bits; tokens that leave the tail are
+    demoted, sinks never. ``kivi`` (Liu et al., arXiv:2402.02750): keys per channel over groups of tokens, values
     per token over groups of channels; whole groups of tokens that have left the tail are demoted. ``logquant`` (Chen et
     al., arXiv:2503.19950): likewise, but what stays in f16 is :func:`log_positions`, which thins out with age.
 
     Attributes:
         name: one of :data:`STORAGES`; ``f16`` demotes nothing.
         sink: tokens at the start of the sequence that stay in f16 (default: :data:`SINK`, of kivi and logquant 0).
-        tail: latest tokens that do; of logquant at most so many in all.
-        centre: take the mean of a head's keys away before they are demoted (but to q8, which does not need it; kivi and
-            logquant do not). Attention gives it back exactly, whatever comes after it (soft caps, attention sinks); it
-            is taken once, from the tokens between sinks and tail, when the first :data:`MIN_MEAN` of them are demoted.
+        tail: latest tokens that stay in f16; for logquant an upper limit on all that do.
+        centre: subtract a head's mean key before demotion to q4, kv3 and kv2; attention adds it back exactly. The mean
+            is taken once, over the tokens between sinks and tail, when the first :data:`MIN_MEAN` of them are demoted.
         bits: of kivi and logquant, 2 or 4; group: of these, 32 or 64 tokens (keys) or channels (values).
         quantizer: of logquant: ``channel`` is kivi's, ``token`` groups 64 channels of one token, of keys too, with an
             integer zero point, as its authors' code does.
@@ -106,7 +105,7 @@ class Storage:
 
     @property
     def format(self) -> str:
-        """What is demoted gets this one of :data:`kvlocal.native.formats.FORMATS`."""
+        """The format of demoted slots, one of :data:`kvlocal.native.formats.FORMATS`."""
         if self.name == "logquant" and self.quantizer == "token":
             return "token2"
         return "kivi" if self._published else self.name
@@ -135,7 +134,9 @@ class Storage:
         return math.ceil(sum(layer.n_head_kv * self.slot_bytes(layer) for layer in cache.layers))
 
     def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, policy: Policy) -> int:
-        """Tokens per KV head and layer that a budget allows; of bytes, those that sinks and tail take come first.
+        """Tokens per KV head and layer that a budget allows.
+
+        The f16 bytes of sinks and tail are subtracted first from a budget in bytes.
 
         Raises:
             UsageError: as :meth:`Budget.tokens`; bytes that sinks and tail alone would take.
@@ -157,14 +158,14 @@ class Storage:
         return budget.tokens(n_seen, each, policy.min_budget)
 
     def check(self, budget: Budget, cache: PagedCache, policy: Policy, n_ctx: int, memory_bytes: int | None) -> None:
-        """Refuses a budget that cannot be, as :meth:`Budget.check` does, with what this storage needs."""
+        """Refuses an impossible budget, as :meth:`Budget.check` does, with the bytes that this storage takes."""
         self.tokens(budget, n_ctx, cache, policy)
         budget.check(policy.min_budget, n_ctx, self.bytes_per_token(cache), memory_bytes)
 
     def due(self, n_seen: int, n_window: int) -> np.ndarray:
-        """Positions that are to be demoted when ``n_seen`` tokens were seen, int32, ascending.
+        """Positions to demote once ``n_seen`` tokens were seen, int32, ascending.
 
-        The latest ``n_window`` never are: their queries score.
+        The latest ``n_window`` are never among them: their queries rank the others.
         """
         if self.name != "logquant":
             return np.arange(self.sink, n_seen - max(self.tail, n_window), dtype=np.int32)
@@ -175,7 +176,7 @@ class Storage:
         return np.flatnonzero(out).astype(np.int32)
 
     def store(self, cache: PagedCache, seq: int, n_window: int, n_pages: int = 0) -> bool:
-        """Demote what is due.
+        """Demote the tokens that are due.
 
         Args:
             cache: the cache.
@@ -184,7 +185,7 @@ class Storage:
             n_pages: most pages (of kivi groups) per head that are demoted now, 0: all.
 
         Returns:
-            Whether there was anything to demote.
+            Whether a token was demoted.
         """
         if not self.demotes:
             return False

@@ -1,4 +1,4 @@
-"""A fact in a long text, and questions that only this fact answers. All text is generated, and all words are ours."""
+"""Needle in a haystack: a fact in a long generated text, and a question that only this fact answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Mode = Literal["single", "multi-key", "multi-turn"]
 CountTokens = Callable[[str], int]
 
 TOLERANCE = 0.02
-"""How far the document's length may be from the one asked for, relative to it."""
+"""Largest relative difference between a document's length and the one asked for."""
 
 TURN_SPAN = 0.5
 """Over how much of the text the facts of a multi-turn case are spread, from the first to the last."""
@@ -84,7 +84,7 @@ FILLER = {
         "very slowly, like everyone else"
     ),
 }
-"""What the places of a template are filled with; ``role2`` and ``adj2`` draw from the same lists."""
+"""Words for the placeholders of a template; ``role2`` and ``adj2`` draw from the same lists."""
 
 TEMPLATES = (
     "the {thing} was {adj}",

@@ -10,7 +10,7 @@ from kvlocal.eval.cases import Case, Question
 from kvlocal.jsonl import TEXT, TEXTS, WHOLE, Row, read_rows
 
 N_ANSWER = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-"""Most tokens of an answer, by how the task's name begins; those that RULER generates."""
+"""Most tokens of an answer, by prefix of the task's name, as in RULER."""
 
 _N_ANSWER_ELSE = 128
 _FIELDS = {"index": WHOLE, "input": TEXT, "outputs": TEXTS}
@@ -43,7 +43,7 @@ def ruler_cases(folder: Path, *, tasks: Sequence[str] = (), rows: int = 0) -> li
 
 
 def n_answer(task: str) -> int:
-    """Most tokens that RULER lets a model answer with."""
+    """Most tokens of an answer to a task."""
     return next((n for prefix, n in N_ANSWER.items() if task.startswith(prefix)), _N_ANSWER_ELSE)
 
 

@@ -1,4 +1,4 @@
-"""What a policy is: numpy in, numpy out, no model and no ctypes."""
+"""The base of all policies: numpy in, numpy out, no model and no ctypes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvlocal.policies.parts.view import CacheView, LayerView
 
 @dataclass
 class Decision:
-    """What becomes of one layer's slots.
+    """Which slots of one layer are kept, and which of those are demoted.
 
     Attributes:
         keep: slot indices to keep per KV head, int64, ascending.
         demote: by format, which of those kept (indices among them, ascending) are to be stored in it, per KV head.
-        centre: what is demoted is stored without the mean of the keys at the positions from the first to before the
-            second, which is taken at the first demotion.
+        centre: ``(first, end)``: demotion subtracts the mean key of the positions ``first <= p < end``, taken at the
+            first demotion.
     """
 
     keep: list[np.ndarray]
@@ -65,25 +65,27 @@ class Policy:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Formats beside f16 that it demotes to."""
+        """Formats that it demotes to, beside f16."""
         return ()
 
     def due(self, held: float, budget: int) -> bool:
-        """Whether a sequence that holds so many tokens per head, on average, must be evicted; of a policy with
-        :attr:`formats`, the f16 tokens that would take the bytes of its pages."""
+        """True if ``held`` (tokens per head, on average) exceeds ``budget``.
+
+        For policies with :attr:`formats`, ``held`` is page bytes divided by the bytes of one f16 token.
+        """
         return held > budget
 
     def limit(self, budget: int, evict_every: int) -> int:
-        """Tokens per head past which a growing sequence is looked at again, to evict every so many tokens."""
+        """Tokens per head past which a growing sequence is checked again; with ``evict_every`` about every so many."""
         return budget + evict_every - 1
 
     @property
     def rolls(self) -> bool:
-        """Whether an eviction renumbers what stays by its place in the cache (all heads must then keep as many)."""
+        """Whether an eviction renumbers the kept tokens 0, 1, 2, …; all heads must then keep the same number."""
         return False
 
     def decide(self, view: CacheView) -> Iterator[Decision]:
-        """What becomes of every layer, in order; a layer's scores are forgotten when the next one is asked for."""
+        """One :class:`Decision` per layer, in order; asking for the next one releases a layer's scores."""
         budgets = self.allocate(view)
         for layer, counts in zip(view.layers, budgets, strict=True):
             yield Decision(self.keep(layer, counts))
