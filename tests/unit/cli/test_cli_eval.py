@@ -441,9 +441,9 @@ def test_texts_of_the_same_name_and_batches_of_one_token_are_refused(fake: Fake,
 def test_a_missing_rouge_is_noticed_before_the_model_is_loaded(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvlocal.eval.tasks import summarize
+    from kvlocal.eval import scores
 
-    monkeypatch.setattr(summarize, "rouge", lambda _answer, _expected: fail(KVError("ROUGE needs rouge-score."))())
+    monkeypatch.setattr(scores, "rouge", lambda _answer, _expected: fail(KVError("ROUGE needs rouge-score."))())
     (tmp_path / "news.jsonl").write_text('{"article": "It rained.", "highlights": "Rain."}\n')
     args = ["eval", "summarize", "--data", str(tmp_path / "news.jsonl")]
     assert sentence(*args, code=1) == "ROUGE needs rouge-score."
