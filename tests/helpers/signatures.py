@@ -12,7 +12,9 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def disagreement(fake: Callable[..., Any], real: Callable[..., Any]) -> str:
     """What a caller of one would trip over in the other; empty if nothing. An unused parameter may begin with ``_``."""
-    fakes, reals = inspect.signature(fake).parameters, inspect.signature(real).parameters
+    fakes, reals = dict(inspect.signature(fake).parameters), dict(inspect.signature(real).parameters)
+    if next(iter(reals), "") == "self" and next(iter(fakes), "").isidentifier():
+        del reals["self"], fakes[next(iter(fakes))]  # a function may call it by another name
     named = {name.lstrip("_"): p for name, p in fakes.items() if p.kind not in _VARIABLE}
     takes = {p.kind for p in fakes.values()}
     for name, p in named.items():

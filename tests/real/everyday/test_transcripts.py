@@ -114,11 +114,12 @@ def test_plan_says_what_a_run_takes() -> None:
     result = call("plan", "tiny.gguf", "--policy", "streaming", "--budget", "512", "-c", "2048")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = [line.rstrip() for line in masked(result.stdout, r"[\d.]+ [GK]iB").splitlines()]
-    assert lines[:3] == [
+    assert lines[:2] == [
         "kvlocal-tiny · streaming 512 · kv f16 · exact prefill",
         "a context of 2,048: a prompt of 1,535 tokens, 512 generated",
-        "",
     ]
+    assert " thread" in lines.pop(2), "how many this machine gives"
+    assert lines[2] == ""
     assert " KV peak             3.0 MiB   1.0 MiB in use at the end; full f16: 4.0 MiB" in lines
     assert [line.split("  ")[0].strip() for line in lines[3:10] if line] == [
         "weights",
