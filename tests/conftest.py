@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-
 from skips import pytest_make_collect_report, pytest_runtest_makereport
 
 __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]

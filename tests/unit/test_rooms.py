@@ -17,6 +17,7 @@ ARROWS: dict[str, set[str]] = {
     "kvlocal.errors": set(),
     "kvlocal.files": {"kvlocal.errors"},
     "kvlocal.jsonl": {"kvlocal.errors"},
+    "kvlocal.settings": {"kvlocal.errors"},
     "kvlocal.native": set(),
     "kvlocal.policies": {"kvlocal.native.formats"},
     "kvlocal.models": {"kvlocal.native"},
@@ -38,11 +39,10 @@ ARROWS: dict[str, set[str]] = {
 }
 """What the files of a room may import beside their own room; the rooms below those count too."""
 
-BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl"}
-"""What every room but these themselves may import: the version, the errors, how files are written."""
+BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl", "kvlocal.settings"}
+"""What every room but these themselves may import: the version, errors, files, settings."""
 
 KNOWN: set[str] = {
-    "kvlocal_cli.options.eval -> kvlocal_cli.commands.bench",
     "circle: kvlocal_cli.commands.chat, kvlocal_cli.commands.slash",
     "long: cli/kvlocal_cli/render/screen.py",
     "long: kvlocal/models/resolve.py",
