@@ -71,7 +71,7 @@ class FakeEngine:
     def config(self) -> Any:
         return SimpleNamespace(budget=self.settings.budget)
 
-    def note(self, what: str) -> bool:
+    def alter(self, what: str) -> bool:
         """`h2o` needs another cache."""
         if what == "nonsense":
             raise UsageError("There is no policy 'nonsense'")
@@ -271,8 +271,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(backend, "open_engine", fake.open_engine)
     monkeypatch.setattr(backend, "new_chat", fake.new_chat)
     monkeypatch.setattr(backend, "new_sampling", lambda sampling: sampling)
-    monkeypatch.setattr(backend, "change_policy", lambda engine, name, pairs: engine.note(" ".join([name, *pairs])))
-    monkeypatch.setattr(backend, "change_budget", lambda engine, text: engine.note(text))
+    monkeypatch.setattr(backend, "change_policy", lambda engine, name, pairs: engine.alter(" ".join([name, *pairs])))
+    monkeypatch.setattr(backend, "change_budget", lambda engine, text: engine.alter(text))
     monkeypatch.setattr(backend, "describe_policies", policy_rows)
     monkeypatch.setattr(backend, "versions", lambda: ("1.2.3", {"llama_cpp_commit": "0c1e57098", "abi_version": 7}))
     return fake
