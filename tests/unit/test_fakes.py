@@ -30,7 +30,7 @@ def from_test(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> type:
 
 # what only tests use
 OF_ENGINE = {"settings", "words", "fault", "fault_at", "prefill_fault", "changes", "raw", "messages", "sampling"}
-OF_ENGINE |= {"text", "n_predict", "closed", "generated", "alter"}
+OF_ENGINE |= {"text", "n_predict", "closed", "generated", "alter", "note"}
 OF_CONTEXT = {"world", "lane", "slots", "demoted", "peak", "closed", "allocated", "evict", "note"}
 PAIRS: dict[str, tuple[type, type, set[str]]] = {
     "engine": (fake_engine.FakeEngine, Engine, OF_ENGINE),
