@@ -22,7 +22,7 @@ from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine, Progress
 from kvlocal.engine.report import Report
 from kvlocal.errors import UsageError
-from kvlocal.models.messages import EMPTY, Messages
+from kvlocal.models.messages import EMPTY, Messages, checked
 from kvlocal.models.resolve import resolve_model
 from kvlocal.native.sampling import Sampling
 from kvlocal.native.text import check_text
@@ -203,6 +203,7 @@ class LLM:
             return self.engine.tokenize(prompt)
         else:
             prompt = [_user(prompt)]
+        prompt = checked(prompt)
         tokens = self.engine.chat_tokens(prompt)
         _warn(self.engine.template_note(prompt))
         return tokens

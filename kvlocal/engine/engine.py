@@ -30,8 +30,6 @@ from kvlocal.native.sampling import Sampling
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.storage.budget import Budget
 
-__all__ = ["Engine", "EngineConfig", "Mode", "Progress"]
-
 Progress = Callable[[int, int], None]
 
 
@@ -324,7 +322,7 @@ class Engine:
                     self._text += piece
                 if piece:
                     yield piece
-            self.finish_reason = job.finish_reason
+            self.finish_reason = job.finish_reason or "interrupted"
         finally:
             with self.lock:
                 rest = job.take()
@@ -334,7 +332,6 @@ class Engine:
                     self.timing.decode_s += time.perf_counter() - start - (self.evictor.evict_s - evict_s)
                 scheduler.abandon(job)
         if job.error is not None:
-            self.finish_reason = "interrupted"
             raise job.error
 
     def _hold(self, sequence: Sequence, holder: object) -> None:

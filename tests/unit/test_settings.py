@@ -317,10 +317,10 @@ class Untouched:
 @pytest.mark.parametrize(
     ("prompt", "values", "name"),
     [
-        (None, {}, "prompt"),
-        (5, {}, "prompt"),
-        (b"Hello", {}, "prompt"),
-        (["Hello"], {}, "prompt"),
+        (None, {}, "The prompt"),
+        (5, {}, "The prompt"),
+        (b"Hello", {}, "The prompt"),
+        (["Hello"], {}, "Message 1"),
         ("Hello", {"n_predict": "5"}, "n_predict"),
         ("Hello", {"n_predict": None}, "n_predict"),
         ("Hello", {"n_predict": 2**31}, "n_predict"),
@@ -332,7 +332,7 @@ class Untouched:
 )
 def test_an_answer_refuses_before_anything_is_forgotten(prompt: Any, values: dict[str, Any], name: str) -> None:
     llm = api.LLM(Untouched())  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=f"^{name} is .*; give "):
+    with pytest.raises(UsageError, match=f"^{name} (is|has) .*; give "):
         llm.generate(prompt, **values)
 
 

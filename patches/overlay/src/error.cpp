@@ -1,3 +1,5 @@
+// The sentence that kvl_last_error gives, one per thread.
+
 #include "error.h"
 
 static thread_local std::string last_error;

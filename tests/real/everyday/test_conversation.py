@@ -226,7 +226,7 @@ def test_an_interrupted_question_was_never_asked(open_engine: OpenEngine) -> Non
     with pytest.raises(KeyboardInterrupt):
         list(chat.ask(FILLER, 40, GREEDY, on_progress=stop))
     assert (chat.messages, engine.sequences[0].tokens) == (messages, tokens)
-    with pytest.raises(UsageError, match="--prefill chunked"):
+    with pytest.raises(UsageError, match=r"use a larger context \(-c \d+ or more\)"):
         list(chat.ask(FILLER * 200, 40, GREEDY))
     assert (chat.messages, engine.sequences[0].tokens) == (messages, tokens)
     assert ask(chat, GATE.question) == GATE.sentence
