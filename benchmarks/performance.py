@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import ROOT, model_path, parser
-from performance_page import page
+from pages.performance import page
 
 from kvlocal.doctor.kernels import attend_pages, attend_stock, reference
 from kvlocal.engine.evictor import evict

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, parser
-from quality_page import write_page
+from pages.quality import write_page
 from quality_storage import MORE, all_kept, at_equal_bytes
 
 from kvlocal.engine.engine import Engine, EngineConfig

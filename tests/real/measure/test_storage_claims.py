@@ -32,9 +32,9 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import storage_page
+    from pages import storage
 
-    return storage_page
+    return storage
 
 
 @pytest.fixture(scope="module")

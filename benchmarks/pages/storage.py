@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common import table
-from storage_speed_page import depth, ladder
+
+from pages.storage_speed import depth, ladder
 
 Row = dict[str, Any]
 

@@ -1,29 +1,25 @@
-"""docs/everyday.md from what batch_throughput.py and plan_reality.py measured.
-
-python benchmarks/everyday_page.py
-"""
+"""docs/everyday.md from what batch_throughput.py and plan_reality.py measured."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import batch_throughput
 import plan_reality
-from common import ROOT
-
-RESULTS = ROOT / "benchmarks" / "results"
 
 
-def main() -> None:
-    batch = json.loads((RESULTS / "batch.json").read_text("utf-8"))["results"]
-    plan = json.loads((RESULTS / "plan.json").read_text("utf-8"))["results"]
+def write_page(results: Path, path: Path) -> None:
+    """The page, from ``batch.json`` and ``plan.json`` in ``results``."""
+    batch = json.loads((results / "batch.json").read_text("utf-8"))["results"]
+    plan = json.loads((results / "plan.json").read_text("utf-8"))["results"]
     off = {
         name: max(abs(row["plan"][name] / row["real"][name] - 1) for row in plan["rows"])
         for name in plan_reality.FIGURES
     }
     page = f"""# Batches and plans
 
-Written by `python benchmarks/everyday_page.py`; SmolLM2-135M, Q4_1 weights.
+Written by `python benchmarks/everyday.py`; SmolLM2-135M, Q4_1 weights.
 
 ## Several documents together
 
@@ -46,8 +42,4 @@ The largest differences: {", ".join(f"{name} {100 * value:.2f} %" for name, valu
 
 {plan_reality.show(plan)}
 """
-    (ROOT / "docs" / "everyday.md").write_text(page, "utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    path.write_text(page, "utf-8")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from common import table
-from quality_storage_page import PICTURE, draw, ruler_section, storage_section
-from storage_page import sections
+
+from pages.quality_storage import PICTURE, draw, ruler_section, storage_section
+from pages.storage import sections
 
 Row = dict[str, Any]
 
