@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvlocal.measure.code import commit
 from kvlocal.models.resolve import resolve_model
 from kvlocal.native.context import Context
 from kvlocal.native.threads import default_threads, usable_cores
@@ -78,8 +79,18 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(text)
 
 
+def at_commit(commits: Mapping[str, str]) -> str:
+    """A sentence that says at which commit every part was measured; what was written before that was kept has none."""
+    parts = {name: found or "not recorded" for name, found in commits.items()}
+    if len(set(parts.values())) == 1:
+        return f"Measured at commit {next(iter(parts.values()))}."
+    return f"Measured at commit: {', '.join(f'{name} {found}' for name, found in parts.items())}."
+
+
 def write_json(args: argparse.Namespace, results: Any) -> None:
     if args.output:
         cpu = platform.processor() or platform.machine()
         machine = {"cpu": cpu, "cores": usable_cores().physical, "threads": args.threads}
-        args.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        values = {"machine": machine, "commit": commit(), "results": results}
+        args.output.write_text(json.dumps(values, indent=1) + "
+")

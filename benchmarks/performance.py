@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, model_path, parser
+from common import ROOT, at_commit, model_path, parser
 from pages.performance import page
 
 from kvlocal.doctor.kernels import attend_pages, attend_stock, reference
 from kvlocal.engine.evictor import evict
 from kvlocal.engine.sequence import Sequence
 from kvlocal.measure.bench import BenchConfig, Step, bench, random_tokens
+from kvlocal.measure.code import commit
 from kvlocal.measure.machine import describe_machine
 from kvlocal.measure.variants import expand
 from kvlocal.models.random import random_model
@@ -201,8 +202,10 @@ def main() -> None:
     for name in parts if args.only is None else filter(None, args.only.split(",")):
         print(time.strftime("%H:%M:%S"), name, flush=True)
         results[name] = parts[name]()
+        results.setdefault("commit", {})[name] = commit()
         args.results.write_text(json.dumps(results, indent=1) + "\n")
-    args.page.write_text(page(results))
+    commits = {name: results.get("commit", {}).get(name, "") for name in parts if name in results}
+    args.page.write_text(page(results, at_commit(commits)))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from kvlocal.eval.tasks.kv_retrieval import kv_cases
 from kvlocal.eval.tasks.ruler import ruler_cases
 from kvlocal.eval.tasks.summarize import summary_cases
 from kvlocal.eval.texts import Kld, Ppl, excerpts
+from kvlocal.measure.code import commit
 from kvlocal.measure.variants import PAGED, Variant, expand
 from kvlocal.models.f32 import f32_copy
 from kvlocal.models.resolve import resolve_model
@@ -181,7 +182,7 @@ class Run:
             policy = make_policy(name)
             # one thread: so small a model is no faster with more
             with Engine(EngineConfig(TINY, policy, Budget.parse("256"), n_ctx=12288, n_threads=1)) as engine:
-                out.append({"policy": name} | grow(engine, engine.tokenize(text)[:1024]))
+                out.append({"policy": name, "commit": commit()} | grow(engine, engine.tokenize(text)[:1024]))
                 print(out[-1], flush=True)
         (RESULTS / "quality-growth.json").write_text(json.dumps(out, indent=1) + "\n")
 

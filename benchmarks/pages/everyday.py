@@ -7,12 +7,13 @@ from pathlib import Path
 
 import batch_throughput
 import plan_reality
+from common import at_commit
 
 
 def write_page(results: Path, path: Path) -> None:
     """The page, from ``batch.json`` and ``plan.json`` in ``results``."""
-    batch = json.loads((results / "batch.json").read_text("utf-8"))["results"]
-    plan = json.loads((results / "plan.json").read_text("utf-8"))["results"]
+    found = {name: json.loads((results / f"{name}.json").read_text("utf-8")) for name in ("batch", "plan")}
+    batch, plan = (found[name]["results"] for name in ("batch", "plan"))
     off = {
         name: max(abs(row["plan"][name] / row["real"][name] - 1) for row in plan["rows"])
         for name in plan_reality.FIGURES
@@ -20,6 +21,7 @@ def write_page(results: Path, path: Path) -> None:
     page = f"""# Batches and plans
 
 Written by `python benchmarks/everyday.py`; SmolLM2-135M, Q4_1 weights.
+{at_commit({name: values.get("commit", "") for name, values in found.items()})}
 
 ## Several documents together
 

@@ -20,7 +20,7 @@ Written by `python benchmarks/performance.py` from its own measurements; nothing
 llama.cpp of the same build with its own f16 cache and flash attention (`--policy full`), "pages" our cache and kernels
 with nothing evicted (`--policy paged`), "budget" is `--policy ada-snapkv --budget 1024 --prefill chunked`. All three
 take turns in one process on {threads} threads, five rounds; medians. Machine: {cpu}, {cores} cores; it reads memory at
-{gbps:.1f} GB/s.
+{gbps:.1f} GB/s. {measured_at}
 """
 
 
@@ -187,10 +187,14 @@ def targets(results: dict[str, Any]) -> str:
     return table(["target", "measured", "asked", "met"], rows)
 
 
-def page(results: dict[str, Any]) -> str:
-    """The whole page, of the parts that were measured."""
+def page(results: dict[str, Any], measured_at: str) -> str:
+    """The whole page, of the parts that were measured; ``measured_at`` says at which commit that was."""
     machine = results["machine"]
-    text = [HEAD.format(**machine, gbps=machine["read_bytes_per_s"] / 1e9), "## Targets\n", targets(results)]
+    text = [
+        HEAD.format(**machine, gbps=machine["read_bytes_per_s"] / 1e9, measured_at=measured_at),
+        "## Targets\n",
+        targets(results),
+    ]
     for name, what in MODELS.items():
         if name not in results:
             continue

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import table
+from common import at_commit, table
 
 from pages.quality_storage import PICTURE, draw, ruler_section, storage_section
 from pages.storage import sections
@@ -21,6 +21,8 @@ def write_page(results: Path, page: Path, model: str) -> None:
     for path in sorted(results.glob("quality-*.json")):
         found[path.stem.removeprefix("quality-")] = json.loads(path.read_text())
     parts = [HEAD.format(model=model)]
+    if found:
+        parts.append(at_commit({name: _commits(rows) for name, rows in found.items()}))
     for name, section in SECTIONS.items():
         parts.append(section(found) if name in found else f"{TITLES[name]}\n\nNot measured yet.")
         if name == "storage_ruler":
@@ -34,6 +36,11 @@ def write_page(results: Path, page: Path, model: str) -> None:
         )
     page.write_text("\n\n".join(parts).rstrip() + "\n")
     print(f"wrote {page}")
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    """Those of all rows; what was measured bit by bit may have several."""
+    return ", ".join(dict.fromkeys(part for row in rows for part in row.get("commit", "").split(", ") if part))
 
 
 HEAD = """# What every policy loses

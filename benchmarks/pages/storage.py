@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common import table
+from common import at_commit, table
 
 from pages.storage_speed import depth, ladder
 
@@ -29,7 +29,10 @@ def sections(results: Path) -> str:
     parts = []
     for name, (title, section) in SECTIONS.items():
         path = results / f"{name}.json"
-        text = section(json.loads(path.read_text("utf-8"))["results"]) if path.is_file() else "Not measured yet."
+        text = "Not measured yet."
+        if path.is_file():
+            found = json.loads(path.read_text("utf-8"))
+            text = f"{section(found['results'])}\n\n{at_commit({name: found.get('commit', '')})}"
         parts.append(f"## {title}\n\n{text}")
     return "\n\n".join(parts)
 

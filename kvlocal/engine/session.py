@@ -22,6 +22,7 @@ from kvlocal.engine.config import context_config
 from kvlocal.engine.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
+from kvlocal.models.parts import model_parts
 from kvlocal.native import library
 
 MAGIC = b"KVLSESS1"
@@ -49,14 +50,16 @@ class Session:
 
 
 def fingerprint(path: Path) -> str:
-    """A model file's name for itself: its size, its first megabyte (metadata and tensors' shapes) and samples of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        for i in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+    """A model's name for itself: of every part its size, its first megabyte (of the first: metadata) and samples."""
+    digest = hashlib.sha256()
+    for part in model_parts(path):
+        size = part.stat().st_size
+        digest.update(str(size).encode())
+        with part.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

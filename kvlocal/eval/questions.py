@@ -11,7 +11,7 @@ import numpy as np
 from kvlocal.errors import UsageError
 from kvlocal.eval.cases import Case, Question, Score
 from kvlocal.eval.evaluation import Evaluation
-from kvlocal.eval.records import Record, Store, digest, identity
+from kvlocal.eval.records import Record, Store, digest, identity, variant_key
 from kvlocal.eval.scores import measure
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
 from kvlocal.measure.variants import Variant
@@ -88,7 +88,7 @@ class Ask(Evaluation[Case, Want]):
         self.model, self.metric, self.score, self.variants, self.config = model, metric, score, variants, config
 
     def key(self, unit: Case, want: Want) -> str:
-        return digest(self.metric, asdict(unit), identity(want[0]), want[1])
+        return digest(self.metric, asdict(unit), variant_key(want[0]), want[1])
 
     def open(self, stack: ExitStack) -> None:
         self._stages = open_stages(self.model, group(self.variants), self.config, stack)

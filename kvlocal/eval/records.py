@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from kvlocal import __version__
 from kvlocal.eval.scores import interval
+from kvlocal.measure.code import code_digest, commit, policy_digest
 from kvlocal.measure.variants import Variant
-from kvlocal.native import library
+from kvlocal.models.parts import model_parts
 
 MEASURES = {"kld": "kl", "ppl": "ppl_ratio"}
 """The measure of each metric that has a confidence interval; ``score`` for all others."""
@@ -36,6 +36,7 @@ class Record:
         measures: the results by name.
         labels: what is known of the case, such as a needle's depth.
         answer: the text that was scored.
+        commit: of the source that measured it, its version where that is not known; :class:`Store` fills it in.
     """
 
     metric: str
@@ -55,6 +56,7 @@ class Record:
     measures: Mapping[str, float]
     labels: Mapping[str, float | str] = field(default_factory=dict)
     answer: str = ""
+    commit: str = ""
 
 
 def identity(variant: Variant) -> dict[str, Any]:
@@ -68,6 +70,11 @@ def identity(variant: Variant) -> dict[str, Any]:
         "prefill": variant.prefill,
         "guide": variant.guide,
     }
+
+
+def variant_key(variant: Variant) -> dict[str, Any]:
+    """All of a variant that a result depends on: its identity, and the code of a policy that is not of this package."""
+    return identity(variant) | {"code": policy_digest(variant.policy)}
 
 
 def digest(*parts: Any) -> str:
@@ -103,6 +110,7 @@ class Store:
         return self._records.get(key)
 
     def put(self, key: str, record: Record) -> None:
+        record = replace(record, commit=commit())
         self._records[key] = record
         self._file.write(json.dumps({"key": key} | asdict(record), ensure_ascii=False) + "\n")
         self._file.flush()
@@ -111,11 +119,11 @@ class Store:
 def store_path(model: Path, metric: str, settings: Mapping[str, Any]) -> Path:
     """Where the records of a model, a metric and settings are kept: in the user's cache folder.
 
-    The name changes with the model file, the version of this package and its library.
+    The name changes with the files of the model and with every byte of this package and its native library.
     """
-    stat = model.stat()
-    sizes = sorted((path.name, path.stat().st_size) for path in library.installed("lib").iterdir())
-    name = digest(str(model.resolve()), stat.st_size, stat.st_mtime_ns, metric, settings, __version__, sizes)
+    stats = [path.stat() for path in model_parts(model)]
+    files = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    name = digest(str(model.resolve()), files, metric, settings, code_digest())
     return Path(platformdirs.user_cache_dir("kvlocal")) / "eval" / f"{metric}-{name}.jsonl"
 
 
@@ -164,4 +172,5 @@ def _row(task: str, records: Sequence[Record]) -> dict[str, Any]:
         "ci_low": low,
         "ci_high": high,
         "n": len(records),
+        "commit": ", ".join(dict.fromkeys(r.commit for r in records)),
     }

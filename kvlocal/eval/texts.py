@@ -11,7 +11,7 @@ import numpy as np
 
 from kvlocal.errors import KVError, UsageError
 from kvlocal.eval.evaluation import Evaluation
-from kvlocal.eval.records import Record, Store, digest, identity
+from kvlocal.eval.records import Record, Store, digest, identity, variant_key
 from kvlocal.eval.stage import Branch, Stage, StageConfig, group, open_stages
 from kvlocal.measure.variants import PAGED, Variant, expand
 from kvlocal.native.model import Model
@@ -106,7 +106,7 @@ class Kld(Evaluation[Excerpt, Variant]):
         self.configs = [replace(config, n_ubatch=n, n_outputs=n, parallel=1) for n in splits]
 
     def key(self, unit: Excerpt, want: Variant) -> str:
-        return digest("kld", unit.id, unit.tokens, unit.n_context, identity(want))
+        return digest("kld", unit.id, unit.tokens, unit.n_context, variant_key(want))
 
     def open(self, stack: ExitStack) -> None:
         groups = group([*expand([PAGED], {}, []), *self.wants])
@@ -161,7 +161,7 @@ class Ppl(Evaluation[Excerpt, Variant]):
         self.config = replace(config, n_outputs=config.evict_every * config.parallel)
 
     def key(self, unit: Excerpt, want: Variant) -> str:
-        return digest("ppl", unit.id, unit.tokens, unit.n_context, identity(want))
+        return digest("ppl", unit.id, unit.tokens, unit.n_context, variant_key(want))
 
     def open(self, stack: ExitStack) -> None:
         groups = group([*expand([PAGED], {}, []), *self.wants])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Ll
 from gguf.quants import dequantize
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models.parts import PART
 from kvlocal.models.resolve import cache_dir
 
 Progress = Callable[[int, int], None]
 """Called as (bytes written, bytes in all) after each tensor."""
 
 _VERSION = 1  # part of the copy's name: raise it when the same source gives other bytes
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _ARCHITECTURE, _FILE_TYPE, _ALIGNMENT = "general.architecture", "general.file_type", "general.alignment"
 
 
@@ -97,7 +96,7 @@ def _cached(source: Path) -> Path:
 
 
 def _open(source: Path) -> GGUFReader:
-    shard = _SHARD.search(source.name)
+    shard = PART.search(source.name)
     if shard is not None and int(shard[2]) > 1:
         raise UsageError(
             f"{source.name} is one of {int(shard[2])} parts of a split model; "

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models.parts import PART
 from kvlocal.models.resolve import cache_dir, fetched_default, hub_cache, import_hub
 from kvlocal.native import library
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
 _GGUF_UINT32, _GGUF_STRING = 4, 8  # gguf_type
 
 
@@ -106,7 +106,7 @@ def _first_parts(names: Iterable[str]) -> dict[str, list[str]]:
     """Names by model: a split one under the name of its first part."""
     out: dict[str, list[str]] = {}
     for name in sorted(names):
-        out.setdefault(_PART.sub(r"-00001-of-\2", name), []).append(name)
+        out.setdefault(PART.sub(r"-00001-of-\2", name), []).append(name)
     return out
 
 

@@ -16,6 +16,7 @@ from kvlocal_cli.main import main
 from needles import FACTS, document
 
 from kvlocal.eval.stage import Stage
+from kvlocal.measure.code import commit
 from kvlocal.measure.variants import Variant
 
 NEEDLE = "needle --kind words --lengths 400,600 --depths 0,0.5 --budget 25%"
@@ -144,3 +145,24 @@ def test_a_context_that_is_too_small_is_refused_before_anything_is_measured(
     result = CliRunner().invoke(main, ["eval", name, str(tiny_path), *args, *text, "-c", "128"])
     assert (result.exit_code, result.stdout) == (2, "") and result.stderr.startswith(expected)
     assert not (cache / "eval").exists()
+
+
+def test_an_edited_plugin_is_measured_again(
+    run: Run, branches: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plugin = tmp_path / "edited_policy.py"
+    source = (
+        "from dataclasses import dataclass\nfrom kvlocal.policies.streaming import Streaming\n\n"
+        '@dataclass(frozen=True)\nclass Mine(Streaming):\n    """Mine."""\n    name = "mine"\n    n = 1\n'
+    )
+    plugin.write_text(source)
+    line = "needle --kind words --lengths 400 --depths 0 --budget 25% --question inside --policy edited_policy:Mine"
+    first = run(line)["results"][0]
+    assert first["commit"] == commit()
+    measured = len(branches)
+    run(line)
+    assert len(branches) == measured > 0, "on record"
+    plugin.write_text(source.replace("n = 1", "n = 2"))
+    run(line)
+    assert len(branches) > measured

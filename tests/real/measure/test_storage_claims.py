@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from needles import LANTERN, document
 
+from kvlocal.measure.code import commit
 from kvlocal.storage.storage import Storage
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -139,6 +140,7 @@ def test_every_scheme_is_measured_and_the_page_is_written(
     for line in ("| kv3, rotated, mean | 2.75 |", "| kv2:centre=0 |", "- The mean of the keys:", "- 3-bit keys:"):
         assert line in text
     assert "more than ten times each" in text
+    assert f"Measured at commit {commit()}." in text
     assert "$ python benchmarks/storage_claims.py --model kvlocal-tiny-q8_0.gguf --tokens 320 --queries 4" in text
 
 
