@@ -23,11 +23,13 @@ from kvlocal.doctor.installation import Device, Library, find_library, list_devi
 from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError, UsageError
 from kvlocal.measure.machine import cpu_features, cpu_name
-from kvlocal.models.resolve import cache_dir, hub_cache
+from kvlocal.models.folder import models_dir
+from kvlocal.models.hub import hub_cache
 from kvlocal.models.template import chat_tokens, has_template
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
+from kvlocal.native.names import plain_line
 from kvlocal.native.spinning import SPINS
 from kvlocal.native.structs import KvlLayerInfo
 from kvlocal.native.threads import usable_cores
@@ -243,7 +245,7 @@ def _places() -> list[Place]:
     # a config file may be named, as any setting, by the environment
     config = os.environ.get("KVLOCAL_CONFIG") or platformdirs.user_config_path("kvlocal") / "config.toml"
     places: dict[str, Path | None] = {
-        "models": cache_dir() / "models",
+        "models": models_dir(),
         "Hugging Face cache": hub_cache(),
         "evaluation records": platformdirs.user_cache_path("kvlocal") / "eval",
         "config file": Path(config),
@@ -276,7 +278,7 @@ def _model(path: Path, n_gpu_layers: int) -> ModelInfo:
             path=str(path),
             name=model.name,
             description=description.value.decode("utf-8", "replace"),
-            architecture=model.meta("general.architecture") or "unknown",
+            architecture=plain_line(model.meta("general.architecture") or "") or "unknown",
             n_ctx_train=model.n_ctx_train,
             size_bytes=int(model.llama.llama_model_size(model.handle)),
             refused=refused,

@@ -21,8 +21,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Ll
 from gguf.quants import dequantize
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models.folder import models_dir
 from kvlocal.models.parts import PART
-from kvlocal.models.resolve import cache_dir
 
 Progress = Callable[[int, int], None]
 """Called as (bytes written, bytes in all) after each tensor."""
@@ -92,7 +92,7 @@ def _cached(source: Path) -> Path:
     except OSError as error:
         raise KVError(f"{source} cannot be read: {error.strerror or error}.") from error
     digest = hashlib.sha256(f"{_VERSION} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
-    return cache_dir() / "models" / f"{source.stem}-f32-{digest}.gguf"
+    return models_dir() / f"{source.stem}-f32-{digest}.gguf"
 
 
 def _open(source: Path) -> GGUFReader:

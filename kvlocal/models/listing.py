@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models.default import fetched_default
+from kvlocal.models.folder import models_dir
+from kvlocal.models.hub import hub_cache, import_hub
 from kvlocal.models.parts import PART
-from kvlocal.models.resolve import cache_dir, fetched_default, hub_cache, import_hub
 from kvlocal.native import library
+from kvlocal.native.names import plain_line
 
 _GGUF_UINT32, _GGUF_STRING = 4, 8  # gguf_type
 
@@ -43,11 +47,6 @@ class ModelFile:
     quantization: str | None
     last_used: float
     is_default: bool = False
-
-
-def models_dir() -> Path:
-    """Where kvlocal keeps models."""
-    return cache_dir() / "models"
 
 
 def list_models() -> list[ModelFile]:
@@ -118,11 +117,15 @@ def _first_parts(names: Iterable[str]) -> dict[str, list[str]]:
 def _own_models() -> list[ModelFile]:
     folder = models_dir()
     sizes: dict[str, os.stat_result] = {}
-    for path in folder.glob("*.gguf"):
+    for path in folder.glob("*"):
+        if path.suffix.lower() != ".gguf":
+            continue
         try:
-            sizes[path.name] = path.stat()
+            found = path.stat()
         except OSError:  # a link to nothing, or just removed
             continue
+        if stat.S_ISREG(found.st_mode):
+            sizes[path.name] = found
     default = fetched_default()
     out = []
     for name, parts in _first_parts(sizes).items():
@@ -264,7 +267,9 @@ def read_header(path: Path) -> Header:
     The file's time of reading stays: to look at a model is not to use it.
     """
     try:
-        before, header = path.stat(), _read_header(path)
+        before = path.stat()
+        # to open a pipe would be to wait for its other end
+        header = _read_header(path) if stat.S_ISREG(before.st_mode) else Header()
     except (KVError, OSError):
         return Header()
     with suppress(OSError):  # somebody else's file
@@ -297,7 +302,7 @@ def _read_header(path: Path) -> Header:
     try:
         arch, kind = find(b"general.architecture", _GGUF_STRING), find(b"general.file_type", _GGUF_UINT32)
         return Header(
-            lib.gguf_get_val_str(file, arch).decode("utf-8", "replace") if arch >= 0 else None,
+            plain_line(lib.gguf_get_val_str(file, arch).decode("utf-8", "replace")) if arch >= 0 else None,
             _file_type(lib.gguf_get_val_u32(file, kind)) if kind >= 0 else None,
         )
     finally:

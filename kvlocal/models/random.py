@@ -23,7 +23,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from kvlocal.errors import KVError, UsageError
-from kvlocal.models.resolve import cache_dir
+from kvlocal.models.folder import models_dir
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -113,7 +113,7 @@ def random_model(name: str) -> Path:
         raise UsageError(f"There is no random model {name!r}; there are {', '.join(SHAPES)}.")
     shape = SHAPES[name]
     digest = hashlib.sha256(f"{_VERSION} {shape}".encode()).hexdigest()[:8]
-    path = cache_dir() / "models" / f"random-{name}-{digest}.gguf"
+    path = models_dir() / f"random-{name}-{digest}.gguf"
     return path if path.is_file() else write_random_model(shape, path)
 
 

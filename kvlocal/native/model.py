@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import weakref
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from kvlocal.errors import KVError
 from kvlocal.native import library
 from kvlocal.native.formats import FORMATS
+from kvlocal.native.names import display_name
 from kvlocal.native.text import check_text
 
 _SPM = 1  # LLAMA_VOCAB_TYPE_SPM
@@ -40,7 +42,7 @@ class Model:
             params.no_alloc = True
             params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE  # nothing to map
         self.native.log.clear()
-        handle: Any = self.native.lib.kvl_load_model(str(path).encode(), params)
+        handle: Any = self.native.lib.kvl_load_model(os.fsencode(path), params)
         if not handle:
             reason = self.native.last_error() or next((line for line in self.native.log if "error" in line.lower()), "")
             detail = f" ({reason.split(': ', 1)[-1]})" if reason else ""
@@ -72,7 +74,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        return self.meta("general.name") or self.path.stem
+        """What it is called where people read it; see :func:`kvlocal.native.names.display_name`."""
+        return display_name(self.path, self.meta("general.name"))
 
     @property
     def n_ctx_train(self) -> int:

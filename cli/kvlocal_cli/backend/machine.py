@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def fetch_model(spec: str | None, screen: Screen) -> Path:
     """The file of a Hugging Face repository, or of the default model, fetched if it is not there or damaged."""
-    from kvlocal.models.resolve import hub_spec, resolve_model
+    from kvlocal.models.hub import hub_spec
+    from kvlocal.models.resolve import resolve_model
 
     named = None if spec is None else hub_spec(spec)
     with screen.download() as on_progress:
@@ -47,8 +48,8 @@ def describe_machine(n_threads: int) -> dict[str, Any]:
 
 def model_caches() -> dict[str, str | None]:
     """Where :func:`list_models` looks, by the name of the cache."""
-    from kvlocal.models.listing import models_dir
-    from kvlocal.models.resolve import hub_cache
+    from kvlocal.models.folder import models_dir
+    from kvlocal.models.hub import hub_cache
 
     hub = hub_cache()
     return {"kvlocal": str(models_dir()), "huggingface": None if hub is None else str(hub)}
@@ -78,7 +79,8 @@ def remove_model(model: ModelFile) -> int:
 def examine(settings: Settings, screen: Screen) -> dict[str, Any]:
     """Everything `kvlocal doctor` says; the model is the default one if none is named and that is on disk."""
     from kvlocal.doctor.report import examine
-    from kvlocal.models.resolve import fetched_default, resolve_model
+    from kvlocal.models.default import fetched_default
+    from kvlocal.models.resolve import resolve_model
     from kvlocal_cli.render.doctor import steps
 
     model, failures = None, list[str]()

@@ -13,7 +13,7 @@ from kvlocal_cli.main import main
 from processes import call
 
 from kvlocal.doctor import kernels, selftest
-from kvlocal.models.resolve import cache_dir
+from kvlocal.models.folder import cache_dir
 from kvlocal.native import library
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model

@@ -245,7 +245,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
 def test_without_a_model_nothing_is_fetched(
     default: Path | None, examined: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvlocal.models.resolve.fetched_default", lambda: default)
+    monkeypatch.setattr("kvlocal.models.default.fetched_default", lambda: default)
     monkeypatch.setattr("kvlocal.models.resolve.resolve_model", fail(AssertionError("fetched")))
     screen: Any = Screen()
     backend_machine.examine(Settings(n_gpu_layers=5, n_threads=2), screen)

@@ -15,8 +15,8 @@ import pytest
 from gguf import GGUFWriter, LlamaFileType
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models import default as models
 from kvlocal.models import listing as model_files
-from kvlocal.models import resolve as models
 from kvlocal.models.listing import find_model, list_models, read_header, remove_model
 
 SHARDS = ["big-00001-of-00002.gguf", "big-00002-of-00002.gguf"]
@@ -102,6 +102,14 @@ def test_own_models_with_what_their_headers_say(own: Path) -> None:
     assert (second.name, second.path, second.files) == ("b.gguf", path, (path,))
     assert (second.cache, second.architecture, second.quantization) == ("kvlocal", "qwen2", "Q4_K_M")
     assert (second.size_bytes, second.last_used, second.is_default) == (path.stat().st_size, 2e9, False)
+
+
+def test_pipes_are_no_models_and_suffixes_have_any_case(own: Path) -> None:
+    write_gguf(own / "A.GGUF")
+    os.mkfifo(own / "b.gguf")
+    (own / "c.gguf").symlink_to("b.gguf")
+    assert names() == ["A.GGUF"]
+    assert read_header(own / "b.gguf") == model_files.Header()
 
 
 def test_looking_is_no_use(own: Path, hub: Path) -> None:
