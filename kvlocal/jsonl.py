@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def parse_row(place: str, line: int, data: bytes) -> Row:
         UsageError: it is not a JSON object in UTF-8.
     """
     try:
-        value = json.loads(data.decode("utf-8"))
+        # some editors begin a file with a byte order mark
+        value = json.loads((data.removeprefix(codecs.BOM_UTF8) if line == 1 else data).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{place}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
     except (RecursionError, ValueError) as error:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvlocal.batch.documents import Document
-from kvlocal.batch.prompt import Prompt
+from kvlocal.batch.documents import Document, Documents
+from kvlocal.batch.prompt import Frame, Prompt
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
 from kvlocal.engine.scheduler import Job, Scheduler
@@ -67,7 +67,12 @@ class Step:
 
 
 def batch_config(
-    config: EngineConfig, model: Model, prompt: Prompt, documents: Sequence[Document], n_predict: int, parallel: int
+    config: EngineConfig,
+    model: Model,
+    prompt: Prompt,
+    documents: Documents | Sequence[Document],
+    n_predict: int,
+    parallel: int,
 ) -> EngineConfig:
     """The settings of an engine for ``parallel`` documents at a time.
 
@@ -78,13 +83,30 @@ def batch_config(
     prefix = frame.before
     n_ctx = config.n_ctx
     if not n_ctx:
-        longest = max(len(prompt.tokens(model, document, frame)) for document in documents)
+        found = documents if isinstance(documents, Documents) else Documents.of(documents)
+        longest = _longest(model, prompt, found, frame)
         needed = len(prefix) + longest + (n_predict if n_predict >= 0 else 1024) + 1
         n_ctx = min(-(-needed // _ROUND) * _ROUND, model.n_ctx_train)
     budget = config.budget
     if budget.unit == "bytes":
         budget = Budget("bytes", int(budget.value) // parallel)
     return replace(config, n_ctx=n_ctx, budget=budget, n_seq_max=parallel + 1, n_pool=parallel * n_ctx + len(prefix))
+
+
+def _longest(model: Model, prompt: Prompt, documents: Documents, frame: Frame) -> int:
+    """Tokens of the longest document; or of the first one found that is longer than the model was trained for.
+
+    A token stands for at least a byte, so documents with fewer bytes than a longer one has tokens are not read.
+    """
+    longest = 0
+    extra = sum(len(text.encode()) for text, _ in frame.after) + 16  # what stands around a text
+    for n_bytes, read in documents.largest_first():
+        if n_bytes + extra <= longest or longest >= model.n_ctx_train:
+            break
+        document = read()
+        if document.fault is None:
+            longest = max(longest, len(prompt.tokens(model, document, frame)))
+    return longest
 
 
 class Batch:

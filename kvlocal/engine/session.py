@@ -22,12 +22,10 @@ from kvlocal.engine.config import context_config
 from kvlocal.engine.engine import Engine, Mode, Progress
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
-from kvlocal.models.parts import model_parts
+from kvlocal.models.identity import fingerprint
 from kvlocal.native import library
 
 MAGIC = b"KVLSESS1"
-_SAMPLES = 16
-_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass
@@ -47,20 +45,6 @@ class Session:
     dropped: str = ""
 
     SAVED: ClassVar = ("messages", "answers", "budget")
-
-
-def fingerprint(path: Path) -> str:
-    """A model's name for itself: of every part its size, its first megabyte (of the first: metadata) and samples."""
-    digest = hashlib.sha256()
-    for part in model_parts(path):
-        size = part.stat().st_size
-        digest.update(str(size).encode())
-        with part.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            for i in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def settings(engine: Engine) -> dict[str, Any]:

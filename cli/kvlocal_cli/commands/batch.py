@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -66,7 +65,9 @@ def task_options(command: Callback) -> Callback:
 
 
 @click.command(cls=GroupedCommand)
-@option("Output", "-o", "--output", metavar="OUT", required=True, help="The .jsonl file for the results.")
+@option(
+    "Output", "-o", "--output", metavar="OUT", required=True, help="The .jsonl file for the results; -: print them."
+)
 @option("Output", "--resume", is_flag=True, help="Go on with OUT: skip what it has, try again what failed.")
 @option("Output", "--fail-fast", is_flag=True, help="Stop at the first document that fails.")
 @option("Input", "--field", default="text", metavar="NAME", help="The text's field in a .jsonl file.")
@@ -103,9 +104,10 @@ def batch(
     INPUTS are text files, directories (.txt, .md and .jsonl files in them), globs in quotes, and .jsonl files with a
     document per line. MODEL is a GGUF file or hf:USER/REPO[:FILE], told from an input by that.
 
-    A line is written as soon as a document is done: id, source, text, finish_reason, tokens, kv, timing, error. A
-    document that fails has a line with its error; the exit code is 3 then, 0 if none failed. Nothing is cut silently:
-    what is longer than the context is read in chunks, if the policy evicts, or fails.
+    A line is written as soon as a document is done: id, source, text, finish_reason, tokens, kv, timing, error, and the
+    settings that it was made with; --resume refuses a file that was made with others. A document that fails has a line
+    with its error; the exit code is 3 then, 0 if none failed. Nothing is cut silently: what is longer than the context
+    is read in chunks, if the policy evicts, or fails.
 
     \b
     kvlocal batch articles/ -o summaries.jsonl --task summarize --parallel 4
@@ -116,17 +118,28 @@ def batch(
 
     system = prompt.system_text(system, raw=raw)
     drawing = backend.new_sampling(sampling)
-    documents = backend_batch.read_documents(inputs, Path(output), text=field, id=id_field, question=question_field)
-    documents = [document.asked(question or "", needed=needs_question) for document in documents]
+    documents = backend_batch.read_documents(inputs, output, text=field, id=id_field, question=question_field)
+    documents = documents.asked(question or "", needed=needs_question)
+    made_with = backend_batch.result_settings(
+        settings,
+        drawing,
+        parallel,
+        instruction=instruction,
+        question=question or "",
+        system=system or "",
+        raw=raw,
+        field=field,
+        n_predict=n_predict,
+    )
     with ExitStack() as stack:
-        results = stack.enter_context(backend_batch.open_results(Path(output), resume))
-        waiting = [document for document in documents if document.id not in results.done]
+        results = stack.enter_context(backend_batch.open_results(output, resume, made_with))
+        waiting = documents.without(results.done)
         n_skipped = len(documents) - len(waiting)
         from kvlocal_cli.render.screen import Screen
 
         screen = Screen()
         if n_skipped:
-            screen.line(f"{n_skipped} of {len(documents)} documents are in {output} already.", "dim")
+            screen.line(f"{n_skipped} of {len(documents)} documents are in {results.name} already.", "dim")
         if not waiting:
             return
         work = stack.enter_context(
@@ -151,7 +164,7 @@ def batch(
         except KeyboardInterrupt:
             interrupt.requested = True
         bar.stop()
-        screen.line(summary(bar.last, bar.seconds, output), "dim")
+        screen.line(summary(bar.last, bar.seconds, results.name), "dim")
     if interrupt.requested:
         raise click.exceptions.Exit(INTERRUPTED)
     if failed:

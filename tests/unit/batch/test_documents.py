@@ -1,16 +1,17 @@
-"""Documents of a batch, and the file of its results."""
+"""Documents of a batch: listed first, read when their turn comes."""
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kvlocal.batch.documents import Document, Fields, Results, read_documents
+from kvlocal.batch.documents import Document, Documents, Fields, read_documents
+from kvlocal.batch.results import Results
 from kvlocal.errors import UsageError
 
 
@@ -26,7 +27,7 @@ def write(path: str, *rows: Any) -> None:
 
 
 def read(*inputs: str, **fields: str) -> list[Document]:
-    return read_documents(inputs, Fields(**fields))
+    return list(read_documents(inputs, Fields(**fields)))
 
 
 def line(name: str, error: str | None = None) -> dict[str, Any]:
@@ -81,62 +82,6 @@ def test_inputs_that_are_not_there_or_there_twice(folder: Path) -> None:
             read(*inputs)
 
 
-def test_results_are_lines_and_a_second_run_must_say_that_it_goes_on(folder: Path) -> None:
-    out = folder / "out.jsonl"
-    with Results(out) as results:
-        results.put(line("ä"))
-        with pytest.raises(UsageError, match="Another run is writing"):
-            Results(out)
-    assert [json.loads(text) for text in out.read_text("utf-8").splitlines()] == [line("ä")]
-    with pytest.raises(UsageError, match="holds 1 results already; go on with --resume"):
-        Results(out)
-    with Results(out, resume=True) as results:
-        assert results.done == {"ä"}
-        results.put(line("b"))
-    assert len(out.read_text("utf-8").splitlines()) == 2
-
-
-def test_failed_lines_are_taken_out_to_be_tried_again(folder: Path) -> None:
-    out = folder / "out.jsonl"
-    with Results(out) as results:
-        for name, error in (("a", None), ("b", "It failed."), ("c", None)):
-            results.put(line(name, error))
-    with Results(out, resume=True) as results:
-        assert results.done == {"a", "c"}
-        results.put(line("b"))
-        with pytest.raises(UsageError, match="Another run"):
-            Results(out, resume=True)
-    assert [json.loads(text)["id"] for text in out.read_text().splitlines()] == ["a", "c", "b"]
-
-
-def test_a_file_of_something_else_is_refused_and_stays(folder: Path) -> None:
-    for text in ('{"id": 1}\n', "notes\n", "[1]\n"):
-        Path("x").write_text(text)
-        for resume in (True, False):
-            with pytest.raises(UsageError, match="x, line 1"):
-                Results(Path("x"), resume=resume)
-        assert Path("x").read_text() == text
-
-
-@given(names=st.lists(st.text(max_size=5), unique=True, max_size=6), cut=st.integers(0, 400), data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_wherever_a_run_was_killed_every_document_is_there_once_in_the_end(
-    names: list[str], cut: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    out = tmp_path_factory.mktemp("killed") / "out.jsonl"
-    with Results(out) as results:
-        for name in names:
-            results.put(line(name, data.draw(st.sampled_from([None, None, "It failed."]))))
-    whole = out.read_bytes()
-    out.write_bytes(whole[:cut])
-    with Results(out, resume=True) as results:
-        for name in names:
-            if name not in results.done:
-                results.put(line(name))
-    written = [json.loads(text)["id"] for text in out.read_text("utf-8").split("\n")[:-1]]
-    assert sorted(written) == sorted(names)
-
-
 def test_odd_names_and_lines_are_faults_that_can_be_written(folder: Path) -> None:
     rows = [
         '{"id":"\\ud800x","text":"a"}',
@@ -155,11 +100,66 @@ def test_odd_names_and_lines_are_faults_that_can_be_written(folder: Path) -> Non
         Results(Path("odd.jsonl"), resume=True)
 
 
-def test_a_link_stays_a_link(folder: Path) -> None:
-    with Results(folder / "real.jsonl") as results:
-        results.put(line("a", "It failed."))
-    (folder / "link.jsonl").symlink_to("real.jsonl")
-    with Results(folder / "link.jsonl", resume=True) as results:
-        results.put(line("a"))
-    assert (folder / "link.jsonl").is_symlink()
-    assert json.loads((folder / "real.jsonl").read_text())["error"] is None
+def test_suffixes_have_any_case(folder: Path) -> None:
+    for name in ("a/1.TXT", "a/2.Md", "a/3.pdf"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f"text of {name}")
+    write("a/4.JSONL", {"id": "four", "text": "4"})
+    assert [d.id for d in read("a")] == ["a/1.TXT", "a/2.Md", "four"]
+    assert [d.text for d in read("a/4.JSONL")] == ["4"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: Path) -> None:
+    rows = b'{"id": "a", "text": "A"}\r\n{"id": "b", "text": "B"}\r\n'
+    Path("d.jsonl").write_bytes(b"\xef\xbb\xbf" + rows)
+    assert [(d.id, d.text, d.fault) for d in read("d.jsonl")] == [("a", "A", None), ("b", "B", None)]
+    Path("d.jsonl").write_bytes(rows + b"\xef\xbb\xbf" + rows.replace(b'"a"', b'"c"').replace(b'"b"', b'"d"'))
+    assert "line 3: not JSON" in str(read("d.jsonl")[2].fault), "only at the beginning of a file"
+
+
+def test_texts_are_read_when_their_turn_comes_and_not_kept(folder: Path) -> None:
+    write("d.jsonl", {"id": "a", "text": "A" * 1000}, {"id": "b", "text": "B"})
+    Path("e.txt").write_text("E" * 500)
+    found = read_documents(["d.jsonl", "e.txt"], Fields())
+    assert len(found) == 3
+    assert "AAAA" not in repr(vars(found)) and "EEEE" not in repr(vars(found))
+    Path("e.txt").write_text("later")
+    assert [d.text for d in found] == ["A" * 1000, "B", "later"]
+    assert [d.text for d in found] == ["A" * 1000, "B", "later"], "more than once"
+    sizes = [(n, read().id) for n, read in found.largest_first()]
+    assert [name for _, name in sizes] == ["a", "e.txt", "b"] and all(n >= 1 for n, _ in sizes)
+    assert [d.id for d in found.without({"a"})] == ["b", "e.txt"] and len(found.without({"a", "b"})) == 1
+
+
+def test_a_line_that_changes_meanwhile_is_a_fault_of_that_document(folder: Path) -> None:
+    write("d.jsonl", {"id": "a", "text": "A"}, {"id": "b", "text": "B"})
+    found = read_documents(["d.jsonl"], Fields())
+    write("d.jsonl", {"id": "x", "text": "A"}, {"id": "b", "text": "B"})
+    assert [(d.id, d.fault) for d in found] == [("a", "d.jsonl:1 was changed while the batch went on."), ("b", None)]
+    Path("d.jsonl").unlink()
+    assert all("cannot be read" in str(d.fault) and d.id in "ab" for d in found)
+
+
+def test_a_pipe_is_read_once(folder: Path) -> None:
+    for name, data in (("p.txt", "a text"), ("q.jsonl", '{"id": "x", "text": "X"}\n')):
+        os.mkfifo(name)
+        writer = threading.Thread(target=Path(name).write_text, args=(data,))
+        writer.start()
+        found = read_documents([name], Fields())
+        writer.join()
+        assert [d.text for d in found] == [d.text for d in found] == ["a text" if name == "p.txt" else "X"]
+
+
+def test_a_question_for_those_that_have_none(folder: Path) -> None:
+    write("d.jsonl", {"id": "a", "text": "A", "question": "Why?"}, {"id": "b", "text": "B"})
+    found = read_documents(["d.jsonl"], Fields())
+    assert [d.question for d in found.asked("Who?")] == ["Why?", "Who?"]
+    assert ["There is no question" in str(d.fault) for d in found.asked("", needed=True)] == [False, True]
+    assert [d.question for d in Documents.of(list(found)).asked("Who?")] == ["Why?", "Who?"]
+
+
+def test_a_name_that_is_not_utf8_can_be_written(folder: Path) -> None:
+    name = os.fsdecode(b"bad\xff.txt")
+    Path(name).write_text("text")
+    (document,) = read(name)
+    assert document.text == "text" and document.id.encode() and document.source.encode()

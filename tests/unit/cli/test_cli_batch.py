@@ -79,7 +79,10 @@ def lines() -> list[dict[str, Any]]:
 def test_a_line_per_document_and_a_last_line_of_figures(world: World) -> None:
     result = call("batch", "model.gguf", "a.txt", "[bc].txt", *USAGE, "--parallel", "4", "--budget", "25%", "-n", "7")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert lines()[0] == {
+    first = lines()[0]
+    made_with = first.pop("settings")
+    assert (made_with["instruction"], made_with["n_predict"]) == ("Summarize the following text in a few sentences.", 7)
+    assert first == {
         "id": "a.txt",
         "source": "a.txt",
         "text": "TEXT A",
@@ -138,6 +141,61 @@ def test_resume_does_what_is_missing_and_tries_again_what_failed(world: World) -
     again = call("batch", "a.txt", "b.txt", "c.txt", *USAGE, "--resume")
     assert (again.exit_code, again.stderr) == (0, "3 of 3 documents are in out.jsonl already.\n")
     assert len(world.batches) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--instruction", "Translate."], "another instruction"),
+        (["--task", "extract"], "another instruction"),
+        (["--task", "summarize", "--question", "Why?"], "another question"),
+        (["--task", "summarize", "-sys", "Be brief."], "another system prompt"),
+        (["--task", "summarize", "--policy", "snapkv"], "another policy"),
+        (["--task", "summarize", "--policy-arg", "sink=8"], "another set of policy parameters"),
+        (["--task", "summarize", "--budget", "99"], "another budget"),
+        (["--task", "summarize", "--temp", "0"], "another sampling"),
+        (["--task", "summarize", "--seed", "3"], "another sampling"),
+        (["--task", "summarize", "-c", "512"], "another context (-c): 0, now 512"),
+        (["--task", "summarize", "-n", "9"], "another length of the answers (-n)"),
+        (["--task", "summarize", "--no-chat-template"], "another use of the chat template"),
+        (["--task", "summarize", "--prefill", "chunked"], "another prefill"),
+        (["-hf", "some/repo", "--task", "summarize"], "another model"),
+        (["--task", "summarize", "--policy", "ada-snapkv", "--kv", "q8"], "another policy"),
+    ],
+)
+def test_resume_refuses_a_file_of_other_settings(change: list[str], said: str, world: World) -> None:
+    Path("b.txt").write_bytes(b"\xff")
+    assert call("batch", "a.txt", "b.txt", *USAGE).exit_code == 3
+    before = Path("out.jsonl").read_bytes()
+    text = sentence("batch", "a.txt", "b.txt", "c.txt", "-o", "out.jsonl", "--resume", *change)
+    assert said in text and "out.jsonl, line 1 was made with" in text
+    assert Path("out.jsonl").read_bytes() == before and len(world.batches) == 1
+
+
+def test_resume_allows_other_settings_of_speed_alone(world: World) -> None:
+    assert call("batch", "a.txt", *USAGE).exit_code == 0
+    speed = ["-t", "1", "-b", "64", "--parallel", "3", "--prompt-cache", "x.kvl", "--fail-fast"]
+    assert call("batch", "a.txt", "b.txt", *USAGE, "--resume", *speed).exit_code == 0
+
+
+def test_a_model_is_the_same_wherever_it_lies(world: World) -> None:
+    Path("m.gguf").write_bytes(b"GGUF" + bytes(100))
+    Path("x").mkdir()
+    Path("x/m.gguf").write_bytes(Path("m.gguf").read_bytes())
+    assert call("batch", "m.gguf", "a.txt", *USAGE).exit_code == 0
+    assert call("batch", "x/m.gguf", "a.txt", "b.txt", *USAGE, "--resume").exit_code == 0
+    Path("m.gguf").write_bytes(b"GGUF" + bytes(99) + b"1")
+    assert "another model" in sentence("batch", "m.gguf", "a.txt", "b.txt", *USAGE, "--resume")
+
+
+def test_a_minus_prints_the_lines(world: World) -> None:
+    result = call("batch", "a.txt", "b.txt", "-o", "-", "--task", "summarize")
+    assert result.exit_code == 0 and [json.loads(line)["text"] for line in result.stdout.splitlines()] == [
+        "TEXT A",
+        "TEXT B",
+    ]
+    assert result.stderr.strip().endswith("standard output") and not Path("-").exists()
+    assert "cannot be gone on with" in sentence("batch", "a.txt", "-o", "-", "--task", "summarize", "--resume")
 
 
 def test_ctrl_c_keeps_the_lines_that_are_there(world: World) -> None:
