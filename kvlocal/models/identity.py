@@ -32,7 +32,7 @@ def model_identity(spec: str | None) -> str:
     The same for a file wherever it lies, and for the default model named or not; of the hub it is the spec.
     """
     path = None if spec is None or spec.startswith("hf:") else Path(spec).expanduser()
-    if spec is None or path == fetched_default():
+    if spec is None or (path is not None and path == fetched_default()):
         return f"{DEFAULT_MODEL.label} {DEFAULT_MODEL.gguf_sha256[:16]}"
     if path is None or not path.is_file():
         return spec
