@@ -1,20 +1,25 @@
 """Fetch llama.cpp at the pinned version and apply our patches: vendor/llama.cpp and vendor/llama_cpp.
 
 The source comes from the sdist of llama-cpp-python on PyPI, through pip and so with the user's own index settings.
-The sdist's sha256 is checked against ``llama.cpp.lock``. Nothing is done when the tree is already what the lock and the
-patches say; an edited patch starts again from the cached sdist. Run by CMake; needs the standard library, pip and git.
+The sdist's sha256 is compared with ``llama.cpp.lock`` before anything in it runs. Nothing is done when the tree is
+already what the lock and the patches say; an edited patch starts again from the cached sdist. Run by CMake; needs the
+standard library, pip and git.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import NoReturn
+
+import licenses
 
 HERE = Path(__file__).resolve().parent
 PATCHES = HERE.parent / "patches"
@@ -58,21 +63,36 @@ def get_sdist(lock: dict[str, str]) -> Path:
         return cached
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, "-d", tmp]
         print(f"fetching {name} {version} (llama.cpp {lock['llama_cpp_commit']})", flush=True)
-        # pip prepares the package's metadata on download; its build must not start compiling
+        # pip runs the build backend of what it downloads, for its metadata: with a hash it compares that first
+        pinned = Path(tmp) / "requirements.txt"
+        pinned.write_text(f"{name}=={version} --hash=sha256:{expected}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, "-d", tmp]
+        # nor must that build start compiling
         environment = dict(os.environ, CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF")
         done = subprocess.run(
-            [*command, f"{name}=={version}"], env=environment, capture_output=True, text=True, check=False
+            [*command, "--require-hashes", "-r", str(pinned)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        said = done.stdout + done.stderr
+        if "DO NOT MATCH THE HASHES" in said:
+            got = re.search(r"Got\s+([0-9a-f]{64})", said)
+            refuse(name, version, got[1] if got else "another one", expected)
         found = list(Path(tmp).glob("*.tar.gz"))
         if done.returncode != 0 or not found:
             sys.exit(f"pip could not download {name} {version}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         actual = sha256(found[0])
         if actual != expected:
-            sys.exit(f"the sdist of {name} {version} has sha256 {actual}, expected {expected}: not the pinned source")
+            refuse(name, version, actual, expected)
         os.replace(found[0], cached)
     return cached
+
+
+def refuse(name: str, version: str, actual: str, expected: str) -> NoReturn:
+    sys.exit(f"the sdist of {name} {version} has sha256 {actual}, expected {expected}: not the pinned source")
 
 
 def unpack(sdist: Path, target: Path) -> None:
@@ -119,6 +139,7 @@ def main() -> None:
                 update_tree(Path(tmp) / name, final)
             else:
                 os.replace(Path(tmp) / name, final)
+    licenses.write(SOURCE, BINDING)
     STAMP.write_text(wanted)
     print(f"llama.cpp {read_lock()['llama_cpp_commit']} with {len(patches)} patches is in {SOURCE}", flush=True)
 
