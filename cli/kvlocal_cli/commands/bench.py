@@ -17,6 +17,7 @@ from kvlocal_cli.options.click_types import Wholes
 from kvlocal_cli.options.option import GroupedCommand, count, declared, declared_list, option
 from kvlocal_cli.options.output import table_options
 from kvlocal_cli.options.settings import Settings, check_chunked, n_prompt_option, sweep_options
+from kvlocal_cli.terminal.output_file import check_output, write_output
 from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
@@ -112,7 +113,7 @@ def bench(
         chunk=n_chunk,
     )
     for path in filter(None, (output_file, plot)):
-        check_folder(path)
+        check_output(path)
     if plot is not None:
         backend.check_plot(plot)
     screen = Screen()
@@ -151,14 +152,6 @@ def _pick_random(random: str, model: str) -> str | None:
     return random
 
 
-def check_folder(path: Path) -> None:
-    """Nobody should wait for a measurement to learn that it cannot be written."""
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder '{path.parent}' to write '{path.name}' to.")
-    if path.is_dir():
-        raise UsageError(f"'{path}' is a folder; name a file.")
-
-
 def _write(form: str, file: Path | None, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     from kvlocal_cli.render import bench as bench_output
 
@@ -166,4 +159,4 @@ def _write(form: str, file: Path | None, machine: dict[str, Any], rows: list[dic
     if file is None:
         sys.stdout.write(text)
     else:
-        file.write_text(text, "utf-8")
+        write_output(file, text)

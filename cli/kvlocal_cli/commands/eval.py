@@ -14,7 +14,6 @@ from kvlocal.errors import KVError, UsageError
 from kvlocal_cli.backend import bench as backend_bench
 from kvlocal_cli.backend import eval as backend
 from kvlocal_cli.backend import machine as backend_machine
-from kvlocal_cli.commands.bench import check_folder
 from kvlocal_cli.options.click_types import Lengths, Names, Shares
 from kvlocal_cli.options.eval import (
     Common,
@@ -25,6 +24,7 @@ from kvlocal_cli.options.eval import (
 )
 from kvlocal_cli.options.option import GroupedGroup, count, declared, option
 from kvlocal_cli.options.settings import Settings, check_chunked
+from kvlocal_cli.terminal.output_file import check_output, write_output
 from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
 
 
@@ -191,7 +191,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         if any(common.guides):
             check_chunked("guides", "--guide")
     for path in filter(None, (common.output_file, common.plot)):
-        check_folder(path)
+        check_output(path)
     if common.plot is not None:
         backend_bench.check_plot(common.plot)
     plan = backend.plan_eval(
@@ -270,4 +270,4 @@ def _write(common: Common, about: dict[str, Any], rows: list[dict[str, Any]]) ->
     if common.output_file is None:
         sys.stdout.write(text)
     else:
-        common.output_file.write_text(text, "utf-8")
+        write_output(common.output_file, text)
