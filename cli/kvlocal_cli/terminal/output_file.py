@@ -1,4 +1,4 @@
-"""The file that --output-file or --plot names: found wanting before the measurement, and never the end of its results."""
+"""The file that --output-file or --plot names: checked before the measurement, which no fault of it may lose."""
 
 from __future__ import annotations
 

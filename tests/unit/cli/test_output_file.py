@@ -50,8 +50,6 @@ def test_a_folder_of_the_kernel_is_one_where_nothing_can_be_made() -> None:
 
 
 def test_results_that_cannot_be_written_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(
-        KVError, match="No space left on device; the results were printed"
-    ):
+    with pytest.raises(KVError, match="No space left on device; the results were printed"):
         write_output(Path("/dev/full"), "the table\n")
     assert capsys.readouterr().out == "the table\n"
