@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import weakref
@@ -13,6 +14,7 @@ from typing import Any
 
 from kvlocal.errors import KVError
 from kvlocal.native import library
+from kvlocal.native.cuts import PART, Cuts
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.names import display_name
 from kvlocal.native.text import check_text
@@ -147,8 +149,22 @@ class Model:
         if self.llama.llama_vocab_get_add_bos(self.vocab) and first[:1] != [bos]:
             parts[0].insert(0, bos)
 
+    @functools.cached_property
+    def _cuts(self) -> Cuts | None:
+        """Where long texts may be cut, for the tokenizer that takes too long otherwise."""
+        if self.llama.llama_vocab_type(self.vocab) != _SPM:
+            return None
+        texts = (self.llama.llama_vocab_get_text(self.vocab, token) for token in range(self.n_vocab))
+        return Cuts(text.decode("utf-8", "replace") for text in texts)
+
     def _encode(self, text: str, parse_special: bool, *, joined: bool = False) -> list[int]:
         """``joined``: plain text stands before it, so that no space belongs in between."""
+        if not parse_special and len(text) > 2 * PART and self._cuts is not None:
+            first, *rest = self._cuts.split(text)
+            if rest:
+                parts = [self._encode(first, False, joined=joined)]
+                parts += [self._encode(part, False, joined=True) for part in rest]
+                return list(itertools.chain.from_iterable(parts))
         if joined and text and self.llama.llama_vocab_type(self.vocab) == _SPM:
             # a control character merges with nothing
             before, both = (self._encode(t, parse_special) for t in (_ANCHOR, _ANCHOR + text))
