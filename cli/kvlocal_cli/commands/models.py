@@ -67,7 +67,7 @@ def path(all_json: bool, spec: str, as_json: bool) -> None:
     if as_json or all_json:
         _print_json(_as_dict(model))
     else:
-        click.echo(str(model.path))
+        click.echo(os.fsencode(model.path))  # a path need not be text
 
 
 @models.command()

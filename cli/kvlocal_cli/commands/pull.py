@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -27,4 +28,5 @@ def pull(spec: str | None) -> None:
 
     if spec is not None and Path(spec).is_file():
         raise UsageError(f"'{spec}' is a file that is here already; pull fetches USER/REPO[:FILE].")
-    click.echo(str(backend.fetch_model(spec, Screen())))
+    # as bytes: a path need not be text
+    click.echo(os.fsencode(backend.fetch_model(spec, Screen())))
