@@ -92,5 +92,4 @@ def write_json(args: argparse.Namespace, results: Any) -> None:
         cpu = platform.processor() or platform.machine()
         machine = {"cpu": cpu, "cores": usable_cores().physical, "threads": args.threads}
         values = {"machine": machine, "commit": commit(), "results": results}
-        args.output.write_text(json.dumps(values, indent=1) + "
-")
+        args.output.write_text(json.dumps(values, indent=1) + "\n")
