@@ -54,7 +54,8 @@ def result_settings(
     from kvlocal.storage.budget import Budget
     from kvlocal.storage.storage import Storage
 
-    policy, budget = make_policy(settings.policy, dict(settings.policy_args)), Budget.parse(settings.budget)
+    policy = make_policy(settings.policy, dict(settings.policy_args), here=settings.policy_typed)
+    budget = Budget.parse(settings.budget)
     args: dict[str, Any] = asdict(policy) if is_dataclass(policy) else {}
     defaults: dict[str, Any] = {field.name: field.default for field in fields(policy)} if is_dataclass(policy) else {}
     storage = Storage.parse(settings.storage, tail=settings.storage_tail)

@@ -188,6 +188,13 @@ def test_a_model_is_the_same_wherever_it_lies(world: World) -> None:
     assert "another model" in sentence("batch", "m.gguf", "a.txt", "b.txt", *USAGE, "--resume")
 
 
+def test_a_policy_of_a_variable_is_not_looked_for_here(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("evil_policy.py").write_text("open('ran', 'w').close()")
+    monkeypatch.setenv("KVLOCAL_POLICY", "evil_policy:Mine")
+    sentence("batch", "a.txt", *USAGE)
+    assert not Path("ran").exists() and not Path("out.jsonl").exists()
+
+
 def test_a_minus_prints_the_lines(world: World) -> None:
     result = call("batch", "a.txt", "b.txt", "-o", "-", "--task", "summarize")
     assert result.exit_code == 0 and [json.loads(line)["text"] for line in result.stdout.splitlines()] == [
