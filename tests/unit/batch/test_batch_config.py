@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from kvlocal.batch import documents as listed
-from kvlocal.batch.batch import Prompt, batch_config
+from kvlocal.batch.batch import batch_config
 from kvlocal.batch.documents import Document, Fields, read_documents
+from kvlocal.batch.prompt import Frame, Prompt
 from kvlocal.engine.config import EngineConfig
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
@@ -21,10 +22,10 @@ CONFIG = EngineConfig(Path("m.gguf"), make_policy("ladder"), Budget.parse("2048"
 class Words(Prompt):
     """A prompt in words: nothing before a document, nothing after it."""
 
-    def frame(self, model: Any, *_: Any) -> Any:
-        return [], ""
+    def frame(self, model: Any) -> Frame:
+        return Frame([], [])
 
-    def tokens(self, model: Any, document: Document, *_: Any, **__: Any) -> list[int]:
+    def tokens(self, model: Any, document: Document, frame: Frame) -> list[int]:
         return [0] * len(document.text.split(model.by))
 
 
