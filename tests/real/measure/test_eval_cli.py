@@ -157,7 +157,7 @@ def test_an_edited_plugin_is_measured_again(
         '@dataclass(frozen=True)\nclass Mine(Streaming):\n    """Mine."""\n    name = "mine"\n    n = 1\n'
     )
     plugin.write_text(source)
-    line = "needle --kind words --lengths 400 --depths 0 --budget 25% --question inside --policy edited_policy:Mine"
+    line = "needle --kind words --lengths 400 --depths 0 --budget 25% --ask inside --policy edited_policy:Mine"
     first = run(line)["results"][0]
     assert first["commit"] == commit()
     measured = len(branches)
