@@ -39,7 +39,10 @@ def texts(tree: Path, binding: Path) -> dict[str, str]:
         "llamafile-sgemm.txt": f"Notice in {SGEMM}:\n\n{_comment(tree / SGEMM, 'Copyright .* Mozilla')}\n",
         "yarn.txt": mit(ROPE, "YaRN algorithm based on"),
         "ggllm-bpe.txt": mit(TOKENIZER, r"ggllm\.cpp"),
-        "arm-optimized-routines.txt": mit(VECTORS, "arm limited optimized routine"),
+        # llama.cpp's source names no license here beyond its own
+        "arm-optimized-routines.txt": (
+            f"Notice in {VECTORS}:\n\n{_comment(tree / VECTORS, 'arm limited optimized routine')}\n"
+        ),
     }
 
 
