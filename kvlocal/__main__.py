@@ -7,7 +7,7 @@ import sys
 if not getattr(sys.flags, "safe_path", False) and sys.path[:1] == [os.getcwd()]:
     del sys.path[0]
 
-from kvlocal_cli.main import main
+from kvlocal_cli.start import main
 
 if __name__ == "__main__":
-    main(prog_name="kvlocal")
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvlocal_cli.commands.config import config
 from kvlocal_cli.commands.demo import demo
 from kvlocal_cli.commands.doctor import doctor
 from kvlocal_cli.commands.eval import evaluate
+from kvlocal_cli.commands.kv_map import kv_map
 from kvlocal_cli.commands.models import models
 from kvlocal_cli.commands.plan import plan
 from kvlocal_cli.commands.policies import policies
@@ -26,7 +28,8 @@ from kvlocal_cli.commands.pull import pull
 from kvlocal_cli.commands.run import run
 from kvlocal_cli.options import config_file, twins
 from kvlocal_cli.options.option import GroupedGroup
-from kvlocal_cli.terminal.stream import INTERRUPTED
+from kvlocal_cli.terminal.controls import plain
+from kvlocal_cli.terminal.interrupt import INTERRUPTED
 
 
 class Cli(GroupedGroup):
@@ -64,8 +67,10 @@ class Cli(GroupedGroup):
 
 def fail(sentence: str, code: int) -> int:
     """Print `Error: sentence` on stderr as one line and return the exit code."""
-    text = " ".join(sentence.split())
-    click.echo(f"Error: {text}{'' if text.endswith(('.', '?', '!')) else '.'}", err=True)
+    text = plain(" ".join(sentence.split()))
+    # the terminal may be gone
+    with contextlib.suppress(OSError):
+        click.echo(f"Error: {text}{'' if text.endswith(('.', '?', '!')) else '.'}", err=True)
     return code
 
 
@@ -121,7 +126,7 @@ def main(ctx: click.Context, config: Path | None) -> None:
 
 
 for command in (
-    *(run, chat, batch, plan, bench, evaluate),
+    *(run, chat, batch, plan, bench, evaluate, kv_map),
     *(policies, pull, models, config, completion, doctor, demo),
 ):
     main.add_command(command)

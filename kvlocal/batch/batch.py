@@ -14,7 +14,7 @@ from kvlocal.engine.engine import Engine
 from kvlocal.engine.scheduler import Job, Scheduler
 from kvlocal.engine.session import prefill_cached
 from kvlocal.engine.stepper import Plain
-from kvlocal.errors import UsageError
+from kvlocal.errors import KVError, UsageError
 from kvlocal.native.model import Model
 from kvlocal.native.sampling import Sampling
 from kvlocal.storage.budget import Budget
@@ -117,10 +117,16 @@ class Batch:
     """
 
     def __init__(
-        self, engine: Engine, prompt: Prompt, n_predict: int, sampling: Sampling, prompt_cache: Path | None = None
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        n_predict: int,
+        sampling: Sampling,
+        prompt_cache: Path | None = None,
+        on_unsaved: Callable[[KVError], None] | None = None,
     ) -> None:
         """``n_predict`` < 0: until the model ends or the context is full. ``prompt_cache``: a file for what documents
-        have in common; see :func:`kvlocal.engine.session.prefill_cached`."""
+        have in common, and ``on_unsaved``; see :func:`kvlocal.engine.session.prefill_cached`."""
         if engine.config.n_seq_max < 2:
             raise UsageError(f"A batch needs at least 2 sequences, the engine has {engine.config.n_seq_max}.")
         self.engine = engine
@@ -136,7 +142,7 @@ class Batch:
             if prompt_cache is None:
                 engine.prefill(self._prefix, mode="whole")
             else:
-                found = prefill_cached(prompt_cache, engine, self._prefix, mode="whole")
+                found = prefill_cached(prompt_cache, engine, self._prefix, mode="whole", on_unsaved=on_unsaved)
             self._read = len(self._prefix) - found
             self._scheduler.prefix = engine.sequences[PREFIX]
 

@@ -137,12 +137,12 @@ class Chat:
         """Write the conversation and its cache; see :func:`kvlocal.engine.session.save`."""
         self._own()
         answers = {str(i): tokens for i, tokens in self._answers.items()}
-        return session.save(path, self.engine, session.Session(self.messages, answers))
+        return session.save(path, self.engine, session.Session(self.messages, answers, kind="chat"))
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation; see :func:`kvlocal.engine.session.load`."""
         try:
-            found = session.load(path, self.engine)
+            found = session.load(path, self.engine, "chat")
         except KVError:
             if not self.sequence.tokens:
                 self.forget_cache()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from kvlocal.native import library
 MAGIC = b"KVLSESS1"
 
 
+Kind = Literal["chat", "prompt"]
+
+
 @dataclass
 class Session:
     """What a file holds beside the cache.
@@ -37,14 +40,16 @@ class Session:
         answers: by the index of their message, as text, the tokens of answers as they were generated.
         budget: of the cache.
         dropped: why the cache of the file was left out, empty if it was not; never saved.
+        kind: a conversation, or a prompt whose cache is kept.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
     answers: dict[str, list[int]] = field(default_factory=dict)
     budget: str = ""
+    kind: Kind = "prompt"
     dropped: str = ""
 
-    SAVED: ClassVar = ("messages", "answers", "budget")
+    SAVED: ClassVar = ("messages", "answers", "budget", "kind")
 
 
 def settings(engine: Engine) -> dict[str, Any]:
@@ -102,17 +107,20 @@ def save(path: Path, engine: Engine, session: Session) -> int:
     return sum(len(part) for part in body) + digest.digest_size
 
 
-def load(path: Path, engine: Engine) -> Session:
-    """Put a saved session in the place of sequence 0.
+def load(path: Path, engine: Engine, kind: Kind | None = None) -> Session:
+    """Put a saved session in the place of sequence 0; one of another ``kind`` is refused.
 
     A cache of other settings, or of another version, is left out: ``dropped`` says why, the text can be read again.
 
     Raises:
-        UsageError: no such file, not a session, or of another model; the engine is as before.
+        UsageError: no such file, not a session, or of another kind or model; the engine is as before.
         KVError: the file is damaged or cannot be read, or the cache has no room; in the last case it may be empty.
     """
     with _read(path) as (header, parts):
         session = _session(path, header)
+        if kind is not None and session.kind != kind:
+            held, wanted = _KINDS[session.kind], _KINDS[kind]
+            raise UsageError(f"{path} holds {held}, not {wanted}; it is left as it is, name another.")
         session.dropped = _differs(path, header["settings"], settings(engine))
         sequence = engine.sequences[0]
         if not len(parts["cache"]) or session.dropped:
@@ -142,22 +150,31 @@ def prefill_cached(
     *,
     on_progress: Progress | None = None,
     mode: Mode | None = None,
+    on_unsaved: Callable[[KVError], None] | None = None,
 ) -> int:
     """Make sequence 0 end in ``tokens``; what a prompt cache on disk begins with is not read again, what is new goes
     there.
+
+    ``on_unsaved`` is told why the file cannot be written; the prompt was read all the same.
 
     Returns:
         How many tokens were found there.
 
     Raises:
-        UsageError: the file is not a session, or of other settings. KVError: it is damaged.
+        UsageError: the file is not a prompt cache, or of other settings. KVError: it is damaged, or cannot be written
+            and there is no ``on_unsaved``.
     """
-    if path.exists() and load(path, engine).budget != str(engine.config.budget):
+    if path.exists() and load(path, engine, "prompt").budget != str(engine.config.budget):
         engine.sequences[0].release()  # what another budget left is not what this one would
     had = list(engine.sequences[0].tokens)
     reread = engine.extend(list(tokens), on_progress=on_progress, mode=mode)
     if had != list(tokens):
-        save(path, engine, Session())
+        try:
+            save(path, engine, Session())
+        except KVError as error:
+            if on_unsaved is None:
+                raise
+            on_unsaved(error)
     n_same = next((i for i, pair in enumerate(zip(had, tokens, strict=False)) if pair[0] != pair[1]), len(had))
     return 0 if reread else min(n_same, len(tokens))
 
@@ -217,12 +234,22 @@ def _session(path: Path, header: Mapping[str, Any]) -> Session:
         found = header["session"]
         out = Session(**{name: found[name] for name in Session.SAVED if name in found})
         texts = [part for message in out.messages for part in (message["role"], message["content"])]
+        if "kind" not in found:
+            out.kind = "chat" if out.messages else "prompt"  # written by an earlier version
+        if out.kind not in _KINDS:
+            raise ValueError(f"its kind is {out.kind!r}")
         if not isinstance(out.messages, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("its messages are no texts")
         np.array([int(i) for i in out.answers] + [token for some in out.answers.values() for token in some], np.int32)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise KVError(f"The session {path} is damaged: its header makes no sense ({error}).") from error
     return out
+
+
+_KINDS: dict[Kind, str] = {
+    "chat": "a conversation (chat --session)",
+    "prompt": "the cache of a prompt (--prompt-cache)",
+}
 
 
 _WHAT = {

@@ -19,6 +19,7 @@ from kvlocal_cli.options.settings import Settings
 from kvlocal_cli.render.screen import Screen
 
 from kvlocal.errors import UsageError
+from kvlocal.native.formats import FORMATS
 
 MIB = 2**20
 WORDS = ("Two ", "rivers ", "meet ", "at ", "Koblenz.")
@@ -39,6 +40,23 @@ class FakeReport:
         return self.values
 
 
+@dataclass(frozen=True)
+class FakeCache:
+    """Two layers of two heads: a quarter of the tokens in f16, half of them in f16 and q4, all in f16, all in q8."""
+
+    n_seen: int
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        return (None, None)
+
+    def slot_formats(self, seq: int, layer: int) -> list[np.ndarray]:
+        n, f16, q8, q4 = self.n_seen, *map(FORMATS.index, ("f16", "q8", "q4"))
+        if layer == 0:
+            return [np.full(n // 4, f16), np.repeat([f16, q4], n // 4)]
+        return [np.full(n, f16), np.full(n, q8)]
+
+
 @dataclass
 class FakeEngine:
     """Remembers what it was asked. `fault` runs before the piece with number `fault_at`."""
@@ -53,7 +71,7 @@ class FakeEngine:
     n_ctx: int = 4096
     finish_reason: str | None = None
     text: str = ""
-    sequences: list[Any] = field(default_factory=lambda: [SimpleNamespace(tokens=[])])
+    sequences: list[Any] = field(default_factory=lambda: [SimpleNamespace(tokens=[], evicted_at=0)])
     changes: list[str] = field(default_factory=list)
     raw: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -157,15 +175,21 @@ class FakeEngine:
             }
         )
 
-    def held(self) -> list[np.ndarray]:
-        if self.settings.policy == "full":
-            return []
-        if not self.sequences[0].tokens:
-            return [np.zeros(2, dtype=np.int64)] * 2
-        return [np.array([40, 256]), np.array([512, 1024])]
+    @property
+    def cache(self) -> FakeCache | None:
+        """As over a real engine, None without eviction."""
+        return None if self.settings.policy == "full" else FakeCache(len(self.sequences[0].tokens))
+
+    @property
+    def context(self) -> Any:
+        return SimpleNamespace(stats=lambda: SimpleNamespace(peak_bytes=25 * MIB))
+
+    def kv(self, sequence: Any = None) -> dict[str, float]:
+        n = len((sequence or self.sequences[0]).tokens)
+        return {"held_mean": n / 2, "used_bytes": n * 512, "full_bytes": n * 1024}
 
     def reset(self) -> None:
-        self.sequences = [SimpleNamespace(tokens=[])]
+        self.sequences = [SimpleNamespace(tokens=[], evicted_at=0)]
 
 
 @dataclass
@@ -176,6 +200,7 @@ class FakeChat:
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     reread: bool = False
+    dropped: str = ""
     forgotten: bool = False
 
     @property

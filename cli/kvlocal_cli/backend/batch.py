@@ -112,6 +112,6 @@ def open_batch(
         engine = load_engine(config, screen, model)
     with engine:
         cache = None if prompt_cache is None else file_path(prompt_cache)
-        work = Batch(engine, prompt, n_predict, sampling, cache)
+        work = Batch(engine, prompt, n_predict, sampling, cache, screen.unsaved)
         screen.note(work.note)
         yield work

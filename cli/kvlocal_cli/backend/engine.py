@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvlocal_cli.backend.loading import load_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from kvlocal.engine.chat import Chat
     from kvlocal.engine.config import EngineConfig
@@ -62,16 +62,6 @@ def open_engine(settings: Settings, screen: Screen) -> Engine:
     config = engine_config(settings, screen)
     with screen.status(f"Loading {config.model.name}"):
         return load_engine(config, screen)
-
-
-def prefill_cached(
-    name: str, engine: Engine, tokens: Sequence[int], on_progress: Callable[[int, int], None] | None
-) -> int:
-    """Read a prompt, but for what a prompt cache on disk has of it; how many tokens that is."""
-    from kvlocal.engine.session import prefill_cached
-    from kvlocal_cli.terminal.prompt import file_path
-
-    return prefill_cached(file_path(name), engine, tokens, on_progress=on_progress)
 
 
 def plan_run(

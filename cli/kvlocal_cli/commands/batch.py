@@ -25,7 +25,7 @@ from kvlocal_cli.options.settings import (
     system_option,
 )
 from kvlocal_cli.terminal import prompt
-from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
+from kvlocal_cli.terminal.interrupt import Interrupt
 
 SOME_FAILED = 3
 
@@ -166,6 +166,6 @@ def batch(
         bar.stop()
         screen.line(summary(bar.last, bar.seconds, results.name), "dim")
     if interrupt.requested:
-        raise click.exceptions.Exit(INTERRUPTED)
+        raise click.exceptions.Exit(interrupt.exit_code)
     if failed:
         raise click.exceptions.Exit(SOME_FAILED)

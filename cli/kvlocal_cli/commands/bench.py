@@ -18,7 +18,7 @@ from kvlocal_cli.options.option import GroupedCommand, count, declared, declared
 from kvlocal_cli.options.output import table_options
 from kvlocal_cli.options.settings import Settings, check_chunked, n_prompt_option, sweep_options
 from kvlocal_cli.terminal.output_file import check_output, write_output
-from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
+from kvlocal_cli.terminal.interrupt import Interrupt
 
 RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
 
@@ -94,6 +94,7 @@ def bench(
     kvlocal bench --random-model llama-1b -d 0,16384 --plot speed.svg
     kvlocal bench -d 65536 -p 0 --prefill exact,chunked --budget 2048
     """
+    from kvlocal_cli.render.bench import step_text
     from kvlocal_cli.render.screen import Screen
 
     if random_model is not None and settings.model is not None:
@@ -121,7 +122,7 @@ def bench(
     with screen.status("Measuring memory bandwidth"):
         machine = backend_machine.describe_machine(settings.n_threads)
     rows: list[dict[str, Any]] = []
-    with Interrupt() as interrupt, screen.bench() as show:
+    with Interrupt() as interrupt, screen.progress(step_text) as show:
 
         def on_step(step: Any) -> None:
             interrupt.check()
@@ -138,7 +139,7 @@ def bench(
         if plot is not None:
             backend.write_plot(rows, plot)
     if isinstance(failure, KeyboardInterrupt):
-        raise click.exceptions.Exit(INTERRUPTED)
+        raise click.exceptions.Exit(interrupt.exit_code)
     if failure is not None:
         raise failure
 
@@ -154,7 +155,11 @@ def _pick_random(random: str, model: str) -> str | None:
 
 def _write(form: str, file: Path | None, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     from kvlocal_cli.render import bench as bench_output
+    from kvlocal_cli.render import screen as render
 
+    if form == "md" and file is None and sys.stdout.isatty():
+        render.out(*bench_output.as_rich(machine, rows, render.out_width()))
+        return
     text = {"md": bench_output.as_md, "json": bench_output.as_json, "csv": bench_output.as_csv}[form](machine, rows)
     if file is None:
         sys.stdout.write(text)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvlocal.errors import ContextFullError, KVError, UsageError
+from kvlocal.errors import ContextFullError, KVError
 from kvlocal_cli.backend import engine as backend
-from kvlocal_cli.commands import slash as chat_commands
+from kvlocal_cli.backend.cache import LiveFigures, evicted
+from kvlocal_cli.backend.session_file import SessionFile
+from kvlocal_cli.backend.transcript import Transcript
+from kvlocal_cli.commands import slash
 from kvlocal_cli.options.option import GroupedCommand, option
 from kvlocal_cli.options.settings import (
     SamplingSettings,
@@ -20,10 +22,13 @@ from kvlocal_cli.options.settings import (
     engine_options,
     predict_option,
     sampling_options,
+    stats_option,
     system_option,
 )
 from kvlocal_cli.terminal import prompt
-from kvlocal_cli.terminal.stream import Answer, Interrupt, stream
+from kvlocal_cli.terminal.echo import NoEcho
+from kvlocal_cli.terminal.interrupt import Interrupt
+from kvlocal_cli.terminal.stream import Answer, stream
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -43,9 +48,10 @@ FULL = "Nothing is lost: /undo takes the last turn back, /clear starts anew; wit
 @predict_option(1024)
 @sampling_options
 @option(
-    "Session", "--session", metavar="FILE", help="Go on with this saved conversation, and save it there at the end."
+    "Session", "--session", metavar="FILE", help="Go on with this saved conversation, and save it there at every turn."
 )
 @option("Session", "--transcript", metavar="FILE", help="Append what is said to a Markdown file.")
+@stats_option
 def chat(
     settings: Settings,
     sampling: SamplingSettings,
@@ -53,6 +59,7 @@ def chat(
     n_predict: int,
     session: str | None,
     transcript: str | None,
+    stats: bool,
 ) -> None:
     """Talk with a model; all turns share one bounded cache.
 
@@ -66,7 +73,8 @@ def chat(
     printf 'My name is Ada.\\nWhat is my name?\\n' | kvlocal chat --temp 0
 
     While chatting: /kv draws the cache, /stats shows all figures, /help lists all commands; \"\"\" begins and ends a
-    question of several lines.
+    question of several lines. A line whose first word is a slash and letters is a command, and one that is not there
+    is an error; /etc/hosts is a word like any other.
     """
     from kvlocal_cli.render.screen import Screen
 
@@ -74,66 +82,35 @@ def chat(
     interactive = prompt.stdin_is_terminal()
     drawing = backend.new_sampling(sampling)
     screen = Screen()
-    with backend.open_engine(settings, screen) as engine:
+    with backend.open_engine(settings, screen) as engine, Interrupt(raise_from=3) as interrupt:
         if interactive:
             screen.line(
                 f"{engine.model_name} · context {engine.n_ctx:,} · policy {settings.policy}, budget {settings.budget}"
                 " · /help lists the commands",
                 "dim",
             )
-        talk = Conversation(
-            backend.new_chat(engine, system), engine, screen, n_predict, drawing, interactive, Transcript(transcript)
-        )
-        with keep_session(talk, session):
-            talk.run(terminal_lines() if interactive else prompt.stdin_lines())
-
-
-@contextmanager
-def keep_session(talk: Conversation, name: str | None) -> Iterator[None]:
-    """Load the session that is there, and save it at the end, however that comes, if anything was said."""
-    if name is None:
-        yield
-        return
-    path = prompt.file_path(name)
-    if not path.parent.is_dir():
-        raise UsageError(f"There is no folder '{path.parent}' for the session {name}.")
-    system = talk.chat.system
-    if path.exists():
-        talk.chat.load(path)
-        talk.screen.line(chat_commands.loaded(talk, name), "dim")
-        if system is not None and talk.chat.system != system:
-            talk.chat.set_system(system)
-    before = [dict(message) for message in talk.chat.messages]
-    try:
-        yield
-    finally:
-        if talk.chat.messages and talk.chat.messages != before:
-            talk.chat.save(path)
-
-
-class Transcript:
-    """A Markdown file that what is said is appended to, turn by turn; nothing without a name."""
-
-    def __init__(self, name: str | None) -> None:
-        self._path = None if name is None else prompt.file_path(name)
-        self._append("")  # says at once if it cannot be written
-
-    def turn(self, question: str | None, answer: str) -> None:
-        """``question``: ``None`` if it is the last one, answered again."""
-        asked = "(again)" if question is None else question
-        self._append(f"**You:** {asked}\n\n{answer.strip()}\n\n")
-
-    def note(self, text: str) -> None:
-        self._append(f"*{text}*\n\n")
-
-    def _append(self, text: str) -> None:
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+        talking = backend.new_chat(engine, system)
+        file = SessionFile(session, talking, interrupt)
+        talk = Conversation(talking, engine, screen, n_predict, drawing, interactive, interrupt)
+        talk.session, talk.transcript, talk.stats = file, Transcript(transcript), stats
+        if file.loaded:
+            screen.line(slash.loaded(talk, str(session)), "dim")
+        try:
+            talk.run(TerminalLines() if interactive else prompt.stdin_lines())
+        finally:
+            file.save()
+    if interrupt.requested:
+        raise click.exceptions.Exit(interrupt.exit_code)
 
 
 class Conversation:
-    """Turns and commands, one per line, but for questions between lines of three quotes."""
+    """Turns and commands, one per line, but for questions between lines of three quotes.
+
+    Attributes:
+        session: saved after every turn.
+        transcript: what is said is appended to it.
+        stats: whether what is measured is shown.
+    """
 
     def __init__(
         self,
@@ -143,7 +120,7 @@ class Conversation:
         n_predict: int,
         sampling: Sampling,
         interactive: bool,
-        transcript: Transcript,
+        interrupt: Interrupt,
     ) -> None:
         self.chat = chat
         self.engine = engine
@@ -151,7 +128,10 @@ class Conversation:
         self.n_predict = n_predict
         self.sampling = sampling
         self.interactive = interactive
-        self.transcript = transcript
+        self.interrupt = interrupt
+        self.session = SessionFile(None, chat, interrupt)
+        self.transcript = Transcript(None)
+        self.stats = True
         self.answered = False
         self.pending: list[str] = []  # texts of /read
         self._noted = False
@@ -162,20 +142,37 @@ class Conversation:
             self._noted = True
             self.screen.note(note)
 
-    def run(self, lines: Iterator[str]) -> None:
-        """Obey the lines until they end or one of them is /exit."""
+    def run(self, source: Iterator[str]) -> None:
+        """Obey the lines until they end or one of them is /exit.
+
+        Raises:
+            KeyboardInterrupt, Ended: a signal came that ends the conversation.
+        """
+        lines = iter(lambda: self._next(source), None)
         self.note()
         for line in lines:
             text = line.strip()
             if text.startswith(QUOTES):
                 text = between_quotes(text, lines)
-            elif text.startswith("/"):
+            elif slash.is_command(text):
                 if text.split()[0] == "/exit":
                     return
-                self.guarded(lambda text=text: chat_commands.run(self, text))  # type: ignore[misc]
-                continue
+                self.guarded(lambda text=text: slash.run(self, text))  # type: ignore[misc]
+                text = ""
             if text:
                 self.guarded(lambda text=text: self.turn(text))  # type: ignore[misc]
+            self.guarded(self.session.save)
+
+    def _next(self, source: Iterator[str]) -> str | None:
+        """The next line; here signals need not wait."""
+        while True:
+            try:
+                with self.interrupt.raising_from(1):
+                    return next(source, None)
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self.interrupt.clear()
 
     def guarded(self, do: Callable[[], None]) -> None:
         """Somebody who types can do something about a failure; a script has to learn of it from the exit code."""
@@ -193,28 +190,39 @@ class Conversation:
 
     def turn(self, text: str | None) -> None:
         """Ask, or with ``None`` answer the last question again; write the answer, show its figures."""
-        from kvlocal_cli.render.screen import figures
+        from kvlocal_cli.render.report import figures
 
-        answer = Answer()
+        if self.interactive:
+            self.interrupt.clear()
+        answer = Answer(figures=LiveFigures(self.engine) if self.stats else None)
         if text is not None and self.pending:
             text = "\n\n".join([*self.pending, text])
-        interrupted = self._ask(text, answer)
+        was_evicted = evicted(self.engine)
+        self._ask(text, answer)
+        interrupted = self.interrupt.requested
         if text is not None and (answer.started or not interrupted):
             self.pending.clear()
         if answer.started or not interrupted:
             self.answered = True
-            if self.chat.reread:
-                self.screen.line("What had changed was evicted, so the whole conversation was read again.", "dim")
             self.transcript.turn(text, self.chat.messages[-1]["content"])
-            self.screen.line(figures(self.engine.report().as_dict()), "dim")
+            if self.chat.reread:
+                why = "What had changed was evicted, so the" if was_evicted else "The"
+                self.screen.line(f"{why} whole conversation was read again.", "dim")
+            if self.stats:
+                self.screen.line(figures(self.engine.report().as_dict()), "dim")
         else:
             self.screen.line("Interrupted before the answer began.", "dim")
-        if interrupted and not self.interactive:
-            raise KeyboardInterrupt
+        if self.interactive:
+            self.interrupt.clear()
 
-    def _ask(self, text: str | None, answer: Answer) -> bool:
-        """Write the answer to `text`, or another one to the last question; True if Ctrl-C ended it early."""
-        with Interrupt() as interrupt, self.screen.prefill() as bar:
+    def _ask(self, text: str | None, answer: Answer) -> None:
+        """Write the answer to `text`, or another one to the last question, until it ends or a signal comes."""
+        interrupt = self.interrupt
+        with (
+            interrupt.raising_from(2),
+            NoEcho(discard=True, on_stop=answer.hide_figures),
+            self.screen.prefill() as bar,
+        ):
 
             def on_progress(done: int, total: int) -> None:
                 bar.update(done, total)
@@ -234,9 +242,9 @@ class Conversation:
                 if answer.started:
                     answer.end()
                 raise
-        if answer.started or not interrupt.requested:
-            answer.end()
-        return interrupt.requested
+            bar.stop()
+            if answer.started or not interrupt.requested:
+                answer.end()
 
 
 def between_quotes(first: str, lines: Iterator[str]) -> str:
@@ -250,16 +258,20 @@ def between_quotes(first: str, lines: Iterator[str]) -> str:
     return text.rstrip().removesuffix(QUOTES).strip()
 
 
-def terminal_lines() -> Iterator[str]:
-    """Lines typed at the terminal, with editing and history; Ctrl-C clears the line, Ctrl-D ends them."""
-    session = new_session()
-    while True:
+class TerminalLines(Iterator[str]):
+    """Lines typed at the terminal, with editing and history; Ctrl-C clears the line, Ctrl-D ends them.
+
+    SIGINT from outside is a KeyboardInterrupt; the next line can be read all the same.
+    """
+
+    def __init__(self) -> None:
+        self._session = new_session()
+
+    def __next__(self) -> str:
         try:
-            yield session.prompt("> ")
+            return self._session.prompt("> ")
         except EOFError:
-            return
-        except KeyboardInterrupt:  # sent from outside: pressing the keys is handled by the session
-            continue
+            raise StopIteration from None
 
 
 def new_session() -> PromptSession[str]:

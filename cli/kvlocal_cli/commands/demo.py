@@ -14,7 +14,8 @@ from kvlocal_cli.options import completers
 from kvlocal_cli.options.option import GroupedCommand, option
 from kvlocal_cli.options.settings import SamplingSettings, Settings, model_options, predict_option
 from kvlocal_cli.terminal import prompt
-from kvlocal_cli.terminal.stream import INTERRUPTED, Answer
+from kvlocal_cli.terminal.controls import plain
+from kvlocal_cli.terminal.stream import Answer
 
 CACHES = (("full", "100%"), ("ladder", "25%"))
 
@@ -42,7 +43,8 @@ def demo(settings: Settings, document: str, question: str, n_predict: int) -> No
     \b
     kvlocal demo --document expedition.txt --question-file question.txt
     """
-    from kvlocal_cli.render.screen import Screen, comparison_table, out
+    from kvlocal_cli.render.report import comparison_table
+    from kvlocal_cli.render.screen import Screen, out
 
     texts = [prompt.read_file(path).strip() for path in (document, question)]
     for path, text in zip((document, question), texts, strict=True):
@@ -50,15 +52,16 @@ def demo(settings: Settings, document: str, question: str, n_predict: int) -> No
             raise UsageError(f"'{path}' is empty.")
     greedy = backend.new_sampling(SamplingSettings(temp=0))
     screen = Screen()
-    click.echo(f"Question: {texts[1]}")
+    click.echo(f"Question: {plain(texts[1])}")
     reports: list[dict[str, Any]] = []
     # One engine after the other: two caches in memory at once would spoil what is measured.
     for policy, budget in CACHES:
         with backend.open_engine(replace(settings, policy=policy, budget=budget), screen) as engine:
             tokens = engine.chat_tokens(messages("\n\n".join(texts)))
             click.echo(f"\n--policy {policy} --budget {budget}")
-            if complete(engine, tokens, n_predict, greedy, screen, Answer()):
-                raise click.exceptions.Exit(INTERRUPTED)
+            interrupt = complete(engine, tokens, n_predict, greedy, screen, Answer())
+            if interrupt.requested:
+                raise click.exceptions.Exit(interrupt.exit_code)
             reports.append(engine.report().as_dict())
     click.echo()
     out(comparison_table(reports))

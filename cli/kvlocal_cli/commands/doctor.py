@@ -10,6 +10,7 @@ from kvlocal_cli.backend import machine as backend
 from kvlocal_cli.options.option import GroupedCommand
 from kvlocal_cli.options.output import json_option
 from kvlocal_cli.options.settings import Settings, model_options
+from kvlocal_cli.terminal.controls import plain_json
 
 
 @click.command(cls=GroupedCommand)
@@ -35,7 +36,7 @@ def doctor(settings: Settings, as_json: bool) -> None:
 
     report = backend.examine(settings, Screen())
     if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
+        click.echo(plain_json(json.dumps(report, ensure_ascii=False, allow_nan=False)))
     else:
         show_report(report)
     if not report["ok"]:

@@ -25,7 +25,7 @@ from kvlocal_cli.options.eval import (
 from kvlocal_cli.options.option import GroupedGroup, count, declared, option
 from kvlocal_cli.options.settings import Settings, check_chunked
 from kvlocal_cli.terminal.output_file import check_output, write_output
-from kvlocal_cli.terminal.stream import INTERRUPTED, Interrupt
+from kvlocal_cli.terminal.interrupt import Interrupt
 
 
 @click.group("eval", cls=GroupedGroup)
@@ -183,6 +183,7 @@ def _n_ubatch(chosen: Settings) -> int:
 
 
 def _measure(common: Common, metric: str, source: dict[str, Any], questions: Sequence[str] = ()) -> None:
+    from kvlocal_cli.render.eval import case_text
     from kvlocal_cli.render.screen import Screen
 
     chosen = common.settings
@@ -216,7 +217,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
     failure: BaseException | None = None
     with backend.open_eval(file, plan, chosen.n_gpu_layers, common.fresh, screen) as evaluation:
         about = {"metric": metric, "model": evaluation.model, "settings": _settings(common, source, questions)}
-        with Interrupt() as interrupt, screen.evaluation() as show:
+        with Interrupt() as interrupt, screen.progress(case_text) as show:
 
             def on_step(step: Any) -> None:
                 interrupt.check()
@@ -235,7 +236,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         if common.plot is not None:
             backend.write_eval_plot(records, common.plot)
     if isinstance(failure, KeyboardInterrupt):
-        raise click.exceptions.Exit(INTERRUPTED)
+        raise click.exceptions.Exit(interrupt.exit_code)
     if failure is not None:
         raise failure
 
@@ -264,7 +265,7 @@ def _write(common: Common, about: dict[str, Any], rows: list[dict[str, Any]]) ->
     from kvlocal_cli.render import screen as render
 
     if common.form == "md" and common.output_file is None and _on_terminal():
-        render.out(*eval_output.as_rich(about, rows))
+        render.out(*eval_output.as_rich(about, rows, render.out_width()))
         return
     text = {"md": eval_output.as_md, "json": eval_output.as_json, "csv": eval_output.as_csv}[common.form](about, rows)
     if common.output_file is None:

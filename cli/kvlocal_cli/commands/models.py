@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +13,7 @@ from kvlocal.errors import UsageError
 from kvlocal_cli.backend import machine as backend
 from kvlocal_cli.options.option import GroupedGroup, option
 from kvlocal_cli.options.output import json_option
+from kvlocal_cli.terminal.controls import plain, plain_json
 
 if TYPE_CHECKING:
     from kvlocal.models.listing import ModelFile
@@ -45,7 +43,10 @@ def models(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         _print_json({"models": [_as_dict(model) for model in found], "caches": backend.model_caches()})
     elif found:
-        click.echo(_table(found))
+        from kvlocal_cli.render.models import models_text
+        from kvlocal_cli.render.screen import out_width
+
+        click.echo(models_text(found, out_width() if sys.stdout.isatty() else None))
     else:
         click.echo("There are no models here yet; `kvlocal pull` fetches the default one.", err=True)
 
@@ -67,7 +68,8 @@ def path(all_json: bool, spec: str, as_json: bool) -> None:
     if as_json or all_json:
         _print_json(_as_dict(model))
     else:
-        click.echo(os.fsencode(model.path))  # a path need not be text
+        # a path need not be text
+        click.echo(plain(str(model.path)) if sys.stdout.isatty() else os.fsencode(model.path))
 
 
 @models.command()
@@ -83,17 +85,17 @@ def rm(all_json: bool, spec: str, yes: bool, as_json: bool) -> None:
     \b
     kvlocal models rm USER/REPO:Q4_K_M --yes
     """
-    from kvlocal_cli.render.screen import size
+    from kvlocal_cli.render.numbers import size
 
     model = backend.find_model_file(spec)
-    if not yes and not _confirm(f"Remove {model.name} ({size(model.size_bytes)}, {model.path})?"):
+    if not yes and not _confirm(plain(f"Remove {model.name} ({size(model.size_bytes)}, {model.path})?")):
         click.echo("Nothing was removed.", err=True)
         raise click.exceptions.Exit(1)
     freed = backend.remove_model(model)
     if as_json or all_json:
         _print_json({"name": model.name, "files": [str(file) for file in model.files], "freed_bytes": freed})
     else:
-        click.echo(f"Removed {model.name}: {size(freed)} are free.", err=True)
+        click.echo(plain(f"Removed {model.name}: {size(freed)} are free."), err=True)
 
 
 def _confirm(question: str) -> bool:
@@ -106,7 +108,7 @@ def _confirm(question: str) -> bool:
 
 
 def _print_json(values: Any) -> None:
-    click.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    click.echo(plain_json(json.dumps(values, ensure_ascii=False, allow_nan=False)))
 
 
 def _as_dict(model: ModelFile) -> dict[str, Any]:
@@ -121,28 +123,3 @@ def _as_dict(model: ModelFile) -> dict[str, Any]:
         "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.last_used)),
         "is_default": model.is_default,
     }
-
-
-def _table(found: Sequence[ModelFile]) -> str:
-    """One line per model, however long: paths are there to be copied."""
-    from kvlocal_cli.render.screen import size
-
-    home = str(Path.home())
-    rows = [("model", "size", "type", "architecture", "used", "path")]
-    for model in found:
-        used = time.strftime("%Y-%m-%d", time.localtime(model.last_used))
-        path = str(model.path)
-        shown = f"~{path[len(home) :]}" if path.startswith(home + os.sep) else path
-        kind = (model.quantization or "?", model.architecture or "?")
-        rows.append((model.name, size(model.size_bytes), *kind, used, shown))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        name, n_bytes, *rest, path = cells
-        padded = (cell.ljust(width) for cell, width in zip(rest, widths[2:], strict=False))
-        return "  ".join([name.ljust(widths[0]), n_bytes.rjust(widths[1]), *padded, path])
-
-    text = "\n".join(map(line, rows))
-    total = f"{len(found)} model{'' if len(found) == 1 else 's'}, {size(sum(model.size_bytes for model in found))}."
-    default = next((model.name for model in found if model.is_default), None)
-    return f"{text}\n\n{total}" + (f" Without MODEL, {default} runs." if default else "")

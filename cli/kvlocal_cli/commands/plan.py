@@ -17,6 +17,7 @@ from kvlocal_cli.options.click_types import Whole
 from kvlocal_cli.options.option import GroupedCommand, option
 from kvlocal_cli.options.output import json_option
 from kvlocal_cli.options.settings import Settings, engine_options, n_prompt_option, parallel_option
+from kvlocal_cli.terminal.controls import plain, plain_json
 
 _NAMES = (
     *("n_ctx", "budget", "storage", "storage_tail", "prefill", "chunk", "guide", "evict_every"),
@@ -79,11 +80,11 @@ def plan(
     changes = figures.pop("suggestion")
     command = suggested(settings, changes, figures, parallel) if changes else None
     if as_json:
-        click.echo(json.dumps({**figures, "suggestion": command}, ensure_ascii=False, allow_nan=False))
+        click.echo(plain_json(json.dumps({**figures, "suggestion": command}, ensure_ascii=False, allow_nan=False)))
     else:
         out(*plan_view(figures, helps=command is not None))
         if command is not None:
-            click.echo(command)  # whole, however wide the terminal is
+            click.echo(plain(command))  # whole, however wide the terminal is
     if not figures["fits"]:
         raise click.exceptions.Exit(1)
 

@@ -16,7 +16,8 @@ def policies() -> None:
     kvlocal policies
     kvlocal run --policy snapkv --policy-arg window=64 -p "Hello"
     """
-    from kvlocal_cli.render.screen import out, parameters_table, policies_table
+    from kvlocal_cli.render.policies import parameters_table, policies_table
+    from kvlocal_cli.render.screen import out
 
     rows = backend.describe_policies()
     out(policies_table(rows), parameters_table(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kvlocal.errors import UsageError
 from kvlocal.settings import N_PREDICT
 from kvlocal_cli.backend import engine as backend
+from kvlocal_cli.backend.cache import evicted, read_rungs
+from kvlocal_cli.commands.kv_map import picture_path, write_picture
 from kvlocal_cli.terminal import prompt
 
 if TYPE_CHECKING:
@@ -26,28 +29,43 @@ class Command:
     run: Callable[[Conversation, str], None]
 
 
+def is_command(text: str) -> bool:
+    """Whether a line begins with a slash and letters: /etc/hosts and // do not."""
+    return re.match(r"/[A-Za-z][A-Za-z-]*(\s|$)", text) is not None
+
+
 def run(talk: Conversation, line: str) -> None:
-    """Obey a line that starts with a slash, save for /exit."""
-    name, _, rest = line.partition(" ")
+    """Obey a line that is a command, save for /exit."""
+    name, *rest = line.split(maxsplit=1)
     command = COMMANDS.get(name)
     if command is None or command.run is _leave:
-        talk.screen.line(f"There is no command {name}; the commands are {', '.join(COMMANDS)}.")
-        return
-    command.run(talk, rest.strip())
+        raise UsageError(
+            f"There is no command {name}; the commands are {', '.join(COMMANDS)}. "
+            'A question that begins like one goes between """ and """.'
+        )
+    command.run(talk, rest[0].strip() if rest else "")
 
 
-def _kv(talk: Conversation, _rest: str) -> None:
-    from kvlocal_cli.render.screen import held_map
+def _kv(talk: Conversation, rest: str) -> None:
+    from kvlocal_cli.render.heads import layer_table, rungs_map
 
-    held = talk.engine.held()
-    if held:
-        talk.screen.show(held_map(held))
-    else:  # without eviction the engine runs on llama.cpp's own cache, which has no heads to tell apart
-        talk.screen.line("Nothing is evicted with this policy: every head holds every token.")
+    rungs = read_rungs(talk.engine)
+    if rungs is None:  # without eviction the engine runs on llama.cpp's own cache, which has no heads to tell apart
+        talk.screen.line("Nothing is evicted with this policy: every head holds every token, in f16.")
+    elif not rest:
+        talk.screen.show(rungs_map(rungs))
+    elif rest.isdecimal():
+        if int(rest) >= len(rungs.layers):
+            raise UsageError(f"There is no layer {rest}; the layers are 0 to {len(rungs.layers) - 1}.")
+        talk.screen.show(layer_table(rungs, int(rest)))
+    else:
+        path = picture_path(_argument(rest, "/kv FILE.svg"))
+        write_picture(path, rungs, talk.engine)
+        talk.screen.line(f"The picture is in {path}.")
 
 
 def _stats(talk: Conversation, _rest: str) -> None:
-    from kvlocal_cli.render.screen import stats_table
+    from kvlocal_cli.render.report import stats_table
 
     if talk.answered:
         talk.screen.show(stats_table(talk.engine.report().as_dict()))
@@ -60,7 +78,10 @@ def _regen(talk: Conversation, _rest: str) -> None:
 
 
 def _undo(talk: Conversation, _rest: str) -> None:
+    was_evicted = evicted(talk.engine)
     question = talk.chat.undo()
+    if was_evicted and not talk.engine.sequences[0].tokens:
+        talk.screen.line("What follows it was evicted, so the conversation is read again with your next question.")
     talk.transcript.note("The last turn was taken back.")
     talk.screen.line(f"Taken back: {_short(question)}")
 
@@ -142,7 +163,7 @@ def _changed(talk: Conversation, what: str, anew: bool) -> None:
 
 
 def _save(talk: Conversation, rest: str) -> None:
-    from kvlocal_cli.render.screen import size
+    from kvlocal_cli.render.numbers import size
 
     path = _argument(rest, "/save FILE")
     talk.screen.line(f"Saved: {path}, {size(talk.chat.save(prompt.file_path(path)))}.")
@@ -159,6 +180,8 @@ def loaded(talk: Conversation, path: str) -> str:
     """What to say of a session that was loaded."""
     asked = sum(message["role"] == "user" for message in talk.chat.messages)
     turns = f"{asked} turn{'' if asked == 1 else 's'}"
+    if talk.chat.dropped:
+        return f"{path} goes on: {turns}; it is read again with your next question, because {talk.chat.dropped}."
     return f"{path} goes on: {turns}, {len(talk.engine.sequences[0].tokens):,} tokens read."
 
 
@@ -194,7 +217,7 @@ def _short(text: str, n: int = 60) -> str:
 
 
 COMMANDS = {
-    "/kv": Command("", "draw how many tokens every layer and head holds", _kv),
+    "/kv": Command("[LAYER | FILE.svg]", "draw how every layer and head holds its tokens", _kv),
     "/stats": Command("", "show all measured figures", _stats),
     "/regen": Command("", "answer the last question again", _regen),
     "/undo": Command("", "take the last question and its answer back", _undo),

@@ -144,6 +144,16 @@ def system_option(command: Callback) -> Callback:
     return declared(settings.SYSTEM)(command)
 
 
+def stats_option(command: Callback) -> Callback:
+    """--stats / --no-stats."""
+    return option(
+        "Output",
+        "--stats/--no-stats",
+        default=True,
+        help="Show what is measured: live below the answer, on a terminal, and in one line after it.",
+    )(command)
+
+
 def _gather(command: Callback) -> Callback:
     names = set(Settings.__dataclass_fields__) - {"model", "policy_args", "policy_typed"}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvlocal_cli.render.screen import rate, size
+from kvlocal_cli.render.numbers import rate, size
 
 if TYPE_CHECKING:
     from kvlocal.batch.batch import Step

@@ -1,4 +1,4 @@
-"""What `kvlocal bench` prints: Markdown for people, JSON and CSV for programs."""
+"""What `kvlocal bench` prints: a table for people, as Markdown or drawn; JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvlocal_cli.render.screen import size
+from kvlocal_cli.render.markdown import markdown_table
+from kvlocal_cli.render.numbers import size
+from kvlocal_cli.terminal.controls import plain, plain_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvlocal.measure.bench import Step
 
 Row = Mapping[str, Any]
 Machine = Mapping[str, Any]
@@ -18,7 +25,8 @@ NOTHING = "–"
 
 def as_json(machine: Machine, rows: Sequence[Row]) -> str:
     """One object: the machine and all results."""
-    return json.dumps({"machine": machine, "results": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps({"machine": machine, "results": rows}, indent=1, ensure_ascii=False, allow_nan=False)
+    return plain_json(text) + "\n"
 
 
 def as_csv(_machine: Machine, rows: Sequence[Row]) -> str:
@@ -27,11 +35,30 @@ def as_csv(_machine: Machine, rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return file.getvalue()
+    return plain(file.getvalue())
 
 
 def as_md(machine: Machine, rows: Sequence[Row]) -> str:
     """A heading and a table; ratios if `full` was measured, and no column that says nothing."""
+    return f"{plain(_heading(machine, rows[0]))}\n\n{markdown_table(*_table(rows))}"
+
+
+def as_rich(machine: Machine, rows: Sequence[Row], width: int) -> list[RenderableType]:
+    """The same for a terminal that is `width` columns wide."""
+    from rich.text import Text
+
+    from kvlocal_cli.render.table import results_table
+
+    return [Text(_heading(machine, rows[0])), "", results_table(*_table(rows), width)]
+
+
+def step_text(step: Step) -> str:
+    """`depth 4,096 · ada-snapkv 25% · prefill 2,048/4,096`."""
+    return f"depth {step.depth:,} · {step.label} · {step.action} {step.done:,}/{step.total:,}"
+
+
+def _table(rows: Sequence[Row]) -> tuple[list[tuple[str, bool]], list[list[str]]]:
+    """Columns (see :func:`markdown_table`) and cells."""
     full = [row for row in rows if row["policy"] == "full"]
     # of several storages the first one that was asked for, unless f16 is among them
     base = min((row["storage"] for row in full), key=lambda storage: storage != "f16", default="f16")
@@ -61,8 +88,7 @@ def as_md(machine: Machine, rows: Sequence[Row]) -> str:
         ("ttft s", _any(rows, "ttft_s"), lambda row: _seconds(row["ttft_s"])),
     ]
     shown = [(title, cell) for title, wanted, cell in columns if wanted]
-    cells = [[title for title, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
-    return f"{_heading(machine, rows[0])}\n\n{_table(cells)}"
+    return [(title, title in _NAMES) for title, _ in shown], [[cell(row) for _, cell in shown] for row in rows]
 
 
 _NAMES = ("policy", "budget", "mode", "kv")
@@ -77,18 +103,6 @@ def _heading(machine: Machine, row: Row) -> str:
     if row["n_gen"]:
         parts.append(f"decode of {row['n_gen']:,}: median (least–most)")
     return " · ".join(parts)
-
-
-def _table(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its source aligned too: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = [title in _NAMES for title in cells[0]]
-    rule = ["-" * width if to else "-" * (width - 1) + ":" for width, to in zip(widths, left, strict=True)]
-    lines = [
-        [cell.ljust(width) if to else cell.rjust(width) for cell, width, to in zip(row, widths, left, strict=True)]
-        for row in (cells[0], rule, *cells[1:])
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _any(rows: Sequence[Row], key: str) -> bool:

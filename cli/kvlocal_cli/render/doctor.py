@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
-from kvlocal_cli.render.screen import Screen, size
+from kvlocal_cli.render.numbers import size
+from kvlocal_cli.render.screen import PlainConsole, Screen
 
 Report = Mapping[str, Any]
 Rows = Iterator[tuple[str, str]]
@@ -28,7 +28,7 @@ def steps(screen: Screen) -> Iterator[Callable[[str], None]]:
 
 def show_report(report: Report) -> None:
     """Print it on standard output."""
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     for line in report_lines(report):
         console.print(line, soft_wrap=True)
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvlocal_cli.render.markdown import markdown_table
+from kvlocal_cli.terminal.controls import plain, plain_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from kvlocal.eval.evaluation import Step
 
 Row = Mapping[str, Any]
 About = Mapping[str, Any]
@@ -30,7 +35,7 @@ class Column(NamedTuple):
 def as_json(about: About, rows: Sequence[Row]) -> str:
     """One object: what was measured, how, where, and all results."""
     values = {**about, "results": rows}
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return plain_json(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=str)) + "\n"
 
 
 def as_csv(_about: About, rows: Sequence[Row]) -> str:
@@ -39,35 +44,34 @@ def as_csv(_about: About, rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "policy_args": json.dumps(row["policy_args"])} for row in rows)
-    return file.getvalue()
+    return plain(file.getvalue())
 
 
 def as_md(about: About, rows: Sequence[Row]) -> str:
     """A heading, a table whose source is aligned too, and how to read it."""
     columns = _columns(about["metric"], rows)
-    cells = [[column.title for column in columns], *_cells(columns, rows)]
-    # a rule is at least three characters
-    widths = [max(3, *map(len, texts)) for texts in zip(*cells, strict=True)]
-
-    def line(texts: Iterable[str]) -> str:
-        aligned = (
-            text.ljust(width) if column.is_name else text.rjust(width)
-            for text, width, column in zip(texts, widths, columns, strict=True)
-        )
-        return f"| {' | '.join(aligned)} |\n"
-
-    rule = ["-" * w if column.is_name else "-" * (w - 1) + ":" for w, column in zip(widths, columns, strict=True)]
-    table = "".join(map(line, [cells[0], rule, *cells[1:]]))
-    return f"{_heading(about, rows)}\n\n{table}\n{_note(about['metric'], rows)}\n"
+    table = markdown_table(_heads(columns), _cells(columns, rows))
+    return f"{plain(_heading(about, rows))}\n\n{table}\n{_note(about['metric'], rows)}\n"
 
 
-def as_rich(about: About, rows: Sequence[Row]) -> list[RenderableType]:
-    """The same for a terminal."""
-    from kvlocal_cli.render import screen as render
+def as_rich(about: About, rows: Sequence[Row], width: int) -> list[RenderableType]:
+    """The same for a terminal that is `width` columns wide."""
+    from rich.text import Text
+
+    from kvlocal_cli.render.table import results_table
 
     columns = _columns(about["metric"], rows)
-    table = render.results_table([(column.title, column.is_name) for column in columns], _cells(columns, rows))
-    return [render.Text(_heading(about, rows)), "", table, "", render.Text(_note(about["metric"], rows), "dim")]
+    table = results_table(_heads(columns), _cells(columns, rows), width)
+    return [Text(_heading(about, rows)), "", table, "", Text(_note(about["metric"], rows), "dim")]
+
+
+def case_text(step: Step) -> str:
+    """`3/40 · niah_single_1/2`."""
+    return " · ".join(filter(None, [f"{step.done:,}/{step.total:,}", step.what]))
+
+
+def _heads(columns: Sequence[Column]) -> list[tuple[str, bool]]:
+    return [(column.title, column.is_name) for column in columns]
 
 
 def _cells(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str]]:

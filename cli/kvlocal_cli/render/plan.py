@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvlocal_cli.render.screen import number, size
+from kvlocal_cli.render.numbers import number, size
 
 
 def plan_view(plan: Mapping[str, Any], *, helps: bool) -> list[RenderableType]:

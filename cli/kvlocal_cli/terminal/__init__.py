@@ -1,1 +1,1 @@
-"""The terminal: streams of text, prompts."""
+"""The terminal: streams of text, prompts, keys and signals."""

@@ -16,7 +16,7 @@ from fake_engine import call, fail, press_ctrl_c, sentence
 from kvlocal_cli.backend import bench as backend
 from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.commands.bench import RANDOM_MODELS
-from kvlocal_cli.render.screen import step_text
+from kvlocal_cli.render.bench import step_text
 
 from kvlocal.errors import KVError
 from kvlocal.measure.bench import BenchConfig, Result, Step

@@ -18,7 +18,6 @@ from prompt_toolkit.output import DummyOutput
 from kvlocal.errors import ContextFullError, KVError
 
 BANNER = "fake · context 4,096 · policy ladder, budget 2048 · /help lists the commands"
-COMMANDS = "/kv, /stats, /regen, /undo, /read, /system, /set, /policy, /budget, /save, /load, /clear, /help, /exit"
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def typed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def run(*lines: str) -> Result:
         monkeypatch.setattr(prompt, "stdin_is_terminal", lambda: True)
-        monkeypatch.setattr(chat_module, "terminal_lines", lambda: iter(lines))
+        monkeypatch.setattr(chat_module, "TerminalLines", lambda: iter(lines))
         return piped("")
 
     return run
@@ -62,10 +61,10 @@ def test_answers_are_ended_by_one_newline_each(fake: Fake) -> None:
 
 
 def test_commands_go_to_stderr_and_are_no_turns(fake: Fake) -> None:
-    result = piped("/help\n/stats\n/kv\n/dance now\n/clear\n/exit\nnever asked\n")
+    result = piped("/help\n/stats\n/kv\n/clear\n/exit\nnever asked\n")
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr.splitlines() == [
-        "/kv                          draw how many tokens every layer and head holds",
+        "/kv [LAYER | FILE.svg]       draw how every layer and head holds its tokens",
         "/stats                       show all measured figures",
         "/regen                       answer the last question again",
         "/undo                        take the last question and its answer back",
@@ -82,25 +81,38 @@ def test_commands_go_to_stderr_and_are_no_turns(fake: Fake) -> None:
         '"""  begins and ends a question of several lines',
         "There is no answer yet, so nothing was measured.",
         "The cache is empty.",
-        f"There is no command /dance; the commands are {COMMANDS}.",
         "The conversation is cleared.",
     ]
     assert fake.chats[0].messages == []
 
 
 def test_kv_draws_the_held_tokens(fake: Fake) -> None:
-    lines = piped("Hello\n/kv\n").stderr.splitlines()
-    assert lines == [
+    lines = piped("word " * 64 + "\n/kv\n/kv 0\n").stderr.splitlines()
+    assert lines[:5] == [
         FIGURES,
-        "Tokens held per layer (row) and KV head (column): 40 to 1,024, mean 458",
-        "0 █                          40  ██████                    256",
-        "1 ████████████              512  ████████████████████████ 1024",
+        "64 tokens read. Rows: layers; columns: KV heads, and tokens held.",
+        "0 FFFFFF·················· 16  FFFFFF444444············ 32",
+        "1 FFFFFFFFFFFFFFFFFFFFFFFF 64  888888888888888888888888 64",
+        "Mean of a head:   F f16 24   8 q8 16   4 q4 4   · gone 20",
     ]
+    assert [line.split() for line in lines[6:]] == [
+        ["layer", "0,", "head", "f16", "q8", "q4", "held", "gone"],
+        [lines[7].strip()],
+        ["0", "16", "0", "0", "16", "48"],
+        ["1", "16", "0", "16", "32", "32"],
+    ]
+
+
+def test_kv_writes_a_picture(fake: Fake, tmp_path: Path) -> None:
+    result = piped(f"word word\n/kv {tmp_path / 'heads.svg'}\n/kv '{tmp_path / 'heads.txt'}'\n")
+    assert (tmp_path / "heads.svg").read_text("utf-8").startswith("<svg ")
+    assert result.exit_code == 2 and "does not end in .svg" in result.stderr
+    assert "There is no layer 7; the layers are 0 to 1." in piped("word\n/kv 7\n").stderr
 
 
 def test_kv_says_so_when_there_is_nothing_to_draw(fake: Fake) -> None:
     lines = piped("Hello\n/kv\n", "--policy", "full").stderr.splitlines()
-    assert lines == [FIGURES, "Nothing is evicted with this policy: every head holds every token."]
+    assert lines == [FIGURES, "Nothing is evicted with this policy: every head holds every token, in f16."]
 
 
 def test_stats_shows_every_figure(fake: Fake) -> None:
@@ -204,7 +216,7 @@ def keyboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
 
         def press(keys: str) -> list[str]:
             pipe.send_text(keys)
-            return list(chat_module.terminal_lines())
+            return list(chat_module.TerminalLines())
 
         yield press
 
@@ -311,7 +323,7 @@ def test_policy_and_budget_change_in_the_middle(fake: Fake) -> None:
         "question.",
         "There is no system prompt.",
         "The system prompt has changed; the conversation is read again with your next question.",
-        "What had changed was evicted, so the whole conversation was read again.",
+        "The whole conversation was read again.",
     ]
     assert fake.chats[0].forgotten and fake.chats[0].system == "Be short."
 

@@ -18,7 +18,8 @@ from kvlocal_cli.backend import eval as backend
 from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.render import eval as eval_output
 from kvlocal_cli.render import screen as render
-from kvlocal_cli.render.screen import Screen, case_text
+from kvlocal_cli.render.eval import case_text
+from kvlocal_cli.render.screen import Screen
 from rich.console import Console
 
 from kvlocal.errors import KVError, UsageError
@@ -264,7 +265,7 @@ def test_output_goes_into_a_file_when_one_is_named(fake: Fake, tmp_path: Path) -
 def test_the_table_of_a_terminal_has_the_same_cells() -> None:
     about = {"metric": "needle", "model": "tiny [1B]", "settings": {"f32": True}}
     text = io.StringIO()
-    Console(file=text, width=120).print(*eval_output.as_rich(about, records.rows(NEEDLES)), sep="\n")
+    Console(file=text, width=120).print(*eval_output.as_rich(about, records.rows(NEEDLES), 120), sep="\n")
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert lines[0] == "tiny [1B] · F32 weights · needle · needle-task"
     assert lines[2] == "policy budget question held score n"
@@ -283,11 +284,11 @@ def test_a_terminal_gets_the_drawn_table(fake: Fake, monkeypatch: pytest.MonkeyP
 def test_progress_is_drawn_on_a_terminal_only() -> None:
     screen, text = Screen(), io.StringIO()
     screen.console = Console(file=text, force_terminal=True, width=80, color_system=None)
-    with screen.evaluation() as show:
+    with screen.progress(case_text) as show:
         show(Step(3, 1200, "niah/[2]"))
     assert "3/1,200 · niah/[2]" in text.getvalue()
     screen.console = Console(file=(quiet := io.StringIO()), force_terminal=False)
-    with screen.evaluation() as show:
+    with screen.progress(case_text) as show:
         show(Step(3, 12, "niah/2"))
     assert quiet.getvalue() == ""
     assert case_text(Step(12, 12, "")) == "12/12"

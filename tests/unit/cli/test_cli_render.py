@@ -1,4 +1,4 @@
-"""Numbers as text, the map of held tokens, progress on a terminal, and the way from flags to the engine."""
+"""Numbers as text, progress on a terminal, and the way from flags to the engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.options.settings import SamplingSettings, Settings
-from kvlocal_cli.render.screen import Screen, comparison_table, figures, held_map, percent, rate, size
+from kvlocal_cli.render.numbers import percent, rate, size
+from kvlocal_cli.render.report import figures
+from kvlocal_cli.render.screen import PlainConsole, Screen
 from rich.console import Console
 
 from kvlocal.errors import UsageError
@@ -58,57 +59,9 @@ def test_figures_without_eviction_or_measurement() -> None:
     )
 
 
-@pytest.mark.parametrize("n_head", [1, 2, 3, 4, 5, 8, 12, 32, 40, 64, 71, 128, 500])
-@pytest.mark.parametrize("most", [1, 99, 131072])
-def test_the_map_fits_80_columns(n_head: int, most: int) -> None:
-    rng = np.random.default_rng(n_head)
-    held = [rng.integers(1, most + 1, n_head) for _ in range(12)]
-    held[3][:] = most
-    lines = held_map(held).plain.splitlines()
-    assert len(lines) == 13
-    assert max(map(len, lines)) <= 80
-    assert any("█" in line for line in lines[1:])
-
-
-def test_the_map_of_many_heads_is_one_block_per_head() -> None:
-    held = [np.array([1, 128, 64, 512] * 8), np.array([512] * 32)]
-    assert held_map(held).plain.splitlines() == [
-        "Tokens held per layer (row) and KV head (column): 1 to 512, mean 344",
-        "0 " + "▁▂▁█" * 8 + "    1-512",
-        "1 " + "█" * 32 + "  512-512",
-    ]
-
-
-def test_the_map_takes_layers_with_different_heads_and_empty_ones() -> None:
-    assert held_map([np.array([4, 0]), np.array([2])]).plain.splitlines() == [
-        "Tokens held per layer (row) and KV head (column): 0 to 4, mean 2",
-        "0 ████████████████████████ 4                           0",
-        "1 ████████████             2",
-    ]
-    assert held_map([]).plain == held_map([np.array([0, 0])]).plain == "The cache is empty."
-
-
-@pytest.mark.parametrize("scale", [1, 20])
-def test_the_comparison_of_large_models_fits_80_columns(scale: int) -> None:
-    report = {
-        "policy": "ada-pyramid",
-        "budget": {"tokens": 32_768, "fraction": 0.99987},
-        "tokens": {"held_mean": 32_768.4},
-        "kv": dict.fromkeys(("used_bytes", "peak_bytes", "full_bytes"), scale * 45_678_901),
-        "rss": dict.fromkeys(("before_evict_bytes", "after_evict_bytes"), scale * 345_678_901),
-        "timing": {"prefill_tps": 12_345.6, "decode_tps": 2_345.6},
-    }
-    text = io.StringIO()
-    Console(file=text, width=80).print(comparison_table([report]))
-    lines = text.getvalue().splitlines()
-    assert "32,768 (100%) 32,768" in lines[3]
-    assert lines[3].rstrip().endswith("12,346  2,346")
-    assert lines[4].startswith("MiB, ")
-
-
 def terminal() -> tuple[Screen, io.StringIO]:
     screen, text = Screen(), io.StringIO()
-    screen.console = Console(file=text, force_terminal=True, width=100, highlight=False, color_system=None)
+    screen.console = PlainConsole(file=text, force_terminal=True, width=100, highlight=False, color_system=None)
     return screen, text
 
 
@@ -135,10 +88,17 @@ def test_progress_is_drawn_on_a_terminal_only() -> None:
     assert quiet.getvalue() == ""
 
 
-def test_the_sentences_of_a_model_are_no_markup() -> None:
+def test_the_sentences_of_a_model_are_no_markup_and_no_control_sequences() -> None:
     screen, text = terminal()
-    screen.line("[red]a[/red] " + "long " * 40 + "end")
-    assert text.getvalue() == "[red]a[/red] " + "long " * 40 + "end\n"
+    screen.line("[red]a[/red] \x1b]52;c;aGk=\x07\x9b31m" + "long " * 40 + "end")
+    lines = text.getvalue().splitlines()
+    assert lines[0].startswith("[red]a[/red] ]52;c;aGk=31mlong ")
+    assert all(len(line) <= 100 and not line.startswith("ng") for line in lines), "broken between words"
+    assert "\x1b" not in text.getvalue() and "\x07" not in text.getvalue() and "\x9b" not in text.getvalue()
+    pipe = Screen()
+    pipe.console = PlainConsole(file=(quiet := io.StringIO()), width=80)
+    pipe.line("long " * 40 + "end")
+    assert quiet.getvalue() == "long " * 40 + "end\n"
 
 
 # --- flags reach the real classes ------------------------------------------------------------------------------------
@@ -178,14 +138,3 @@ def test_the_sampling_defaults_are_the_engines() -> None:
     from kvlocal.native.sampling import Sampling
 
     assert backend.new_sampling(SamplingSettings()) == Sampling()
-
-
-def test_the_real_policies_can_be_listed() -> None:
-    from kvlocal_cli.render.screen import parameters_table, policies_table
-
-    rows = backend.describe_policies()
-    text = io.StringIO()
-    console = Console(file=text, width=80)
-    console.print(policies_table(rows), parameters_table(rows))
-    for name in ("full", "ada-snapkv", "window=32"):
-        assert name in text.getvalue()
