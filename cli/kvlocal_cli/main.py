@@ -28,7 +28,7 @@ from kvlocal_cli.commands.pull import pull
 from kvlocal_cli.commands.run import run
 from kvlocal_cli.options import config_file, twins
 from kvlocal_cli.options.option import GroupedGroup
-from kvlocal_cli.terminal.controls import plain
+from kvlocal_cli.render.controls import plain
 from kvlocal_cli.terminal.interrupt import INTERRUPTED
 
 

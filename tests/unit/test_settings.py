@@ -107,7 +107,7 @@ def test_the_variables_of_old_that_meant_several_things_mean_one() -> None:
     commands: dict[str, set[str]] = {}
     for name, param in options():
         commands.setdefault(str(param.envvar), set()).add(name)
-    assert commands["KVLOCAL_PROMPT"] == {"run"} and commands["KVLOCAL_N_PROMPT"] == {"plan", "bench"}
+    assert commands["KVLOCAL_PROMPT"] == {"run", "kv-map"} and commands["KVLOCAL_N_PROMPT"] == {"plan", "bench"}
     assert commands["KVLOCAL_OUTPUT"] == {"batch"} and "bench" in commands["KVLOCAL_FORMAT"]
     assert commands["KVLOCAL_QUESTION"] == {"batch"} and commands["KVLOCAL_QUESTION_FILE"] == {"demo"}
     assert commands["KVLOCAL_DATA"] == {"eval summarize", "eval kv-retrieval"}

@@ -17,8 +17,8 @@ from kvlocal_cli.options.click_types import Wholes
 from kvlocal_cli.options.option import GroupedCommand, count, declared, declared_list, option
 from kvlocal_cli.options.output import table_options
 from kvlocal_cli.options.settings import Settings, check_chunked, n_prompt_option, sweep_options
-from kvlocal_cli.terminal.output_file import check_output, write_output
 from kvlocal_cli.terminal.interrupt import Interrupt
+from kvlocal_cli.terminal.output_file import check_output, write_output
 
 RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
 

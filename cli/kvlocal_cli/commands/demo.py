@@ -13,8 +13,8 @@ from kvlocal_cli.commands.run import complete, messages
 from kvlocal_cli.options import completers
 from kvlocal_cli.options.option import GroupedCommand, option
 from kvlocal_cli.options.settings import SamplingSettings, Settings, model_options, predict_option
+from kvlocal_cli.render.controls import plain
 from kvlocal_cli.terminal import prompt
-from kvlocal_cli.terminal.controls import plain
 from kvlocal_cli.terminal.stream import Answer
 
 CACHES = (("full", "100%"), ("ladder", "25%"))

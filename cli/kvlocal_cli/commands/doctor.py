@@ -10,7 +10,7 @@ from kvlocal_cli.backend import machine as backend
 from kvlocal_cli.options.option import GroupedCommand
 from kvlocal_cli.options.output import json_option
 from kvlocal_cli.options.settings import Settings, model_options
-from kvlocal_cli.terminal.controls import plain_json
+from kvlocal_cli.render.controls import plain_json
 
 
 @click.command(cls=GroupedCommand)

@@ -24,8 +24,8 @@ from kvlocal_cli.options.eval import (
 )
 from kvlocal_cli.options.option import GroupedGroup, count, declared, option
 from kvlocal_cli.options.settings import Settings, check_chunked
-from kvlocal_cli.terminal.output_file import check_output, write_output
 from kvlocal_cli.terminal.interrupt import Interrupt
+from kvlocal_cli.terminal.output_file import check_output, write_output
 
 
 @click.group("eval", cls=GroupedGroup)

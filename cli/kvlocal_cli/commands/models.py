@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from kvlocal.errors import UsageError
 from kvlocal_cli.backend import machine as backend
 from kvlocal_cli.options.option import GroupedGroup, option
 from kvlocal_cli.options.output import json_option
-from kvlocal_cli.terminal.controls import plain, plain_json
+from kvlocal_cli.render.controls import plain, plain_json
 
 if TYPE_CHECKING:
     from kvlocal.models.listing import ModelFile

@@ -17,7 +17,7 @@ from kvlocal_cli.options.click_types import Whole
 from kvlocal_cli.options.option import GroupedCommand, option
 from kvlocal_cli.options.output import json_option
 from kvlocal_cli.options.settings import Settings, engine_options, n_prompt_option, parallel_option
-from kvlocal_cli.terminal.controls import plain, plain_json
+from kvlocal_cli.render.controls import plain, plain_json
 
 _NAMES = (
     *("n_ctx", "budget", "storage", "storage_tail", "prefill", "chunk", "guide", "evict_every"),

@@ -22,8 +22,8 @@ from kvlocal_cli.options.settings import (
     stats_option,
     system_option,
 )
+from kvlocal_cli.render.controls import plain_json
 from kvlocal_cli.terminal import prompt
-from kvlocal_cli.terminal.controls import plain_json
 from kvlocal_cli.terminal.echo import NoEcho
 from kvlocal_cli.terminal.interrupt import Interrupt
 from kvlocal_cli.terminal.stream import Answer, stream

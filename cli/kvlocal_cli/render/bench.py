@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlocal_cli.render.controls import plain, plain_json
 from kvlocal_cli.render.markdown import markdown_table
 from kvlocal_cli.render.numbers import size
-from kvlocal_cli.terminal.controls import plain, plain_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

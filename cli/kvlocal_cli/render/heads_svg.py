@@ -6,9 +6,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from kvlocal_cli.render.controls import plain
 from kvlocal_cli.render.heads import RUNGS, Rungs
 from kvlocal_cli.render.numbers import number
-from kvlocal_cli.terminal.controls import plain
 
 # from what is stored most precisely to what is not stored: dark to light, told apart by most of the colour-blind
 _COLOURS = dict(

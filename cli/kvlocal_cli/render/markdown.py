@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 
-from kvlocal_cli.terminal.controls import plain
+from kvlocal_cli.render.controls import plain
 
 
 def markdown_table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
+from kvlocal_cli.render.controls import plain
 from kvlocal_cli.render.numbers import count, size
-from kvlocal_cli.terminal.controls import plain
 
 if TYPE_CHECKING:
     from kvlocal.models.listing import ModelFile

@@ -24,8 +24,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from kvlocal.errors import KVError
+from kvlocal_cli.render.controls import plain
 from kvlocal_cli.render.numbers import rate
-from kvlocal_cli.terminal.controls import plain
 
 
 class Step(Protocol):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from kvlocal_cli.terminal.controls import plain
+from kvlocal_cli.render.controls import plain
 from kvlocal_cli.terminal.interrupt import Ended, Interrupt
 from kvlocal_cli.terminal.status_line import StatusLine, can_draw
 

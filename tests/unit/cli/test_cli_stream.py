@@ -15,10 +15,10 @@ from typing import Any
 import pyte
 import pytest
 from fake_engine import Fake, call, fail, install
+from kvlocal_cli.render.controls import plain, plain_json
 from kvlocal_cli.render.report import live_figures
 from kvlocal_cli.terminal import status_line
 from kvlocal_cli.terminal import stream as stream_module
-from kvlocal_cli.terminal.controls import plain, plain_json
 from kvlocal_cli.terminal.echo import NoEcho
 from kvlocal_cli.terminal.interrupt import Ended, Interrupt
 from kvlocal_cli.terminal.status_line import StatusLine
