@@ -115,14 +115,16 @@ def test_a_session_goes_on_where_it_stopped(terminal: Terminal, default_path: Pa
 class Window:
     """A chat with the tiny model in a small window, as somebody sees it."""
 
-    def __init__(self, model: Path, state: Path, *options: str, columns: int = 40, term: str = "xterm") -> None:
+    def __init__(
+        self, model: Path, state: Path, *options: str, n: int = -1, columns: int = 40, term: str = "xterm"
+    ) -> None:
         env = environment({"TERM": term, "XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1"})
         del env["COLUMNS"]
         self.screen = pyte.HistoryScreen(columns, 24, history=1000)
         self.stream = pyte.Stream(self.screen)
         self.raw = ""
         # more positions than the model was trained for: it goes on until it is stopped
-        options = ("--policy", "streaming", "--budget", "64", "-c", "100000", "-n", "-1", *options)
+        options = ("--policy", "streaming", "--budget", "64", "-c", "100000", "-n", str(n), *options)
         self.child = pexpect.spawn(
             sys.executable,
             [*COMMAND[1:], "chat", str(model), "-t", "1", "--temp", "0", "--ignore-eos", *options],
@@ -187,7 +189,7 @@ def test_an_answer_is_wrapped_and_its_figures_leave_nothing(window: Window) -> N
 
 
 def test_a_dumb_terminal_gets_no_figures(tiny_path: Path, tmp_path: Path) -> None:
-    window = Window(tiny_path, tmp_path, "-n", "60", term="dumb")
+    window = Window(tiny_path, tmp_path, n=60, term="dumb")
     try:
         window.until("commands")
         window.until(">")
