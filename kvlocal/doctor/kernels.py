@@ -20,8 +20,7 @@ FEW_ROWS = 24
 """Rows (tokens x query heads of a group) up to which a stream's pages are split among threads, as in kvl-attn.h."""
 
 _F32, _F16, _I32 = 0, 1, 26  # GGML_TYPE_*
-_PREC_F32 = 10
-_ALL_THREADS = -1
+_PREC_F32, _ALL_THREADS = 10, -1
 
 
 class _InitParams(ctypes.Structure):
@@ -72,6 +71,7 @@ def encode_rows(row: str, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     ``d`` is a multiple of the block's values, ``n`` of :func:`group_slots`: the bytes of a group are rows by their
     number only. Groups of keys need ``d`` to be a multiple of 32.
     """
+    check_process()
     values, size = _BLOCKS[row]
     x = np.ascontiguousarray(x, np.float32)
     out = np.empty((len(x), x.shape[1] * size // values), np.uint8)
@@ -84,6 +84,7 @@ def decode_rows(row: str, stored: npt.NDArray[np.uint8], *, plain: bool = False)
 
     That is C in plain loops, and numpy for the formats that have none (kivi, token2).
     """
+    check_process()
     values, size = _BLOCKS[row]
     stored = np.ascontiguousarray(stored)
     out = np.empty((len(stored), stored.shape[1] * values // size), np.float32)

@@ -63,7 +63,7 @@ def terminal(default_path: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_the_keys_of_a_conversation(terminal: Terminal, default_path: Path, tmp_path: Path) -> None:
-    terminal.wait_for("/help lists the commands")
+    terminal.wait_for("the commands")
     terminal.type("/set n-predict 8")
     terminal.wait_for("n-predict is 8.")
     terminal.type("Name a river.")

@@ -190,7 +190,7 @@ def test_two_hundred_damaged_sessions_are_refused(open_engine: OpenEngine, tmp_p
     engine = open_with(open_engine, "ladder", "128", "f16")
     say(Chat(engine), STORY)
     path, again = tmp_path / "s", tmp_path / "again"
-    save(path, engine, Session([{"role": "user", "content": "?"}], "?"))
+    save(path, engine, Session([{"role": "user", "content": "?"}]))
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     outcomes = {"refused": 0, "loaded": 0}
     for i in range(200):

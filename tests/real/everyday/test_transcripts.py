@@ -68,21 +68,24 @@ def test_run_as_json() -> None:
 
 
 def test_a_chat_from_a_pipe() -> None:
-    turns = [ANSWER, "/nonsense", LANTERN.question, "/undo", "/kv"]
+    turns = [ANSWER, LANTERN.question, "/undo", "/kv", "/nonsense"]
     result = call("chat", "tiny.gguf", "--policy", "streaming", "--budget", "128", *GREEDY, stdin="\n".join(turns))
-    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n{ANSWER}\n")
-    bar = "████████████████████████ 41"
+    assert (result.exit_code, result.stdout) == (2, f"{ANSWER}\n{ANSWER}\n"), "the last line is no command"
+    bar = "F" * 24 + " 41"
     assert masked(result.stderr) == "\n".join(
         [
             "KV 82.0 KiB in use / 82.0 KiB a full cache would take / 128.0 KiB peak"
             " · 41 tokens held per head · prefill # t/s, decode # t/s",
-            "There is no command /nonsense; the commands are /kv, /stats, /regen, /undo, /read, /system, /set, "
-            "/policy, /budget, /save, /load, /clear, /help, /exit.",
             "KV 156.0 KiB in use / 156.0 KiB a full cache would take / 192.0 KiB peak"
             " · 78 tokens held per head · prefill # t/s, decode # t/s",
             f"Taken back: {LANTERN.question}",
-            "Tokens held per layer (row) and KV head (column): 41 to 41, mean 41",
+            "41 tokens read. Rows: layers; columns: KV heads, and tokens held.",
             *(f"{layer} {bar}  {bar}" for layer in range(4)),
+            "Mean of a head:   F f16 41",
+            "/kv LAYER lists the heads of a layer, /kv FILE.svg writes the picture.",
+            "Error: There is no command /nonsense; the commands are /kv, /stats, /regen, /undo, /read, /system, /set, "
+            '/policy, /budget, /save, /load, /clear, /help, /exit. A question that begins like one goes between """ '
+            'and """.',
             "",
         ]
     )
@@ -98,6 +101,7 @@ def test_batch_answers_a_line_per_document() -> None:
     lines = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
     for line, name in zip(lines, ("early.txt", "late.txt"), strict=True):
         assert line.pop("timing").keys() == {"evict_s", "prefill_s", "decode_s", "total_s"}
+        assert (line["settings"]["policy"], line.pop("settings")["budget"]) == ("full", "2048")
         n = line["tokens"]["prompt"] + 16
         assert line == {
             "id": name,

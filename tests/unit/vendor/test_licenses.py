@@ -59,7 +59,9 @@ def test_the_repository_has_them_and_the_project_packs_them(licenses: ModuleType
     assert {path.name for path in (ROOT / "licenses").iterdir()} == names
     for name in names:
         text = (ROOT / "licenses" / name).read_text("utf-8")
-        assert re.search("permission is hereby granted", text, re.IGNORECASE) and "WARRANT" in text, name
+        granted = re.search("permission is hereby granted", text, re.IGNORECASE) and "WARRANT" in text
+        # of one of them the source has a line of thanks, and names no license
+        assert granted or name == "arm-optimized-routines.txt", name
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     (patterns,) = re.findall(r"^license-files = \[(.*)\]$", project, re.MULTILINE)
     packed = {path for pattern in re.findall('"(.*?)"', patterns) for path in ROOT.glob(pattern)}
