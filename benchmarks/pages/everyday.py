@@ -34,6 +34,11 @@ together share the reading of the weights; prompts are read one after the other,
 
 {batch_throughput.show(batch)}
 
+While a prompt is read, answers go on by a token after every piece of it (512 tokens). With one answer being written and
+one long prompt beside it:
+
+{batch_throughput.show_waits(batch)}
+
 ## What `kvlocal plan` says, and what a run takes
 
 ```console

@@ -14,6 +14,7 @@ from kvlocal.native.formats import BITS, PAGE_SLOTS
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.settings import KV_TAIL, refusal
 from kvlocal.storage.budget import Budget
+from kvlocal.storage.schedule import all_but_ends, all_but_log
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
 """Names that ``--kv`` takes."""
@@ -167,13 +168,9 @@ class Storage:
 
         The latest ``n_window`` are never among them: their queries rank the others.
         """
-        if self.name != "logquant":
-            return np.arange(self.sink, n_seen - max(self.tail, n_window), dtype=np.int32)
-        out = np.ones(max(n_seen - n_window, 0), bool)
-        kept = log_positions(n_seen, self.tail // 3)
-        out[kept[kept < len(out)]] = False
-        out[: self.sink] = False
-        return np.flatnonzero(out).astype(np.int32)
+        if self.name == "logquant":
+            return all_but_log(n_seen, self.sink, self.tail, n_window)
+        return all_but_ends(n_seen, self.sink, max(self.tail, n_window))
 
     def store(self, cache: PagedCache, seq: int, n_window: int, n_pages: int = 0) -> bool:
         """Demote the tokens that are due.
@@ -199,17 +196,3 @@ class Storage:
             most = n_pages * max(PAGE_SLOTS, self.group if self.format == "kivi" else 0)
             some |= cache.demote_due(seq, layer, positions, self.format, most) > 0
         return some
-
-
-def log_positions(n_seen: int, window: int) -> np.ndarray:
-    """Positions that LogQuant keeps in full precision after ``n_seen`` tokens, int64, ascending.
-
-    Algorithm 1 of arXiv:2503.19950: when ``3 * window`` tokens are held and another comes, every second of the oldest
-    ``2 * window`` goes. The set depends on the number of tokens alone, so chunks and batches make no difference.
-    Between ``2 * window + 1`` and ``3 * window`` tokens once so many were seen, the very first always among them.
-    """
-    held = np.arange(min(n_seen, 3 * window))
-    for end in range(3 * window, n_seen, window):
-        new = np.arange(end, min(end + window, n_seen))
-        held = np.concatenate([held[: 2 * window : 2], held[2 * window :], new])
-    return held

@@ -44,7 +44,6 @@ BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl", "kvl
 """What every room but these themselves may import: the version, errors, files, settings."""
 
 KNOWN: set[str] = {
-    "circle: kvlocal_cli.commands.chat, kvlocal_cli.commands.slash",
     "long: tests/helpers/tinygguf.py",
     "long: tests/unit/cli/test_cli_eval.py",
 }

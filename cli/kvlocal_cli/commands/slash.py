@@ -17,7 +17,7 @@ from kvlocal_cli.commands.kv_map import picture_path, write_picture
 from kvlocal_cli.terminal import prompt
 
 if TYPE_CHECKING:
-    from kvlocal_cli.commands.chat import Conversation
+    from kvlocal_cli.commands.conversation import Conversation
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from kvlocal.measure.variants import expand
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
-from kvlocal.storage.storage import Storage, log_positions
+from kvlocal.storage.schedule import log_positions
+from kvlocal.storage.storage import Storage
 
 BITS = {"q8": 8.5, "q4": 4.5, "kv3": 2.75, "kv2": 2.25}
 

@@ -338,6 +338,10 @@ def test_a_conversation_is_saved_and_goes_on(fake: Fake, tmp_path: Path) -> None
     second = piped("And where?\n", "--session", str(path))
     assert second.stderr.splitlines()[0] == f"{path} goes on: 1 turn, 6 tokens read."
     assert [m["content"] for m in fake.chats[1].messages] == ["Which?", ANSWER, "And where?", ANSWER]
+    assert not fake.chats[1].forgotten
+    piped("And when?\n", "--session", str(path), "--reread")
+    assert fake.chats[2].forgotten and len(fake.chats[2].messages) == 6
+    assert not piped("Which?\n", "--session", str(tmp_path / "new"), "--reread").exit_code
 
 
 def test_nothing_said_leaves_no_session(fake: Fake, tmp_path: Path) -> None:

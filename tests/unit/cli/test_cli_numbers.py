@@ -102,7 +102,7 @@ def test_what_is_at_the_end_of_a_range_is_taken(fake: Fake) -> None:
 )
 def test_so_is_what_a_chat_sets(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvlocal_cli.commands import slash
-    from kvlocal_cli.commands.chat import Conversation
+    from kvlocal_cli.commands.conversation import Conversation
 
     from kvlocal.errors import UsageError
     from kvlocal.native.sampling import Sampling

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlocal.errors import UsageError
-from kvlocal.storage.storage import STORAGES, Storage, log_positions
+from kvlocal.storage.schedule import log_positions
+from kvlocal.storage.storage import STORAGES, Storage
 
 
 def algorithm_1(n_seen: int, window: int) -> list[int]:
