@@ -25,6 +25,7 @@ from typing import Any
 from common import ROOT, command, model_path, parser, table, write_json
 
 from kvlocal.engine.engine import Engine, EngineConfig
+from kvlocal.measure.code import commit
 from kvlocal.measure.machine import cpu_name
 from kvlocal.native.sampling import Sampling
 from kvlocal.native.spinning import SPINS
@@ -119,7 +120,8 @@ def page(rows: list[dict[str, Any]], args: argparse.Namespace, line: str, model:
         f"""# Beside other work
 
 Written by `{line}`; nothing here is typed by hand. {model}, {args.threads} threads,
-{usable_cores().reason}: {cpu_name()}. Medians; rounds: {args.rounds}.
+{usable_cores().reason}: {cpu_name()}. Medians; rounds: {args.rounds}. Measured at commit
+{commit()}.
 
 Threads that compute wait for each other after every operator, and spin meanwhile. Where another process wants the
 processor, the thread that is waited for may be the one that does not get it. Columns are numbers of other processes
