@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from kvlocal import settings
-from kvlocal.engine.chat import Chat
+from kvlocal.engine.chat import Chat, begun
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine, Progress
 from kvlocal.engine.report import Report
@@ -189,9 +189,7 @@ class LLM:
             self.engine.prefill(tokens, on_progress=on_progress)
             answer = self.engine.generate(n_predict, drawing)
             first = next(answer, None)  # nobody else's text comes between the prompt and its answer
-        if first is not None:
-            yield first
-            yield from answer
+        yield from begun(first, answer)
 
     def _tokens(self, prompt: str | Messages, raw: bool) -> list[int]:
         if isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes)):

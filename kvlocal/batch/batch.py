@@ -197,8 +197,8 @@ class Batch:
 
         def on_read(done: int, _total: int) -> None:
             nonlocal last
-            self._read += done - last
-            last = done
+            self._read += max(done - last, 0)
+            last = max(done, last)
 
         return on_read
 
@@ -209,7 +209,7 @@ class Batch:
             self._failed += 1
             result.error = str(job.error)
         if job.n_read:
-            result.tokens = {"prompt": len(self._prefix) + job.n_read, "generated": job.n_generated}
+            result.tokens = {"prompt": len(self._prefix) + job.n_prompt, "generated": job.n_generated}
             result.kv = {"prefill": job.used_mode}
             result.timing = {"evict_s": job.evict_s, "prefill_s": job.read_s}
         if job.error is None and job.sequence is not None:

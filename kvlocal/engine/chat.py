@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvlocal.engine import session
 from kvlocal.engine.engine import Engine, Progress
-from kvlocal.engine.sequence import Mark, Sequence
+from kvlocal.engine.sequence import Mark, Sequence, n_common
 from kvlocal.errors import KVError, UsageError
 from kvlocal.models.template import chat_pieces
 from kvlocal.native.sampling import Sampling
@@ -65,13 +65,16 @@ class Chat:
             UsageError: the question is empty, or the chat template refuses the conversation.
             KVError: the conversation does not fit; it is as before the question.
         """
-        self._own()
-        turn = _Turn(self.sequence.mark(logits=False))
-        question = {"role": "user", "content": text}
-        self._read([*self.messages, question], on_progress, turn)
-        self.messages.append(question)
-        self._turns.append(self._mark(turn))
-        yield from self._answer(n_predict, sampling)
+        with self.engine.use():
+            self._own()
+            turn = _Turn(self.sequence.mark(logits=False))
+            question = {"role": "user", "content": text}
+            self._read([*self.messages, question], on_progress, turn)
+            self.messages.append(question)
+            self._turns.append(self._mark(turn))
+            answer = self._answer(n_predict, sampling)
+            first = next(answer, None)  # nobody else's text comes between the question and its answer
+        yield from begun(first, answer)
 
     def again(self, n_predict: int, sampling: Sampling, *, on_progress: Progress | None = None) -> Iterator[str]:
         """Another answer to the last question, in place of the one there is.
@@ -80,7 +83,15 @@ class Chat:
             UsageError: nothing was asked yet.
             KVError: the conversation had to be read again and does not fit.
         """
-        self._own()
+        with self.engine.use():
+            self._own()
+            self._return_to_question(on_progress)
+            answer = self._answer(n_predict, sampling)
+            first = next(answer, None)
+        yield from begun(first, answer)
+
+    def _return_to_question(self, on_progress: Progress | None) -> None:
+        """Take the last answer back, so that another one can begin."""
         i = self._last_question()
         answer = self.messages[i + 1 :]
         del self.messages[i + 1 :]
@@ -88,16 +99,15 @@ class Chat:
         question = turn.question if turn is not None else None
         if turn is not None and question and question.logits is not None and self.sequence.back(question):
             self.reread = False
-        else:
-            self.forget_cache()
-            try:
-                self._read(self.messages, on_progress)
-            except BaseException:
-                self.messages += answer
-                raise
-            self.reread = True
-            self._turns = [self._mark(_Turn(Mark(0, None)))]
-        yield from self._answer(n_predict, sampling)
+            return
+        self.forget_cache()
+        try:
+            self._read(self.messages, on_progress)
+        except BaseException:
+            self.messages += answer
+            raise
+        self.reread = True
+        self._turns = [self._mark(_Turn(Mark(0, None)))]
 
     def undo(self) -> str:
         """Take the last question and its answer back; returns the question.
@@ -105,14 +115,15 @@ class Chat:
         Raises:
             UsageError: nothing was asked yet.
         """
-        self._own()
-        i = self._last_question()
-        question = self.messages[i]["content"]
-        del self.messages[i:]
-        turn = self._turns.pop() if self._turns else None
-        if turn is None or not self.sequence.back(turn.before):
-            self.forget_cache()
-        return question
+        with self.engine.use():
+            self._own()
+            i = self._last_question()
+            question = self.messages[i]["content"]
+            del self.messages[i:]
+            turn = self._turns.pop() if self._turns else None
+            if turn is None or not self.sequence.back(turn.before):
+                self.forget_cache()
+            return question
 
     def set_system(self, text: str) -> None:
         """Another system message, or none; the conversation will be read again."""
@@ -124,8 +135,9 @@ class Chat:
 
     def forget_cache(self) -> None:
         """The cache is not what was said any more: the next question reads all of it again."""
-        self.sequence.release()
-        self._turns = []
+        with self.engine.use():
+            self.sequence.release()
+            self._turns = []
 
     def clear(self) -> None:
         """Forget everything but the system message."""
@@ -135,21 +147,23 @@ class Chat:
 
     def save(self, path: Path) -> int:
         """Write the conversation and its cache; see :func:`kvlocal.engine.session.save`."""
-        self._own()
-        answers = {str(i): tokens for i, tokens in self._answers.items()}
-        return session.save(path, self.engine, session.Session(self.messages, answers, kind="chat"))
+        with self.engine.use():
+            self._own()
+            answers = {str(i): tokens for i, tokens in self._answers.items()}
+            return session.save(path, self.engine, session.Session(self.messages, answers, kind="chat"))
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation; see :func:`kvlocal.engine.session.load`."""
-        try:
-            found = session.load(path, self.engine, "chat")
-        except KVError:
-            if not self.sequence.tokens:
-                self.forget_cache()
-            raise
-        self.messages, self.dropped, self._turns = found.messages, found.dropped, []
-        self._answers = {int(i): tokens for i, tokens in found.answers.items()}
-        self.sequence.owner = self
+        with self.engine.use():
+            try:
+                found = session.load(path, self.engine, "chat")
+            except KVError:
+                if not self.sequence.tokens:
+                    self.forget_cache()
+                raise
+            self.messages, self.dropped, self._turns = found.messages, found.dropped, []
+            self._answers = {int(i): tokens for i, tokens in found.answers.items()}
+            self.sequence.owner = self
 
     def _own(self) -> None:
         """The cache may have been used for something else since the last turn; this conversation is read again then."""
@@ -179,9 +193,9 @@ class Chat:
         finally:  # after Ctrl-C too
             if self.reread:
                 self._turns = []  # what they say of the cache is not so any more
-            n_common = _n_common(had, self.sequence.tokens)
+            n_same = n_common(had, self.sequence.tokens)
             for each in [*self._turns, turn] if turn is not None else self._turns:
-                _keep(each, n_common)
+                _keep(each, n_same)
             if not self.sequence.tokens:
                 self.forget_cache()  # rolled back to nothing: the next question reads it all again
 
@@ -200,7 +214,7 @@ class Chat:
                 parts[i] = answer
         return [token for part in parts for token in part]
 
-    def _answer(self, n_predict: int, sampling: Sampling) -> Iterator[str]:
+    def _answer(self, n_predict: int, sampling: Sampling) -> Generator[str]:
         answer, start = "", len(self.sequence.tokens)
         try:
             for piece in self.engine.generate(n_predict, sampling):
@@ -211,6 +225,16 @@ class Chat:
             if self.sequence.owner is self:
                 self._answers[len(self.messages)] = self.sequence.tokens[start:]
             self.messages.append({"role": "assistant", "content": answer})
+
+
+def begun(first: str | None, rest: Generator[str]) -> Iterator[str]:
+    """The pieces of an answer whose first one is known; closed with it."""
+    try:
+        if first is not None:
+            yield first
+            yield from rest
+    finally:
+        rest.close()
 
 
 def _same(a: str, b: str) -> bool:
@@ -224,11 +248,6 @@ def _keep(turn: _Turn, n: int) -> None:
         turn.before = Mark(n, None)
     if turn.question is not None and turn.question.n > n:
         turn.question = None
-
-
-def _n_common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 
 def _system(text: str | None) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 
@@ -178,7 +178,8 @@ class Engine:
 
     def budget_tokens(self, sequence: Sequence | None = None) -> int:
         """The budget of a sequence now, tokens per head and layer on average."""
-        return self.evictor.budget_tokens(sequence or self.sequences[0])
+        with self.use():
+            return self.evictor.budget_tokens(sequence or self.sequences[0])
 
     def evict(self, sequence: Sequence | None = None) -> bool:
         """Bring a sequence down to its budget; ``False`` if it already holds no more."""
@@ -292,7 +293,7 @@ class Engine:
                 self.prefill(new, sequence=sequence, on_progress=on_progress, mode=mode)
             return reread
 
-    def generate(self, n_predict: int, sampling: Sampling, *, sequence: Sequence | None = None) -> Iterator[str]:
+    def generate(self, n_predict: int, sampling: Sampling, *, sequence: Sequence | None = None) -> Generator[str]:
         """The answer to what was prefilled, as text pieces; ``n_predict`` < 0: until it ends or the context is full.
 
         Afterwards :attr:`finish_reason` is ``stop`` (the model ended), ``length`` or ``interrupted`` (closed early).
@@ -303,8 +304,7 @@ class Engine:
         sequence = sequence or self.sequences[0]
         with self.use():
             holder = sequence.holder = object()
-            self._text = ""
-            self.finish_reason = "interrupted"
+            self._text, self.finish_reason = "", "interrupted"
             stepper = Plain(sampling, self.model.n_vocab, self.model.end_tokens if sampling.ignore_eos else ())
             scheduler = Scheduler(self.model, self.reader, self.evictor)
             job = Job([], stepper, n_predict, sequence=sequence)

@@ -8,7 +8,7 @@ from typing import Literal
 from kvlocal.engine.config import EngineConfig, check_chunk, chunk_fits
 from kvlocal.engine.evictor import Evictor
 from kvlocal.engine.hints import prompt_hint
-from kvlocal.engine.sequence import Sequence, append
+from kvlocal.engine.sequence import Sequence, append, n_common
 from kvlocal.errors import ContextFullError, UsageError
 from kvlocal.native.context import Context
 
@@ -53,12 +53,7 @@ class Reader:
         have = sequence.tokens
         if have == tokens and sequence.last_logits() is not None:
             return [], False
-        common = 0
-        for ours, theirs in zip(have, tokens, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        common = min(common, len(tokens) - 1)  # the last token must be computed to have logits
+        common = min(n_common(have, tokens), len(tokens) - 1)  # the last token must be computed to have logits
         reread = common < len(have) and not sequence.reach(common)
         common = 0 if reread else common
         if common < len(have):

@@ -30,7 +30,8 @@ class Job:
         mode: how the prompt is read; ``None``: as the settings say, whole where it fits.
         sequence: where; ``None``: one of the scheduler's, when one is free.
         on_read: called with tokens of the prompt read and in all.
-        text: the answer so far; :meth:`take` gives what is new in it. n_read, n_generated: tokens so far.
+        text: the answer so far; :meth:`take` gives what is new in it. n_read, n_generated: tokens so far; n_prompt: of
+            the prompt as it was given: a job that had to make room reads its answer again as well.
         finish_reason: ``stop`` (the model ended) or ``length``; error: what ended it instead.
         read_s: seconds of reading without evictions; evict_s: of its evictions.
         began, first, ended: when it was begun, its first token was known, and it was over (``time.perf_counter``).
@@ -43,6 +44,7 @@ class Job:
     sequence: Sequence | None = None
     on_read: Callable[[int, int], None] | None = None
     text: str = ""
+    n_prompt: int = 0
     n_read: int = 0
     n_generated: int = 0
     finish_reason: Finish | None = None
@@ -92,6 +94,7 @@ class Scheduler:
         self._full = False  # a job had to make room: none is begun before another is over
 
     def add(self, job: Job) -> None:
+        job.n_prompt = len(job.prompt)
         self.waiting.append(job)
 
     def step(self) -> list[Job]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,11 @@ import numpy as np
 
 from kvlocal.errors import KVError
 from kvlocal.native.context import Context
+
+
+def n_common(a: Tokens[int], b: Tokens[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 
 @dataclass(frozen=True)

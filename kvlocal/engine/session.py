@@ -20,6 +20,7 @@ import numpy as np
 from kvlocal import __version__
 from kvlocal.engine.config import context_config
 from kvlocal.engine.engine import Engine, Mode, Progress
+from kvlocal.engine.sequence import n_common
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
 from kvlocal.models.identity import fingerprint
@@ -175,8 +176,7 @@ def prefill_cached(
             if on_unsaved is None:
                 raise
             on_unsaved(error)
-    n_same = next((i for i, pair in enumerate(zip(had, tokens, strict=False)) if pair[0] != pair[1]), len(had))
-    return 0 if reread else min(n_same, len(tokens))
+    return 0 if reread else n_common(had, tokens)
 
 
 @contextmanager

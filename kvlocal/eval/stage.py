@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from kvlocal.engine.evictor import Bounds, Evictor
-from kvlocal.engine.sequence import Sequence, append
+from kvlocal.engine.sequence import Sequence, append, n_common
 from kvlocal.measure.variants import Variant
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import BITS
@@ -125,9 +125,7 @@ class Stage:
 
     def read(self, tokens: Several[int]) -> None:
         """Make the text end in exactly ``tokens``; what it already begins with is not read again."""
-        common = 0
-        while common < min(len(self.text), len(tokens) - 1) and self.text[common] == tokens[common]:
-            common += 1
+        common = min(n_common(self.text, tokens), len(tokens) - 1)
         if not self._text.cut(common):
             common = 0
         for i in range(common, len(tokens), self.config.n_ubatch):

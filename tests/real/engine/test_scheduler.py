@@ -76,6 +76,7 @@ def test_what_finds_no_room_waits_and_is_made_anew(open_engine: OpenEngine) -> N
     run(scheduler_of(engine), *both)
     assert [each.error for each in both] == [None, None]
     assert [each.text for each in both] == [alone.text] * 2
+    assert [(each.n_prompt, each.n_generated) for each in both] == [(len(tokens), n)] * 2
 
 
 def test_one_failure_is_nobody_else_s(open_engine: OpenEngine) -> None:

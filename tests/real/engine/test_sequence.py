@@ -136,6 +136,29 @@ def test_threads_queue(llm: kvlocal.LLM) -> None:
     assert answers == dict.fromkeys(range(4), alone)
 
 
+def test_conversations_in_several_threads(llm: kvlocal.LLM) -> None:
+    """Each reads its own text again when the other has had the cache; none gets the other's answer."""
+    alone = llm.chat().ask(f"{document(LANTERN)}\n\n{LANTERN.question}", n_predict=12, temp=0)
+    faults: list[BaseException] = []
+    answers: list[str] = []
+
+    def talk() -> None:
+        try:
+            chat = kvlocal.Conversation(llm.engine)
+            for _ in range(3):
+                answers.append(chat.ask(f"{document(LANTERN)}\n\n{LANTERN.question}", n_predict=12, temp=0))
+                chat.undo()
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=talk) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults and answers == [alone] * 9
+
+
 def test_a_stream_that_lost_its_cache_says_so(llm: kvlocal.LLM) -> None:
     one = llm.stream(document(LANTERN), n_predict=16, temp=0, ignore_eos=True)
     next(one)
