@@ -159,6 +159,19 @@ def test_conversations_in_several_threads(llm: kvlocal.LLM) -> None:
     assert not faults and answers == [alone] * 9
 
 
+def test_an_edit_waits_for_its_turn(llm: kvlocal.LLM, tmp_path: Path) -> None:
+    """What changes or reads the cache of a conversation waits while another thread has the engine."""
+    talk = llm.chat()
+    talk.ask(QUESTION, n_predict=2, temp=0)
+    for edit in (lambda: talk.save(tmp_path / "a.kvl"), lambda: talk.load(tmp_path / "a.kvl"), talk.undo):
+        thread = threading.Thread(target=edit)
+        with llm.engine.lock:
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+        thread.join()
+
+
 def test_a_stream_that_lost_its_cache_says_so(llm: kvlocal.LLM) -> None:
     one = llm.stream(document(LANTERN), n_predict=16, temp=0, ignore_eos=True)
     next(one)
