@@ -27,7 +27,7 @@ from quality import NOVELS
 from quality_storage import all_kept
 from threadpoolctl import threadpool_limits
 
-from kvlocal.doctor.kernels import decode_rows, encode_rows, group_slots
+from kvlocal.doctor.rows import decode_rows, encode_rows, group_slots
 from kvlocal.errors import UsageError
 from kvlocal.eval.records import Store, rows
 from kvlocal.eval.stage import StageConfig

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.doctor import kernels
+from kvlocal.doctor import kernels, rows
 from kvlocal.errors import KVError
 from kvlocal.models.f32 import to_f32
 from kvlocal.models.random import Shape, write_random_model
@@ -162,8 +162,8 @@ def compare_rows() -> Iterator[Comparison]:
     for name, pairs in _ROWS.items():
         errors = []
         for row in {row for pair in pairs for row in pair}:
-            stored = kernels.encode_rows(row, x)
-            errors.append(_largest(kernels.decode_rows(row, stored) - kernels.decode_rows(row, stored, plain=True)))
+            stored = rows.encode_rows(row, x)
+            errors.append(_largest(rows.decode_rows(row, stored) - rows.decode_rows(row, stored, plain=True)))
         yield Comparison(f"rows of {name}", _worst(errors), ROWS_TOLERANCE)
 
 
@@ -195,15 +195,15 @@ def _worst(errors: list[float | None]) -> float | None:
 
 def _pages(pair: tuple[str, str], n_slots: int) -> list[tuple[str, str]]:
     """Full pages, or groups of them, in one format; what is left in f16."""
-    group = max(PAGE_SLOTS, kernels.group_slots(pair[0]))
+    group = max(PAGE_SLOTS, rows.group_slots(pair[0]))
     full = n_slots // group * (group // PAGE_SLOTS)
     return [pair] * full + [("f16", "f16")] * (-(-n_slots // PAGE_SLOTS) - full)
 
 
-def _decoded(x: npt.NDArray[np.float16], rows: list[str]) -> npt.NDArray[Any]:
+def _decoded(x: npt.NDArray[np.float16], pages: list[str]) -> npt.NDArray[Any]:
     """Keys or values as attention should see them, given the formats of their pages."""
     out = x.astype(np.float32)
-    stored = PAGE_SLOTS * sum(row != "f16" for row in rows)
+    stored = PAGE_SLOTS * sum(row != "f16" for row in pages)
     if stored:
-        out[:stored] = kernels.decode_rows(rows[0], kernels.encode_rows(rows[0], out[:stored]), plain=True)
+        out[:stored] = rows.decode_rows(pages[0], rows.encode_rows(pages[0], out[:stored]), plain=True)
     return out

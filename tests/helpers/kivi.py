@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 
-from kvlocal.doctor.kernels import decode_rows, encode_rows
+from kvlocal.doctor.rows import decode_rows, encode_rows
 from kvlocal.errors import KVError
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context

@@ -191,8 +191,8 @@ LLAMA_API int32_t kvl_rotate(struct llama_context * ctx, int32_t layer, int32_t 
 // Keep these slots and free the rest, at least one per head. A kivi group is freed once none of its slots is left.
 LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_keep,
                            const int32_t * slots);
-// Let attention see only these slots and what is appended later, until the next kvl_select or kvl_keep. n_select NULL:
-// all slots.
+// Let attention see only these slots and what is appended later, until the next kvl_select; slots stay hidden or seen
+// when others are dropped, demoted or cut off. n_select NULL: all slots.
 LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
                              const int32_t * slots);
 // Store slots in another format named in kvl_params.formats; returns how many were not in it before. With n_demote:

@@ -10,7 +10,7 @@ from contexts import OpenContext, OpenModel, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvlocal.doctor.kernels import decode_rows, encode_rows
+from kvlocal.doctor.rows import decode_rows, encode_rows
 from kvlocal.errors import KVError
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context

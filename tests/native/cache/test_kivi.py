@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kivi import HEADS, SHAPE, both, fill, open_kivi, read, stored
 
-from kvlocal.doctor.kernels import decode_rows, encode_rows
+from kvlocal.doctor.rows import decode_rows, encode_rows
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.formats import FORMATS
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.doctor.kernels import decode_rows, encode_rows
+from kvlocal.doctor.rows import decode_rows, encode_rows
 
 EXAMPLE = np.array([0.1, -0.4, 0.9, 0.3, -1, 0.6, 0, 2], np.float32)
 EXAMPLE_CODES = [1, 1, 2, 1, 0, 2, 1, 3]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.doctor.kernels import ROWS, attend_pages, decode_rows, encode_rows, group_slots, reference
+from kvlocal.doctor.kernels import attend_pages, reference
+from kvlocal.doctor.rows import ROWS, decode_rows, encode_rows, group_slots
 from kvlocal.native.formats import PAGE_SLOTS
 
 Floats = npt.NDArray[np.float32]

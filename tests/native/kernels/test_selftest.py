@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from contexts import OpenModel
 
-from kvlocal.doctor import installation, kernels, selftest
+from kvlocal.doctor import installation, kernels, rows, selftest
 from kvlocal.doctor.installation import find_library, list_devices
 from kvlocal.doctor.report import _model
 from kvlocal.doctor.selftest import Comparison, self_test
@@ -38,14 +38,15 @@ def test_all_of_it_passes_here() -> None:
 
 
 def change(monkeypatch: pytest.MonkeyPatch, name: str, by: Callable[..., Any], when: Callable[..., bool]) -> None:
-    """Make a function of the kernels give something else for some arguments."""
-    right = getattr(kernels, name)
+    """Make a function of the kernels or of the rows give something else for some arguments."""
+    module = kernels if hasattr(kernels, name) else rows
+    right = getattr(module, name)
 
     def wrong(*args: Any, **options: Any) -> Any:
         out = right(*args, **options)
         return by(out) if when(*args, **options) else out
 
-    monkeypatch.setattr(kernels, name, wrong)
+    monkeypatch.setattr(module, name, wrong)
 
 
 @pytest.mark.parametrize("amount", [0.01, math.nan])

@@ -6,22 +6,21 @@
 #include <utility>
 
 using kvl::attn;
-using kvl::PAGE;
 using kvl::share_out;
 using kvl::TILE;
 
-extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const attn a(dst, userdata);
+extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void *) {
+    const attn a(dst, 0);
     const int n_split = a.p.n_split;
     float * out = static_cast<float *>(dst->data);
     if (a.n_rows > KVL_ATTN_FEW_ROWS) {
         kvl::tile_buffers t(a.d_k, a.d_v);
-        float * stats = a.p.mass ? out + int64_t(a.d_v) * a.n_rows * a.n_stream : nullptr;
+        float * stats = a.mass() ? out + int64_t(a.d_v) * a.n_rows * a.n_stream : nullptr;
         const int n_tiles = (a.n_rows + TILE - 1) / TILE;
         share_out(
             a.n_stream * n_tiles, ith, nth,
             [&](int i) {
-                return a.n_slots(i / n_tiles);
+                return a.n_pages(i / n_tiles);
             },
             [&](int i) {
                 const int stream = i / n_tiles;
@@ -31,19 +30,16 @@ extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void * use
             });
         return;
     }
-    const bool parts = n_split > 1 || a.p.mass;
+    const bool parts = n_split > 1 || a.mass();
     const int64_t stride = int64_t(a.n_rows) * (a.d_v + 2);
-    float * logits = a.p.mass ? out + stride * n_split * a.n_stream : nullptr;
+    float * logits = a.mass() ? out + stride * n_split * a.n_stream : nullptr;
     std::vector<float> own(parts ? 0 : stride);
     kvl::few_rows w(a.d_k, a.d_v);
-    const auto n_pages = [&](int stream) {
-        return (a.n_slots(stream) + PAGE - 1) / PAGE;
-    };
     const auto begin = [&](int item) {
-        return n_pages(item / n_split) * (item % n_split) / n_split;
+        return a.n_pages(item / n_split) * (item % n_split) / n_split;
     };
     const auto end = [&](int item) {
-        return n_pages(item / n_split) * (item % n_split + 1) / n_split;
+        return a.n_pages(item / n_split) * (item % n_split + 1) / n_split;
     };
     share_out(
         a.n_stream * n_split, ith, nth,
@@ -65,63 +61,31 @@ extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void * use
         });
 }
 
-extern "C" void kvl_attn_merge(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const kvl_attn_params & p = *static_cast<const kvl_attn_params *>(userdata);
-    const int group = p.n_head / p.n_head_kv;
-    const int n_rows = p.n_seq_tokens * group;
-    const int n_stream = p.n_seqs * p.n_head_kv;
+extern "C" void kvl_attn_merge(ggml_tensor * dst, int ith, int nth, void *) {
+    const auto & p = *static_cast<const kvl_attn_params *>(kvl_get_params(dst));
     const int d_v = int(dst->ne[0]);
+    const int n_head = int(dst->ne[1]);
+    const int n_tokens = int(dst->ne[2]) / p.n_seqs;
+    const int group = n_head / p.n_head_kv;
+    const int n_rows = n_tokens * group;
+    const int n_stream = p.n_seqs * p.n_head_kv;
     const float * parts = static_cast<const float *>(dst->src[0]->data);
-    const int32_t * n_slots = static_cast<const int32_t *>(dst->src[1]->data);
-    const int32_t * live = n_slots + 2 * n_stream + (dst->src[1]->ne[0] - 2 * n_stream) / 2;
-    const float * logits = parts + int64_t(n_stream) * p.n_split * n_rows * (d_v + 2);
     const int64_t stride = int64_t(n_rows) * (d_v + 2);
-    // maximum and sum over the parts of a row
-    const auto total = [&](const float * part, float & m, float & l) {
-        m = -INFINITY;
-        for (int c = 0; c < p.n_split; c++) {
-            m = std::max(m, part[c * stride + d_v]);
-        }
-        l = 0.0f;
-        for (int c = 0; c < p.n_split; c++) {
-            const float * from = part + c * stride;
-            l += from[d_v + 1] > 0.0f ? expf(from[d_v] - m) * from[d_v + 1] : 0.0f;
-        }
-    };
     for (int i = ith; i < n_stream * n_rows; i += nth) {
         const int stream = i / n_rows;
         const int r = i % n_rows;
         const float * part = parts + stream * p.n_split * stride + int64_t(r) * (d_v + 2);
         const int s = stream / p.n_head_kv;
-        const int64_t row =
-            int64_t(s * p.n_seq_tokens + r / group) * p.n_head + stream % p.n_head_kv * group + r % group;
+        const int64_t row = int64_t(s * n_tokens + r / group) * n_head + stream % p.n_head_kv * group + r % group;
         float * out = static_cast<float *>(dst->data) + row * d_v;
-        float m, l;
-        total(part, m, l);
+        const kvl::row_stats total = kvl::total_of(part, p.n_split, stride, d_v);
         std::fill_n(out, d_v, 0.0f);
         for (int c = 0; c < p.n_split; c++) {
             const float * from = part + c * stride;
-            const float w = from[d_v + 1] > 0.0f ? expf(from[d_v] - m) / l : 0.0f;
+            const float w = from[d_v + 1] > 0.0f ? expf(from[d_v] - total.m) / total.l : 0.0f;
             for (int j = 0; w > 0.0f && j < d_v; j++) {
                 out[j] += w * from[j];
             }
-        }
-    }
-    // a thread takes a query head, so that no two of them add to the same mass
-    for (int i = ith; p.mass && i < n_stream * group; i += nth) {
-        const int stream = i / group;
-        for (int r = i % group; r < n_rows; r += group) {
-            float m, l;
-            total(parts + stream * p.n_split * stride + int64_t(r) * (d_v + 2), m, l);
-            const float * row = logits + (int64_t(stream) * n_rows + r) * p.n_kv;
-            if (!p.last) {
-                kvl::add_weights(row, n_slots[stream], m, 1.0f / l, p.mass[i]);
-                continue;
-            }
-            const int t = r / group;
-            const int n = kvl::n_live(live + n_slots[n_stream + stream], n_slots[stream] - p.n_seq_tokens + t + 1);
-            kvl::note_weights(row, n_slots[stream], kvl::mean_logit(m, l, n), float(p.last[stream / p.n_head_kv] + t),
-                              p.mass[i]);
         }
     }
 }
@@ -133,6 +97,9 @@ extern "C" void * kvl_cpu_proc_address(const char * name) {
         {KVL_ATTN_MASS_PROC, reinterpret_cast<void *>(kvl_attn_mass)},
         {KVL_ATTN_SCORES_PROC, reinterpret_cast<void *>(kvl_attn_scores)},
         {KVL_ATTN_ROTATE_PROC, reinterpret_cast<void *>(kvl_attn_rotate)},
+        {KVL_PAGES_APPEND_PROC, reinterpret_cast<void *>(kvl_pages_append)},
+        {KVL_PAGES_WINDOW_PROC, reinterpret_cast<void *>(kvl_pages_window)},
+        {KVL_PAGES_MOVE_PROC, reinterpret_cast<void *>(kvl_pages_move)},
         {KVL_ROWS_ENCODE_PROC, reinterpret_cast<void *>(kvl_rows_encode)},
         {KVL_ROWS_DECODE_PROC, reinterpret_cast<void *>(kvl_rows_decode)},
         {KVL_ROW_ROTATE_PROC, reinterpret_cast<void *>(kvl_row_rotate)},

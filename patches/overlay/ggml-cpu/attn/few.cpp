@@ -166,11 +166,11 @@ void soften(float * s, float & m, float & l, float * o, int d) {
 
 // A page to attend to.
 struct page_job {
-    int stream, slot0;
+    int stream;
+    kvl_page_ref page;
     rows_ahead next_k, next_v; // will be read soon
-    bool biased;               // its keys lack mu
-    uint32_t live;
-    float * logits; // of row 0 and this page's first slot, or NULL
+    bool biased;               // its keys lack their mean
+    float * logits;            // of row 0 and this page's first slot, or NULL
 };
 
 // Rows r0 .. r0+N-1 of a stream over one page.
@@ -180,7 +180,7 @@ void attend_page(const attn & a, const page_job & job, const Keys & k, const Val
     int n_max = 0;
     int n_seen[N];
     for (int i = 0; i < N; i++) {
-        n_seen[i] = job.live ? std::clamp(a.visible(job.stream, r0 + i) - job.slot0, 0, PAGE) : 0;
+        n_seen[i] = std::clamp(a.visible(job.stream, r0 + i) - job.page.slot, 0, PAGE);
         n_max = std::max(n_max, n_seen[i]);
     }
     constexpr int wide = sizeof(vf) == 64 || VF_N == 4; // 32 registers
@@ -196,12 +196,11 @@ void attend_page(const attn & a, const page_job & job, const Keys & k, const Val
             z[j] = cap(z[j], a.p.soft_cap);
         }
         std::fill(z + n_seen[i], z + PAGE, -INFINITY);
-        for (int j = 0; job.live != UINT32_MAX && j < n_seen[i]; j++) {
-            z[j] = job.live >> j & 1 ? z[j] : -INFINITY;
+        for (int j = 0; job.page.live != UINT32_MAX && j < n_seen[i]; j++) {
+            z[j] = job.page.live >> j & 1 ? z[j] : -INFINITY;
         }
         if (job.logits) {
-            const int n = std::min(PAGE, a.n_slots(job.stream) - job.slot0);
-            std::copy_n(z, n, job.logits + int64_t(r0 + i) * a.p.n_kv);
+            std::copy_n(z, PAGE, job.logits + int64_t(r0 + i) * a.p.n_kv);
         }
         soften(z, w.m[r0 + i], w.l[r0 + i], w.o[r0 + i], a.d_v);
     }
@@ -254,7 +253,7 @@ void attend_stored(const attn & a, const page_job & job, few_rows & w, const pag
         default:
             break;
     }
-    const int n = std::min(PAGE, a.n_slots(job.stream) - job.slot0);
+    const int n = a.in_page(job.stream, job.page);
     float * keys = w.page.data();
     float * values = keys + PAGE * a.d_k;
     k.widen(n, keys, a.d_k);
@@ -266,8 +265,8 @@ void attend_stored(const attn & a, const page_job & job, few_rows & w, const pag
 
 void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst, float * logits) {
     const int stride = a.d_v + 2;
-    const int32_t * pages = a.pages(stream);
-    const int32_t * live = a.live(stream);
+    const kvl_page_ref * pages = a.pages(stream);
+    const float * mean = a.mean(stream);
     for (int r = 0; r < a.n_rows; r++) {
         const float * q = a.q + a.row(stream, r) * a.d_k;
         float * scaled = w.scaled.data() + r * w.ld_q;
@@ -280,23 +279,21 @@ void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, 
         w.m[r] = -INFINITY;
         w.l[r] = 0.0f;
         w.bias[r] = 0.0f;
-        const float * mu = a.p.mu ? a.p.mu[stream] : nullptr;
-        for (int c = 0; mu && c < a.d_k; c++) {
-            w.bias[r] += scaled[c] * mu[c];
+        for (int c = 0; mean && c < a.d_k; c++) {
+            w.bias[r] += scaled[c] * mean[c];
         }
     }
     for (int p = page0; p < page1; p++) {
-        const int32_t next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
+        const kvl_page_ref & next = pages[std::min(p + 2, page1 - 1)]; // one page ahead comes too late
         const page_job job{
             stream,
-            p * PAGE,
-            rows_ahead(a.k_page(next)),
-            rows_ahead(a.v_page(next)),
-            a.mu(stream, pages[p]) != nullptr,
-            uint32_t(live[p]),
+            pages[p],
+            rows_ahead(a.keys(next)),
+            rows_ahead(a.values(next)),
+            a.lacks_mean(stream, pages[p]),
             logits ? logits + p * PAGE : nullptr,
         };
-        attend_stored(a, job, w, a.k_page(pages[p]), a.v_page(pages[p]));
+        attend_stored(a, job, w, a.keys(pages[p]), a.values(pages[p]));
     }
     for (int r = 0; r < a.n_rows; r++) {
         w.o[r][a.d_v] = w.m[r];

@@ -11,22 +11,29 @@
 
 namespace kvl {
 
-constexpr int PAGE = 32;
-
-// How many of the first n slots are live.
-inline int n_live(const int32_t * live, int n) {
-    int count = 0;
-    for (int i = 0; i * PAGE < n; i++) {
-        const int left = n - i * PAGE;
-        const uint32_t bits = uint32_t(live[i]) & (left < PAGE ? (1u << left) - 1 : UINT32_MAX);
-        count += __builtin_popcount(bits);
-    }
-    return count;
-}
+constexpr int PAGE = KVL_PAGE_SLOTS;
 
 // Smallest logit of a row that is a probability of at least 1 / n, from its maximum and sum.
 inline float mean_logit(float m, float l, int n) {
     return m + logf(l) - logf(float(n));
+}
+
+// Maximum of a row's logits, and the sum of their exponentials relative to it.
+struct row_stats {
+    float m, l;
+};
+
+// Those of a row whose work was split: parts of d_v values, maximum and sum, stride apart.
+inline row_stats total_of(const float * part, int n_split, int64_t stride, int d_v) {
+    row_stats out = {-INFINITY, 0.0f};
+    for (int c = 0; c < n_split; c++) {
+        out.m = std::max(out.m, part[c * stride + d_v]);
+    }
+    for (int c = 0; c < n_split; c++) {
+        const float * from = part + c * stride;
+        out.l += from[d_v + 1] > 0.0f ? expf(from[d_v] - out.m) * from[d_v + 1] : 0.0f;
+    }
+    return out;
 }
 
 // The rows of a page as they are stored.
@@ -36,15 +43,30 @@ struct page_rows {
     int first; // the page's first row among those that are stored together with it
     const char * data;
 
-    page_rows(kvl_row row, const void * pool, int32_t entry, int d) : row(row), d(d) {
-        const int64_t i = int64_t(entry & ((1 << KVL_PAGE_FORMAT_SHIFT) - 1)) * PAGE;
-        first = int(i % kvl_row_slots(row));
-        data = static_cast<const char *>(pool) + (i - first) * kvl_row_bytes(row, d);
-    }
-
     const ggml_fp16_t * f16() const { return reinterpret_cast<const ggml_fp16_t *>(data); }
     // the first n as f32, ld apart
     void widen(int n, float * to, int ld) const;
+};
+
+// Pages of one format: where they lie and how their rows are stored.
+struct page_pool {
+    kvl_row k_row, v_row;
+    int d_k, d_v;
+    int n_together; // pages of a unit
+    int64_t k_bytes, v_bytes; // of a row
+    char * base;
+
+    page_pool() = default;
+    page_pool(char * pages, kvl_pool_ref ref, int d_k, int d_v)
+        : k_row(kvl_row(ref.rows & 255)), v_row(kvl_row(ref.rows >> 8)), d_k(d_k), d_v(d_v),
+          n_together(std::max(kvl_row_slots(k_row) / PAGE, 1)), k_bytes(int64_t(kvl_row_bytes(k_row, d_k))),
+          v_bytes(int64_t(kvl_row_bytes(v_row, d_v))), base(pages + int64_t(ref.base) * 16) {}
+
+    char * unit(int page) const { return base + page / n_together * (n_together * PAGE * (k_bytes + v_bytes)); }
+    page_rows keys(int page) const { return {k_row, d_k, page % n_together * PAGE, unit(page)}; }
+    page_rows values(int page) const {
+        return {v_row, d_v, 0, unit(page) + PAGE * (n_together * k_bytes + page % n_together * v_bytes)};
+    }
 };
 
 // The operator's tensors and shape, decoded once per thread and call.
@@ -52,46 +74,74 @@ struct attn {
     const kvl_attn_params & p;
     ggml_tensor * dst;
     const float * q;
-    const ggml_tensor * k;
-    const ggml_tensor * v;
-    const int32_t * table;
-    int d_k, d_v, group, n_stream, n_rows; // n_rows: query rows of a stream, row t*group + g
+    const float * means;
+    const kvl_stream_ref * streams;
+    const kvl_page_ref * list;
+    int d_k, d_v, n_head, n_tokens, group, n_stream;
+    int n_rows; // query rows of a stream, row t*group + g
+    page_pool pools[KVL_PAGE_POOLS];
 
-    attn(ggml_tensor * dst, void * userdata)
-        : p(*static_cast<const kvl_attn_params *>(userdata)), dst(dst),
-          q(static_cast<const float *>(dst->src[0]->data)), k(dst->src[1]), v(dst->src[2]),
-          table(static_cast<const int32_t *>(dst->src[3]->data)), d_k(int(k->ne[0])), d_v(int(v->ne[0])),
-          group(p.n_head / p.n_head_kv), n_stream(p.n_seqs * p.n_head_kv), n_rows(p.n_seq_tokens * group) {}
+    // q, table, pages and means are the sources from `first` on
+    attn(ggml_tensor * dst, int first)
+        : p(*static_cast<const kvl_attn_params *>(kvl_get_params(dst))), dst(dst) {
+        const ggml_tensor * queries = dst->src[first];
+        const int32_t * layer = static_cast<const int32_t *>(dst->src[first + 1]->data) + p.table;
+        q = static_cast<const float *>(queries->data);
+        means = static_cast<const float *>(dst->src[first + 3]->data);
+        d_k = int(queries->ne[0]);
+        d_v = p.d_v;
+        n_head = int(queries->ne[1]);
+        n_tokens = int(queries->ne[2]) / p.n_seqs;
+        group = n_head / p.n_head_kv;
+        n_stream = p.n_seqs * p.n_head_kv;
+        n_rows = n_tokens * group;
+        streams = kvl_table_streams(layer, p.n_pools);
+        list = kvl_table_pages(layer, p.n_pools, n_stream);
+        for (int i = 0; i < p.n_pools; i++) {
+            pools[i] = page_pool(static_cast<char *>(dst->src[first + 2]->data), kvl_table_pools(layer)[i], d_k, d_v);
+        }
+    }
 
-    int n_slots(int stream) const { return table[stream]; }
-    const int32_t * pages(int stream) const { return table + 2 * n_stream + table[n_stream + stream]; }
-    // live bits of the pages of a stream
-    const int32_t * live(int stream) const { return pages(stream) + (dst->src[3]->ne[0] - 2 * n_stream) / 2; }
-    // rows of the page that an entry of a table stands for
-    page_rows k_page(int32_t entry) const {
-        const int f = entry >> KVL_PAGE_FORMAT_SHIFT;
-        return f == 0 ? page_rows(KVL_ROW_F16, k->data, entry, d_k)
-                      : page_rows(p.formats[f].k_row, p.formats[f].k, entry, d_k);
+    int mass() const { return p.flags & KVL_ATTN_MASS_MASK; }
+    int n_pages(int stream) const { return streams[stream].n_pages; }
+    const kvl_page_ref * pages(int stream) const { return list + streams[stream].first; }
+    page_rows keys(const kvl_page_ref & page) const {
+        return pools[page.entry >> KVL_PAGE_POOL_SHIFT].keys(int(page.entry & KVL_PAGE_NUMBER));
     }
-    page_rows v_page(int32_t entry) const {
-        const int f = entry >> KVL_PAGE_FORMAT_SHIFT;
-        return f == 0 ? page_rows(KVL_ROW_F16, v->data, entry, d_v)
-                      : page_rows(p.formats[f].v_row, p.formats[f].v, entry, d_v);
+    page_rows values(const kvl_page_ref & page) const {
+        return pools[page.entry >> KVL_PAGE_POOL_SHIFT].values(int(page.entry & KVL_PAGE_NUMBER));
     }
-    // what the keys of an entry's page lack, NULL: nothing
-    const float * mu(int stream, int32_t entry) const {
-        return p.mu && entry >> KVL_PAGE_FORMAT_SHIFT ? p.mu[stream] : nullptr;
+    // what a stream's keys lack in formats other than f16, NULL: nothing
+    const float * mean(int stream) const {
+        const int64_t row = streams[stream].mean;
+        return row < 0 ? nullptr : means + row * d_k;
+    }
+    // whether the keys of a page do
+    bool lacks_mean(int stream, const kvl_page_ref & page) const {
+        return streams[stream].mean >= 0 && pools[page.entry >> KVL_PAGE_POOL_SHIFT].k_row != KVL_ROW_F16;
+    }
+    // slots of a page that there are: fewer than all only in the very last one
+    int in_page(int stream, const kvl_page_ref & page) const {
+        return std::min(PAGE, streams[stream].n_slots - page.slot);
     }
     // index of a stream's row among all (token, query head) rows
     int64_t row(int stream, int r) const {
         const int s = stream / p.n_head_kv;
         const int h = stream % p.n_head_kv;
-        return int64_t(s * p.n_seq_tokens + r / group) * p.n_head + h * group + r % group;
+        return int64_t(s * n_tokens + r / group) * n_head + h * group + r % group;
     }
-    // slots that a row sees: indices below this
-    int visible(int stream, int r) const { return n_slots(stream) - p.n_seq_tokens + r / group + 1; }
-    // how many of the first n slots are live
-    int n_live(int stream, int n) const { return kvl::n_live(live(stream), n); }
+    // slots that a row sees: numbers below this
+    int visible(int stream, int r) const { return streams[stream].n_slots - n_tokens + r / group + 1; }
+    // how many of the slots with numbers below n are live
+    int n_live(int stream, int n) const {
+        int count = 0;
+        const kvl_page_ref * page = pages(stream);
+        for (int i = 0; i < n_pages(stream) && page[i].slot < n; i++) {
+            const int left = n - page[i].slot;
+            count += __builtin_popcount(page[i].live & (left < PAGE ? (1u << left) - 1 : UINT32_MAX));
+        }
+        return count;
+    }
 };
 
 // Work item of a thread by cost: items [first, last) of those whose costs are summed up.
@@ -134,7 +184,7 @@ struct few_rows {
     int ld_q;
     line_buffer scaled;            // queries times the scale
     line_buffer page;              // keys, then values of a page that is not f16
-    float bias[KVL_ATTN_FEW_ROWS]; // query times mu
+    float bias[KVL_ATTN_FEW_ROWS]; // query times mean
     const float * q[KVL_ATTN_FEW_ROWS];
     float * o[KVL_ATTN_FEW_ROWS];
     float m[KVL_ATTN_FEW_ROWS], l[KVL_ATTN_FEW_ROWS]; // maximum and sum so far
@@ -143,13 +193,14 @@ struct few_rows {
         : ld_q((d_k + 15) / 16 * 16), scaled(size_t(KVL_ATTN_FEW_ROWS) * ld_q), page(size_t(PAGE) * (d_k + d_v)) {}
 };
 
-// Few queries: rows of one stream over its pages [page0, page1). Unnormalized output, maximum and sum of row r are
-// written at dst + r*(d_v + 2), logits (unless NULL) at logits + r*n_kv, -inf where a row does not see.
+// Few queries: rows of one stream over its pages [page0, page1) of those listed. Unnormalized output, maximum and sum
+// of row r are written at dst + r*(d_v + 2), logits (unless NULL) at logits + r*n_kv, -inf where a row does not see.
 void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst, float * logits);
 
 // Many queries: a tile holds some rows of one stream, first, first + step, ...
 constexpr int TILE = 192; // most rows of a tile; a multiple of every kernel's width
-constexpr int BLOCK = 64; // slots that are looked at together
+constexpr int BLOCK_PAGES = 2;
+constexpr int BLOCK = BLOCK_PAGES * PAGE; // slots that are looked at together
 
 struct tile_rows {
     int first, step, n;
@@ -181,17 +232,17 @@ struct tile_buffers {
 
 // Queries of the rows, scaled, into t.qt [d_k][TILE]; t.visible; maxima and sums of nothing.
 void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows);
-// Logits of n slots from slot0 on into t.s [n][TILE], -inf where a row does not see.
-void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n);
+// Pages of a stream, of those listed up to page1, that are looked at together from page on, and their slots.
+struct tile_block {
+    int page, n_pages, n;
+};
+tile_block block_at(const attn & a, const tile_buffers & t, int stream, tile_rows rows, int page, int page1);
+// Logits of a block's slots into t.s [n][TILE], -inf where a row does not see.
+void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, tile_block block);
 // Turns them into weights relative to the running maxima t.m; t.l are the sums, t.c rescales what came before.
 void tile_soften(tile_buffers & t, int n_rows, int n);
 
 // Output of the rows over all pages of the stream; maximum and sum of row r go to stats + 2*r unless that is NULL.
 void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, float * stats);
-
-// to[j] += exp(logits[j] - m) * scale
-void add_weights(const float * logits, int n, float m, float scale, float * to);
-// to[j] = value where logits[j] >= least
-void note_weights(const float * logits, int n, float least, float value, float * to);
 
 } // namespace kvl

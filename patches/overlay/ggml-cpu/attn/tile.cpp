@@ -90,19 +90,31 @@ void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows) {
     }
     std::fill_n(t.m, TILE, -1e30f);
     std::fill_n(t.l, TILE, 0.0f);
-    const float * mu = a.p.mu ? a.p.mu[stream] : nullptr;
+    const float * mean = a.mean(stream);
     std::fill_n(t.bias, TILE, 0.0f);
-    for (int c = 0; mu && c < a.d_k; c++) {
+    for (int c = 0; mean && c < a.d_k; c++) {
         for (int r = 0; r < TILE; r++) {
-            t.bias[r] += t.qt[c * TILE + r] * mu[c];
+            t.bias[r] += t.qt[c * TILE + r] * mean[c];
         }
     }
 }
 
-void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, int slot0, int n) {
-    const int32_t * pages = a.pages(stream) + slot0 / PAGE;
+tile_block block_at(const attn & a, const tile_buffers & t, int stream, tile_rows rows, int page, int page1) {
+    const kvl_page_ref * pages = a.pages(stream);
+    const int end = t.visible[rows.n - 1];
+    tile_block out = {page, 0, 0};
+    while (out.n_pages < BLOCK_PAGES && page + out.n_pages < page1 && pages[page + out.n_pages].slot < end) {
+        out.n += std::min(PAGE, end - pages[page + out.n_pages].slot); // only the last page has fewer
+        out.n_pages++;
+    }
+    return out;
+}
+
+void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, tile_block block) {
+    const kvl_page_ref * pages = a.pages(stream) + block.page;
+    const int n = block.n;
     for (int j = 0; j < n; j += PAGE) {
-        a.k_page(pages[j / PAGE]).widen(std::min(PAGE, n - j), t.k + j * t.ld_k, t.ld_k);
+        a.keys(pages[j / PAGE]).widen(std::min(PAGE, n - j), t.k + j * t.ld_k, t.ld_k);
     }
     // a panel of queries stays in the first-level cache while all slots of the block pass by
     for (int r = 0; r < rows.n; r += 3 * VF_N) {
@@ -114,8 +126,8 @@ void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, i
             gemm<1, 3, false>(t.k + j * t.ld_k, t.ld_k, 1, t.qt + r, TILE, t.s + j * TILE + r, TILE, a.d_k);
         }
     }
-    for (int j = 0; a.p.mu && j < n; j += PAGE) {
-        if (a.mu(stream, pages[j / PAGE])) {
+    for (int j = 0; j < n; j += PAGE) {
+        if (a.lacks_mean(stream, pages[j / PAGE])) {
             add_bias(t, j, std::min(PAGE, n - j));
         }
     }
@@ -124,21 +136,25 @@ void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, i
             t.s[i] = cap(t.s[i], a.p.soft_cap);
         }
     }
-    // a new token is not seen by those before it: the first rows of the tile
-    int n_blind = 0;
-    for (int j = std::max(0, t.visible[0] - slot0); j < n; j++) {
-        while (n_blind < rows.n && t.visible[n_blind] <= slot0 + j) {
-            n_blind++;
+    for (int page = 0; page < block.n_pages; page++) {
+        float * s = t.s + page * PAGE * TILE;
+        const int slot0 = pages[page].slot;
+        const int n_here = std::min(PAGE, n - page * PAGE);
+        // a new token is not seen by those before it: the first rows of the tile
+        int n_blind = 0;
+        for (int j = std::max(0, t.visible[0] - slot0); j < n_here; j++) {
+            while (n_blind < rows.n && t.visible[n_blind] <= slot0 + j) {
+                n_blind++;
+            }
+            std::fill_n(s + j * TILE, n_blind, -INFINITY);
         }
-        std::fill_n(t.s + j * TILE, n_blind, -INFINITY);
-    }
-    for (int j = 0; t.blind && j < n; j++) {
-        std::fill_n(t.s + j * TILE, std::clamp(t.blind[slot0 + j] - rows.first / a.group, 0, rows.n), -INFINITY);
-    }
-    const int32_t * masks = a.live(stream) + slot0 / PAGE;
-    for (int j = 0; j < n; j++) {
-        if (!(uint32_t(masks[j / PAGE]) >> (j % PAGE) & 1)) {
-            std::fill_n(t.s + j * TILE, rows.n, -INFINITY);
+        for (int j = 0; t.blind && j < n_here; j++) {
+            std::fill_n(s + j * TILE, std::clamp(t.blind[slot0 + j] - rows.first / a.group, 0, rows.n), -INFINITY);
+        }
+        for (int j = 0; pages[page].live != UINT32_MAX && j < n_here; j++) {
+            if (!(pages[page].live >> j & 1)) {
+                std::fill_n(s + j * TILE, rows.n, -INFINITY);
+            }
         }
     }
 }
@@ -163,18 +179,21 @@ void tile_soften(tile_buffers & t, int n_rows, int n) {
 }
 
 void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, float * stats) {
-    const int32_t * pages = a.pages(stream);
+    const kvl_page_ref * pages = a.pages(stream);
     tile_begin(a, t, stream, rows);
     std::fill_n(t.o, TILE * t.ld_v, 0.0f);
     std::fill_n(t.v, BLOCK * t.ld_v, 0.0f);
 
-    const int n_end = t.visible[rows.n - 1];
-    for (int slot0 = 0; slot0 < n_end; slot0 += BLOCK) {
-        const int n = std::min(BLOCK, n_end - slot0);
-        for (int j = 0; j < n; j += PAGE) {
-            a.v_page(pages[(slot0 + j) / PAGE]).widen(std::min(PAGE, n - j), t.v + j * t.ld_v, t.ld_v);
+    for (int page = 0; page < a.n_pages(stream); page += BLOCK_PAGES) {
+        const tile_block block = block_at(a, t, stream, rows, page, a.n_pages(stream));
+        const int n = block.n;
+        if (n == 0) {
+            break;
         }
-        tile_logits(a, t, stream, rows, slot0, n);
+        for (int j = 0; j < n; j += PAGE) {
+            a.values(pages[page + j / PAGE]).widen(std::min(PAGE, n - j), t.v + j * t.ld_v, t.ld_v);
+        }
+        tile_logits(a, t, stream, rows, block);
         tile_soften(t, rows.n, n);
         for (int r = 0; r < rows.n; r++) {
             if (t.c[r] != 1.0f) {

@@ -92,6 +92,7 @@ int32_t kvl_slot_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, floa
         return kvl_fail(KVL_ERR_ARGUMENT, "attention mass is not accumulated; call kvl_set_mass first");
     }
     return guarded([&] {
+        const kvl_layer & shape = kv->layers[layer];
         std::vector<kvl_head> & heads = kv->seqs[seq].heads[layer];
         for (const kvl_head & head : heads) {
             if (int64_t(head.held()) > stride) {
@@ -99,16 +100,21 @@ int32_t kvl_slot_mass(llama_context * ctx, llama_seq_id seq, int32_t layer, floa
                                                       " slots, the array has room for " + std::to_string(stride));
             }
         }
+        ctx->synchronize();
         for (kvl_head & head : heads) {
             const std::vector<uint32_t> order = head.order();
-            for (std::vector<float> & stored : head.mass) {
+            std::vector<std::vector<float>> stored = kv->read_mass(shape, head);
+            for (std::vector<float> & row : stored) {
                 for (size_t i = 0; i < order.size(); i++) {
-                    (write ? stored[order[i]] : mass[i]) = write ? mass[i] : stored[order[i]];
+                    (write ? row[order[i]] : mass[i]) = write ? mass[i] : row[order[i]];
                 }
                 if (!write) {
                     std::fill(mass + order.size(), mass + stride, 0.0f);
                 }
                 mass += stride;
+            }
+            if (write) {
+                kv->write_mass(shape, head, stored);
             }
         }
         return int32_t(KVL_OK);
@@ -125,17 +131,21 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
     }
     return guarded([&] {
         ctx->synchronize();
-        const kvl_pool & pool = *kv->layers[layer].pool;
-        for (const uint32_t slot : kv->seqs[seq].heads[layer][head].order()) {
-            kv->read_slot(seq, uint32_t(layer), uint32_t(head), slot, k, v);
-            if (kv->params.rotate && k) {
-                kv->rotate_row(k, pool.d_k);
-            }
-            if (kv->params.rotate && v) {
-                kv->rotate_row(v, pool.d_v);
-            }
-            k = k ? k + pool.d_k : nullptr;
-            v = v ? v + pool.d_v : nullptr;
+        const std::vector<uint32_t> order = kv->seqs[seq].heads[layer][head].order();
+        const auto read = [&](bool keys, uint32_t d, float * out) {
+            kv->for_slots(seq, uint32_t(layer), uint32_t(head), order, keys, [&](uint32_t, const float * x) {
+                std::copy_n(x, d, out);
+                if (kv->params.rotate) {
+                    kv->rotate_row(out, d);
+                }
+                out += d;
+            });
+        };
+        if (k) {
+            read(true, kv->layers[layer].pool->d_k, k);
+        }
+        if (v) {
+            read(false, kv->layers[layer].pool->d_v, v);
         }
         return int32_t(KVL_OK);
     });

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
 
 bool kvl_positions_check::add(int32_t n_seq_id, const llama_seq_id * seq_id, llama_pos pos) {
     if (n_seq_id != 1 || !seq_id || !kv.valid_seq(seq_id[0])) {
@@ -79,6 +80,7 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
             return false;
         }
     }
+    std::map<const kvl_layer *, std::vector<kvl_row_move>> copies;
     for (uint32_t done = 0; done < n;) {
         // block by block over all heads: pages of one stretch of text lie together, so what eviction frees is
         // contiguous
@@ -94,19 +96,25 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
                 if (head.n() % KVL_PAGE_SLOTS == 0) {
                     head.pages.push_back(pool.take());
                     head.live.push_back(UINT32_MAX);
+                    head.n_listed++;
+                    if (has_mass()) {
+                        head.mass.push_back(layers[l].arena->mass.take());
+                    }
                     head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();
                 } else if (pool.shared(head.pages.back())) {
-                    head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS);
+                    head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS, copies[&layers[l]]);
                 }
                 head.pos.insert(head.pos.end(), pos + done, pos + done + step);
                 head.used_bytes += step * pool.slot_bytes();
                 pool.hold(head.pages.back(), head.held_bits(uint32_t(head.pages.size()) - 1));
-                for (auto & mass : head.mass) {
-                    mass.resize(head.pos.size(), 0.0f);
-                }
             }
         }
         done += step;
+    }
+    for (const auto & [layer, moves] : copies) {
+        if (!layer->arena->move(*layer->pool, moves)) {
+            throw std::runtime_error(kvl_last_error());
+        }
     }
     seq.n_seen = pos[n - 1] + 1;
     const uint32_t w = params.n_window;

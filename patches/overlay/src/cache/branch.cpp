@@ -12,13 +12,15 @@ void llama_kv_paged::cut(kvl_layer & layer, kvl_head & head, uint32_t n) {
         head.pages.pop_back();
         head.live.pop_back();
     }
+    drop_mass(layer, head, n_pages);
     if (n % KVL_PAGE_SLOTS != 0) {
         head.live.back() |= UINT32_MAX << n % KVL_PAGE_SLOTS; // whoever comes next is seen
+        if (!head.mass.empty()) {
+            layer.arena->mass.clear(head.mass.back(), n % KVL_PAGE_SLOTS);
+        }
     }
+    head.count_listed();
     head.pos.resize(n);
-    for (auto & mass : head.mass) {
-        mass.resize(n);
-    }
     note_held(layer, head);
 }
 
@@ -57,14 +59,21 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
             return false;
         }
     }
-    for (size_t l = 0; l < layers.size(); l++) {
-        for (kvl_head & head : seq.heads[l]) {
-            if (head.plain()) {
-                const auto it = std::lower_bound(head.pos.begin(), head.pos.end(), p0);
-                cut(layers[l], head, uint32_t(it - head.pos.begin()));
-            } else {
-                compact(layers[l], head, rest_of(head));
+    for (uint32_t l = 0; l < layers.size(); l++) {
+        std::vector<kvl_head> & heads = seq.heads[l];
+        if (!std::all_of(heads.begin(), heads.end(), [](const kvl_head & head) {
+                return head.plain();
+            })) {
+            std::vector<std::vector<uint32_t>> rest;
+            for (const kvl_head & head : heads) {
+                rest.push_back(rest_of(head));
             }
+            compact(seq_id, l, rest);
+            continue;
+        }
+        for (kvl_head & head : heads) {
+            const auto it = std::lower_bound(head.pos.begin(), head.pos.end(), p0);
+            cut(layers[l], head, uint32_t(it - head.pos.begin()));
         }
     }
     seq.n_seen = p0;
@@ -95,6 +104,13 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     to.mu = from.mu;
     to.window = from.window;
     to.n_seen = from.n_seen;
+    for (uint32_t l = 0; l < layers.size(); l++) {
+        upload_mean(dst, l);
+        for (size_t h = 0; h < to.heads[l].size(); h++) {
+            to.heads[l][h].mass.clear();
+            write_mass(layers[l], to.heads[l][h], read_mass(layers[l], from.heads[l][h]));
+        }
+    }
     if (params.n_window > 0 && !no_alloc()) {
         std::vector<uint8_t> tmp;
         for (const kvl_layer & layer : layers) {
@@ -129,14 +145,18 @@ bool llama_kv_paged::own_pages(llama_seq_id seq_id) {
         }
     }
     for (size_t l = 0; l < layers.size(); l++) {
+        std::vector<kvl_row_move> moves;
         for (kvl_head & head : seq.heads[l]) {
             for (uint32_t p = 0; p < head.pages.size(); p++) {
                 if (layers[l].pool->shared(head.pages[p])) {
                     const uint32_t n = std::min<uint32_t>(head.n() - p * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
-                    head.pages[p] = layers[l].pool->unshare(head.pages[p], n);
+                    head.pages[p] = layers[l].pool->unshare(head.pages[p], n, moves);
                 }
             }
             note_held(layers[l], head);
+        }
+        if (!layers[l].arena->move(*layers[l].pool, moves)) {
+            return false;
         }
     }
     note_peak();

@@ -3,6 +3,7 @@
 #include "cache/memory.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -39,33 +40,24 @@ bool page_moves(const page_group & g, const std::vector<uint32_t> & slots, uint3
 }
 
 // Takes over the groups of kivi pages that keep a slot, as they are: what is not kept becomes a hole, or already is
-// one. Pages of the others are added to gone.
+// one. Pages of the others go.
 void keep_groups(const kvl_head & head, const page_group & g, const std::vector<uint32_t> & slots, kvl_pool & pool,
-                 kvl_head & out, std::vector<std::pair<kvl_pool *, uint32_t>> & gone) {
+                 kvl_rebuilt & out, kvl_compaction & work) {
     const uint32_t n = pool.n_together;
     for (uint32_t p = g.begin; p < g.end; p += n) {
         const auto first = std::lower_bound(slots.begin(), slots.end(), p * KVL_PAGE_SLOTS);
         const auto last = std::lower_bound(first, slots.end(), (p + n) * KVL_PAGE_SLOTS);
         if (first == last) {
             for (uint32_t i = p; i < p + n; i++) {
-                gone.emplace_back(&pool, kvl_head::page_number(head.pages[i]));
+                work.gone.emplace_back(&pool, kvl_head::page_number(head.pages[i]));
             }
             continue;
         }
-        const size_t begin = out.pos.size();
-        const size_t end = begin + n * KVL_PAGE_SLOTS;
+        const size_t begin = out.from.size();
         out.pages.insert(out.pages.end(), head.pages.begin() + p, head.pages.begin() + p + n);
-        out.n_holes += n * KVL_PAGE_SLOTS - uint32_t(last - first);
-        out.pos.resize(end, kvl_head::HOLE);
-        for (auto & mass : out.mass) {
-            mass.resize(end, 0.0f);
-        }
+        out.from.resize(begin + n * KVL_PAGE_SLOTS, -1);
         for (auto slot = first; slot != last; slot++) {
-            const size_t to = begin + (*slot - p * KVL_PAGE_SLOTS);
-            out.pos[to] = head.pos[*slot];
-            for (size_t m = 0; m < head.mass.size(); m++) {
-                out.mass[m][to] = head.mass[m][*slot];
-            }
+            out.from[begin + (*slot - p * KVL_PAGE_SLOTS)] = int32_t(*slot);
         }
     }
 }
@@ -82,24 +74,23 @@ void llama_kv_paged::count_copies(const kvl_layer & layer, const kvl_head & head
     }
 }
 
-void llama_kv_paged::compact(kvl_layer & layer, kvl_head & head, const std::vector<uint32_t> & slots) {
-    kvl_head out;
-    out.mass.resize(head.mass.size());
-    std::vector<std::pair<kvl_pool *, uint32_t>> gone;
+kvl_rebuilt llama_kv_paged::compacted(const kvl_layer & layer, const kvl_head & head,
+                                      const std::vector<uint32_t> & slots, kvl_compaction & work) const {
+    kvl_rebuilt out;
     for (const page_group & g : groups_of(head, slots)) {
         kvl_pool & pool = *layer.pools[g.format];
         if (g.format == KVL_FORMAT_KIVI) {
-            keep_groups(head, g, slots, pool, out, gone);
+            keep_groups(head, g, slots, pool, out, work);
             continue;
         }
         const uint32_t n_pages = uint32_t((g.n + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS);
         // sources are never behind their destination, so pages can be rewritten in ascending order; a page that is
-        // still shared is read from the old table after a new page has taken its place
+        // still shared is read after a new page has taken its place
         for (uint32_t q = 0; q < n_pages; q++) {
             uint32_t page = kvl_head::page_number(head.pages[g.begin + q]);
             if (page_moves(g, slots, q)) {
                 if (pool.shared(page)) {
-                    gone.emplace_back(&pool, page);
+                    work.gone.emplace_back(&pool, page);
                     page = pool.take();
                 }
                 const size_t end = std::min(g.n, size_t(q + 1) * KVL_PAGE_SLOTS);
@@ -113,7 +104,7 @@ void llama_kv_paged::compact(kvl_layer & layer, kvl_head & head, const std::vect
                     }
                     const uint64_t to = uint64_t(page) * KVL_PAGE_SLOTS + i % KVL_PAGE_SLOTS;
                     if (head.row(from) != to) {
-                        pool.move_rows(to, head.row(from), run);
+                        work.moves[g.format].push_back({to, head.row(from), run});
                     }
                     i += run;
                 }
@@ -121,31 +112,64 @@ void llama_kv_paged::compact(kvl_layer & layer, kvl_head & head, const std::vect
             out.pages.push_back(kvl_head::page_entry(g.format, page));
         }
         for (uint32_t p = g.begin + n_pages; p < g.end; p++) {
-            gone.emplace_back(&pool, kvl_head::page_number(head.pages[p]));
+            work.gone.emplace_back(&pool, kvl_head::page_number(head.pages[p]));
         }
-        for (size_t i = 0; i < g.n; i++) {
-            const uint32_t slot = slots[g.first + i];
-            out.pos.push_back(head.pos[slot]);
-            for (size_t m = 0; m < head.mass.size(); m++) {
-                out.mass[m].push_back(head.mass[m][slot]);
-            }
-        }
+        out.from.insert(out.from.end(), slots.begin() + int64_t(g.first), slots.begin() + int64_t(g.first + g.n));
         if (g.format != KVL_FORMAT_F16) {
-            const size_t full = size_t(out.pages.size()) * KVL_PAGE_SLOTS;
-            out.n_holes += uint32_t(full - out.pos.size());
-            out.pos.resize(full, kvl_head::HOLE);
-            for (auto & mass : out.mass) {
-                mass.resize(full, 0.0f);
-            }
+            out.from.resize(out.pages.size() * KVL_PAGE_SLOTS, -1);
         }
     }
+    return out;
+}
+
+void llama_kv_paged::carry_out(const kvl_layer & layer, const kvl_compaction & work) {
     note_peak();
-    for (const auto & [pool, page] : gone) {
+    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+        if (layer.pools[f] && !layer.arena->move(*layer.pools[f], work.moves[f])) {
+            throw std::runtime_error(kvl_last_error());
+        }
+    }
+    for (const auto & [pool, page] : work.gone) {
         pool->drop(page);
     }
-    for (uint32_t p = 0; p < out.pages.size(); p++) {
-        out.live.push_back(out.all_live(p));
+}
+
+void llama_kv_paged::rebuild(const kvl_layer & layer, kvl_head & head, kvl_rebuilt && rebuilt) {
+    std::vector<std::vector<float>> mass = read_mass(layer, head);
+    kvl_head out;
+    out.pages = std::move(rebuilt.pages);
+    std::vector<uint32_t> seen;
+    for (size_t i = 0; i < rebuilt.from.size(); i++) {
+        const int32_t from = rebuilt.from[i];
+        out.pos.push_back(from < 0 ? kvl_head::HOLE : head.pos[size_t(from)]);
+        out.n_holes += from < 0 ? 1 : 0;
+        if (from >= 0 && head.is_live(uint32_t(from))) {
+            seen.push_back(uint32_t(i));
+        }
     }
+    out.see(seen);
+    for (std::vector<float> & row : mass) {
+        std::vector<float> moved;
+        for (const int32_t from : rebuilt.from) {
+            moved.push_back(from < 0 ? 0.0f : row[size_t(from)]);
+        }
+        row = std::move(moved);
+    }
+    out.mass = std::move(head.mass);
+    write_mass(layer, out, mass);
     head = std::move(out);
     note_held(layer, head);
+}
+
+void llama_kv_paged::compact(llama_seq_id seq, uint32_t layer_id, const std::vector<std::vector<uint32_t>> & slots) {
+    const kvl_layer & layer = layers[layer_id];
+    kvl_compaction work;
+    std::vector<kvl_rebuilt> rebuilt;
+    for (size_t h = 0; h < slots.size(); h++) {
+        rebuilt.push_back(compacted(layer, seqs[seq].heads[layer_id][h], slots[h], work));
+    }
+    carry_out(layer, work);
+    for (size_t h = 0; h < slots.size(); h++) {
+        rebuild(layer, seqs[seq].heads[layer_id][h], std::move(rebuilt[h]));
+    }
 }

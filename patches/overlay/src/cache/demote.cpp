@@ -54,11 +54,13 @@ kvl_move plan(const kvl_head & head, uint32_t format, const kvl_pool & pool, con
 }
 
 // Takes the pages; the first one may be there, in part filled.
-void reserve(kvl_pool & pool, kvl_head & head, uint32_t format, kvl_move & move) {
+void reserve(kvl_arena & arena, kvl_pool & pool, kvl_head & head, uint32_t format, kvl_move & move) {
     if (move.at > 0 && !move.slots.empty()) {
         uint32_t & last = head.pages[format_end(head, format) - 1];
         if (pool.shared(kvl_head::page_number(last))) {
-            last = kvl_head::page_entry(format, pool.unshare(kvl_head::page_number(last), move.at));
+            std::vector<kvl_row_move> moves;
+            last = kvl_head::page_entry(format, pool.unshare(kvl_head::page_number(last), move.at, moves));
+            arena.move(pool, moves);
         }
         move.pages.push_back(kvl_head::page_number(last));
     }
@@ -74,22 +76,18 @@ void reserve(kvl_pool & pool, kvl_head & head, uint32_t format, kvl_move & move)
 
 void llama_kv_paged::read_slot(llama_seq_id seq, uint32_t layer_id, uint32_t h, uint32_t slot, float * k,
                                float * v) const {
-    const kvl_layer & layer = layers[layer_id];
     const kvl_head & head = seqs[seq].heads[layer_id][h];
-    const kvl_pool & pool = *layer.pools[head.format(slot)];
-    if (!attn.decode) {
-        pool.read_rows(head.row(slot), 1, k, v);
-        return;
-    }
-    const auto decode = [&](const ggml_tensor * t, kvl_row row, uint32_t d, float * out) {
-        const uint64_t first = head.row(slot) % uint64_t(kvl_row_slots(row));
+    const kvl_pool & pool = *layers[layer_id].pools[head.format(slot)];
+    const uint64_t row = head.row(slot);
+    const auto decode = [&](size_t at, kvl_row kind, uint32_t d, float * out) {
+        // rows of a group are found from its first one on
+        const uint64_t first = kvl_row_slots(kind) > 1 ? row % uint64_t(kvl_row_slots(kind)) : 0;
         if (out) {
-            attn.decode(row, static_cast<const char *>(t->data) + (head.row(slot) - first) * t->nb[1], int(first), 1,
-                        int(d), out, int(d));
+            rows.decode(kind, pool.host_at(at), int(first), 1, int(d), out, int(d));
         }
     };
-    decode(pool.k, pool.k_row, pool.d_k, k);
-    decode(pool.v, pool.v_row, pool.d_v, v);
+    decode(pool.k_at(row - row % uint64_t(kvl_row_slots(pool.k_row))), pool.k_row, pool.d_k, k);
+    decode(pool.v_at(row), pool.v_row, pool.d_v, v);
     const std::vector<float> & mu = seqs[seq].mu[layer_id];
     const bool centred = k && head.format(slot) != KVL_FORMAT_F16 && !mu.empty();
     for (uint32_t c = 0; centred && c < pool.d_k; c++) {
@@ -113,52 +111,28 @@ void llama_kv_paged::encode_slots(llama_seq_id seq, uint32_t layer, uint32_t h, 
             }
         }
         const uint64_t row = uint64_t(move.pages[at / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + at % KVL_PAGE_SLOTS;
-        const auto encode = [&](ggml_tensor * t, kvl_row kind, uint32_t d, const float * x) {
-            attn.encode(kind, x, int(n), int(d), static_cast<char *>(t->data) + row * t->nb[1]);
-        };
-        encode(pool.k, pool.k_row, pool.d_k, move.k.data());
-        encode(pool.v, pool.v_row, pool.d_v, move.v.data());
+        rows.encode(pool.k_row, move.k.data(), int(n), int(pool.d_k), pool.host_at(pool.k_at(row)));
+        rows.encode(pool.v_row, move.v.data(), int(n), int(pool.d_v), pool.host_at(pool.v_at(row)));
         i += n;
     }
 }
 
-void llama_kv_paged::move_slots(kvl_layer & layer, kvl_head & head, uint32_t format, const kvl_move & move) {
-    if (move.slots.empty()) {
-        return;
+kvl_rebuilt llama_kv_paged::move_slots(const kvl_layer & layer, const kvl_head & head, uint32_t format,
+                                       const kvl_move & move, kvl_compaction & work) const {
+    kvl_rebuilt out = compacted(layer, head, move.rest, work);
+    uint32_t end = 0; // pages up to the last one of the format
+    while (end < out.pages.size() && kvl_head::page_format(out.pages[end]) >= format) {
+        end++;
     }
-    const auto moved = [&](const auto & values) {
-        std::remove_const_t<std::remove_reference_t<decltype(values)>> out;
-        for (const uint32_t slot : move.slots) {
-            out.push_back(values[slot]);
-        }
-        return out;
-    };
-    const std::vector<llama_pos> pos = moved(head.pos);
-    std::vector<std::vector<float>> mass;
-    for (const auto & values : head.mass) {
-        mass.push_back(moved(values));
-    }
-    compact(layer, head, move.rest);
-
-    const uint32_t end = format_end(head, format);
     const uint32_t n_old = move.at > 0 ? 1 : 0; // pages that were there
     const uint32_t n_new = uint32_t(move.pages.size()) - n_old;
-    const uint32_t first = (end - n_old) * KVL_PAGE_SLOTS + move.at;
     for (uint32_t i = 0; i < n_new; i++) {
-        head.pages.insert(head.pages.begin() + end + i, kvl_head::page_entry(format, move.pages[n_old + i]));
+        out.pages.insert(out.pages.begin() + end + i, kvl_head::page_entry(format, move.pages[n_old + i]));
     }
-    head.pos.insert(head.pos.begin() + end * KVL_PAGE_SLOTS, n_new * KVL_PAGE_SLOTS, kvl_head::HOLE);
-    std::copy(pos.begin(), pos.end(), head.pos.begin() + first);
-    for (size_t m = 0; m < mass.size(); m++) {
-        head.mass[m].insert(head.mass[m].begin() + end * KVL_PAGE_SLOTS, n_new * KVL_PAGE_SLOTS, 0.0f);
-        std::copy(mass[m].begin(), mass[m].end(), head.mass[m].begin() + first);
-    }
-    head.n_holes += n_new * KVL_PAGE_SLOTS - uint32_t(pos.size());
-    head.live.assign(head.pages.size(), 0);
-    for (uint32_t p = 0; p < head.pages.size(); p++) {
-        head.live[p] = head.all_live(p);
-    }
-    note_held(layer, head);
+    out.from.insert(out.from.begin() + end * KVL_PAGE_SLOTS, n_new * KVL_PAGE_SLOTS, -1);
+    const uint32_t first = (end - n_old) * KVL_PAGE_SLOTS + move.at;
+    std::copy(move.slots.begin(), move.slots.end(), out.from.begin() + first);
+    return out;
 }
 
 int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t format, const int32_t * n_demote,
@@ -235,7 +209,7 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
         }
     }
     for (uint32_t h = 0; h < heads.size(); h++) {
-        reserve(pool, heads[h], format, moves[h]);
+        reserve(*layer.arena, pool, heads[h], format, moves[h]);
     }
     note_peak();
     try {
@@ -251,9 +225,17 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
         throw;
     }
     int32_t total = 0;
+    kvl_compaction work;
+    std::vector<kvl_rebuilt> rebuilt;
     for (uint32_t h = 0; h < heads.size(); h++) {
-        move_slots(layer, heads[h], format, moves[h]);
+        rebuilt.push_back(moves[h].slots.empty() ? kvl_rebuilt{} : move_slots(layer, heads[h], format, moves[h], work));
         total += int32_t(moves[h].slots.size());
+    }
+    carry_out(layer, work);
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        if (!moves[h].slots.empty()) {
+            rebuild(layer, heads[h], std::move(rebuilt[h]));
+        }
     }
     trim();
     return total;

@@ -37,6 +37,29 @@ uint32_t kvl_head::all_live(uint32_t page) const {
     return bits;
 }
 
+void kvl_head::count_listed() {
+    n_listed = uint32_t(live.size() - size_t(std::count(live.begin(), live.end(), 0u)));
+}
+
+void kvl_head::see_all() {
+    live.resize(pages.size());
+    for (uint32_t p = 0; p < pages.size(); p++) {
+        live[p] = all_live(p);
+    }
+    count_listed();
+}
+
+void kvl_head::see(const std::vector<uint32_t> & slots) {
+    live.assign(pages.size(), 0);
+    for (const uint32_t slot : slots) {
+        live[slot / KVL_PAGE_SLOTS] |= 1u << slot % KVL_PAGE_SLOTS;
+    }
+    if (n() % KVL_PAGE_SLOTS != 0) {
+        live.back() |= UINT32_MAX << n() % KVL_PAGE_SLOTS;
+    }
+    count_listed();
+}
+
 uint32_t kvl_head::held_bits(uint32_t page) const {
     const uint32_t n = kvl_head::n() - page * KVL_PAGE_SLOTS;
     return all_live(page) & (n < KVL_PAGE_SLOTS ? (1u << n) - 1 : UINT32_MAX);

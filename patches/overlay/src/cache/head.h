@@ -16,12 +16,13 @@
 // so a hole is where a slot was dropped, and stays one until its group has no slot left. f16 slots are in the order of
 // their positions. Whoever asks from outside counts slots by position, without holes: see order().
 struct kvl_head {
-    std::vector<uint32_t> pages;          // format << KVL_PAGE_FORMAT_SHIFT | number in the pool of that format
-    std::vector<uint32_t> live;           // bits per page: slots that attention sees
-    std::vector<llama_pos> pos;           // true positions, HOLE for holes
-    std::vector<std::vector<float>> mass; // per query head of the group: what each slot received, a kvl_mass
+    std::vector<uint32_t> pages; // format << KVL_PAGE_POOL_SHIFT | number in the pool of that format
+    std::vector<uint32_t> live;  // bits per page: slots that attention sees
+    std::vector<llama_pos> pos;  // true positions, HOLE for holes
+    std::vector<uint32_t> mass;  // per page its page of attention mass; empty: none is accumulated
 
     uint32_t n_holes = 0;
+    uint32_t n_listed = 0;   // pages of which attention sees a slot
     uint64_t used_bytes = 0; // K and V of the slots held
     uint64_t page_bytes = 0; // of the pages they lie in
 
@@ -46,8 +47,15 @@ struct kvl_head {
     uint32_t in_page(uint32_t page) const;
     // live bits of a page when nothing is deselected: all but holes, and rows for slots to come
     uint32_t all_live(uint32_t page) const;
+    bool is_live(uint32_t slot) const { return live[slot / KVL_PAGE_SLOTS] >> slot % KVL_PAGE_SLOTS & 1; }
+    // see these slots of all that are held, and what is appended later
+    void see(const std::vector<uint32_t> & slots);
+    // see all
+    void see_all();
+    // after the bits have changed
+    void count_listed();
 
-    static uint32_t page_format(uint32_t entry) { return entry >> KVL_PAGE_FORMAT_SHIFT; }
-    static uint32_t page_entry(uint32_t format, uint32_t number) { return format << KVL_PAGE_FORMAT_SHIFT | number; }
-    static uint32_t page_number(uint32_t entry) { return entry & ((1u << KVL_PAGE_FORMAT_SHIFT) - 1); }
+    static uint32_t page_format(uint32_t entry) { return entry >> KVL_PAGE_POOL_SHIFT; }
+    static uint32_t page_entry(uint32_t format, uint32_t number) { return format << KVL_PAGE_POOL_SHIFT | number; }
+    static uint32_t page_number(uint32_t entry) { return entry & KVL_PAGE_NUMBER; }
 };

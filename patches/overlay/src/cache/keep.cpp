@@ -1,15 +1,13 @@
-// What stays of a layer: keep drops slots, select hides them. And what slots receive, which starts anew.
+// What stays of a layer: keep drops slots, select hides them.
 
 #include "cache/memory.h"
 
 #include <algorithm>
 
 void llama_kv_paged::trim() {
-    for (auto & pool : pools) {
-        if (pool) {
-            pool->trim();
-        }
-    }
+    for_pools([](kvl_pool & pool) {
+        pool.trim();
+    });
 }
 
 // Slots as counted from outside, by position and without holes, to those of the head, ascending.
@@ -47,8 +45,8 @@ bool llama_kv_paged::check_slots(llama_seq_id seq_id, uint32_t layer_id, const i
 }
 
 bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t * n_keep, const int32_t * slots) {
-    kvl_layer & layer = layers[layer_id];
-    std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
+    const kvl_layer & layer = layers[layer_id];
+    const std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
 
     // check everything before the first move: all or nothing
     if (!check_slots(seq_id, layer_id, n_keep, slots, false)) {
@@ -70,8 +68,8 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
     bool dropped = false;
     for (uint32_t h = 0; h < heads.size(); h++) {
         dropped = dropped || kept[h].size() < heads[h].held();
-        compact(layer, heads[h], kept[h]);
     }
+    compact(seq_id, layer_id, kept);
     n_evict += dropped ? 1 : 0;
     trim();
     return true;
@@ -83,36 +81,12 @@ bool llama_kv_paged::select(llama_seq_id seq_id, uint32_t layer_id, const int32_
     }
     for (uint32_t h = 0; h < layers[layer_id].n_head_kv; h++) {
         kvl_head & head = seqs[seq_id].heads[layer_id][h];
-        for (uint32_t p = 0; p < head.pages.size(); p++) {
-            head.live[p] = n_select ? 0 : head.all_live(p);
-        }
         if (!n_select) {
+            head.see_all();
             continue;
         }
-        for (const uint32_t slot : inner_slots(head, slots, n_select[h])) {
-            head.live[slot / KVL_PAGE_SLOTS] |= 1u << slot % KVL_PAGE_SLOTS;
-        }
+        head.see(inner_slots(head, slots, n_select[h]));
         slots += n_select[h];
-        if (head.n() % KVL_PAGE_SLOTS != 0) {
-            head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS; // whoever comes next is seen
-        }
-    }
-    return true;
-}
-
-bool llama_kv_paged::set_mass(kvl_mass kind) {
-    const bool on = kind != KVL_MASS_NONE;
-    if (on && !fused()) {
-        kvl_set_error("attention mass needs the page kernels, which run on the CPU only");
-        return false;
-    }
-    mass_kind = kind;
-    for (kvl_sequence & seq : seqs) {
-        for (size_t l = 0; l < layers.size(); l++) {
-            for (kvl_head & head : seq.heads[l]) {
-                head.mass.assign(on ? layers[l].n_head / layers[l].n_head_kv : 0, std::vector<float>(head.n(), 0.0f));
-            }
-        }
     }
     return true;
 }

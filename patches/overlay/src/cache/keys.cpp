@@ -5,6 +5,33 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+
+void llama_kv_paged::for_slots(llama_seq_id seq_id, uint32_t layer_id, uint32_t h, const std::vector<uint32_t> & slots,
+                               bool keys, const std::function<void(uint32_t, const float *)> & f) const {
+    const kvl_layer & layer = layers[layer_id];
+    const kvl_head & head = seqs[seq_id].heads[layer_id][h];
+    const uint32_t d = keys ? layer.pool->d_k : layer.pool->d_v;
+    const size_t step = layer.arena->is_host() ? 1 : 4096; // every read from an accelerator costs the same
+    std::vector<float> x(std::min(step, slots.size()) * d);
+    for (size_t i = 0; i < slots.size() && !no_alloc(); i += step) {
+        const size_t n = std::min(step, slots.size() - i);
+        if (step == 1) {
+            read_slot(seq_id, layer_id, h, slots[i], keys ? x.data() : nullptr, keys ? nullptr : x.data());
+        } else {
+            std::vector<uint64_t> rows;
+            for (size_t j = i; j < i + n; j++) {
+                rows.push_back(head.row(slots[j]));
+            }
+            if (!layer.arena->read(rows, keys ? x.data() : nullptr, keys ? nullptr : x.data())) {
+                throw std::runtime_error(kvl_last_error());
+            }
+        }
+        for (size_t j = 0; j < n; j++) {
+            f(slots[i + j], x.data() + j * d);
+        }
+    }
+}
 
 int32_t llama_kv_paged::set_mu(llama_seq_id seq_id, uint32_t layer_id, const float * mu) {
     for (const kvl_head & head : seqs[seq_id].heads[layer_id]) {
@@ -25,7 +52,18 @@ int32_t llama_kv_paged::set_mu(llama_seq_id seq_id, uint32_t layer_id, const flo
     for (uint32_t h = 0; params.rotate && h < layer.n_head_kv; h++) {
         rotate_row(to.data() + h * d_k, d_k);
     }
+    upload_mean(seq_id, layer_id);
     return KVL_OK;
+}
+
+void llama_kv_paged::upload_mean(llama_seq_id seq_id, uint32_t layer_id) const {
+    const std::vector<float> & mean = seqs[seq_id].mu[layer_id];
+    const kvl_layer & layer = layers[layer_id];
+    if (!mean.empty() && !no_alloc()) {
+        ggml_tensor * to = layer.arena->means;
+        const uint32_t row = layer.arena->mean_row(uint32_t(seq_id), layer.first_head);
+        ggml_backend_tensor_set(to, mean.data(), row * to->nb[1], mean.size() * sizeof(float));
+    }
 }
 
 int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos p0, llama_pos p1, int32_t n_least,
@@ -35,27 +73,24 @@ int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos
     const uint32_t d_k = layers[layer_id].pool->d_k;
     std::vector<float> mean(heads.size() * d_k, 0.0f);
     std::vector<int32_t> counts(heads.size(), 0);
-    std::vector<float> rows(heads.size() * d_k);
     if (!seq.mu[layer_id].empty()) {
         return n_least;
     }
-    kvl_parallel_for(int(heads.size()), n_threads, [&](int h) {
+    kvl_parallel_for(int(heads.size()), layers[layer_id].arena->is_host() ? n_threads : 1, [&](int h) {
         const kvl_head & head = heads[size_t(h)];
-        float * sum = mean.data() + size_t(h) * d_k;
-        float * key = rows.data() + size_t(h) * d_k;
+        std::vector<uint32_t> slots;
         for (uint32_t slot = head.f16_begin(); slot < head.n(); slot++) {
-            if (head.pos[slot] < p0 || head.pos[slot] >= p1) {
-                continue;
+            if (head.pos[slot] >= p0 && head.pos[slot] < p1) {
+                slots.push_back(slot);
             }
-            counts[size_t(h)]++;
-            if (no_alloc()) {
-                continue;
-            }
-            read_slot(seq_id, layer_id, uint32_t(h), slot, key, nullptr);
+        }
+        counts[size_t(h)] = int32_t(slots.size());
+        float * sum = mean.data() + size_t(h) * d_k;
+        for_slots(seq_id, layer_id, uint32_t(h), slots, true, [&](uint32_t, const float * key) {
             for (uint32_t c = 0; c < d_k; c++) {
                 sum[c] += key[c];
             }
-        }
+        });
         for (uint32_t c = 0; c < d_k; c++) {
             sum[c] /= float(std::max(counts[size_t(h)], 1));
         }
@@ -74,42 +109,21 @@ int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos
 
 void llama_kv_paged::value_norms(llama_seq_id seq_id, uint32_t layer_id, int n_threads, float * out) const {
     const std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
-    const kvl_pool & pool = *layers[layer_id].pool;
-    const uint32_t d_v = pool.d_v;
+    const uint32_t d_v = layers[layer_id].pool->d_v;
     std::vector<float *> to;
-    std::vector<std::vector<float>> norms;
     for (const kvl_head & head : heads) {
         to.push_back(out);
-        norms.emplace_back(head.n());
         out += head.held();
     }
-    // a page at a time: from an accelerator every read costs the same
-    const size_t page = size_t(KVL_PAGE_SLOTS) * d_v;
-    std::vector<float> rows(heads.size() * page);
-    kvl_parallel_for(int(heads.size()), pool.is_host() ? n_threads : 1, [&](int i) {
+    kvl_parallel_for(int(heads.size()), layers[layer_id].arena->is_host() ? n_threads : 1, [&](int i) {
         const uint32_t h = uint32_t(i);
-        const kvl_head & head = heads[h];
-        float * values = rows.data() + h * page;
-        for (uint32_t first = 0; first < head.n(); first += KVL_PAGE_SLOTS) {
-            const uint32_t n = std::min<uint32_t>(head.n() - first, KVL_PAGE_SLOTS);
-            if (head.format(first) == KVL_FORMAT_F16) {
-                pool.read_rows(head.row(first), n, nullptr, values);
-            }
-            for (uint32_t j = 0; j < n; j++) {
-                float * value = values + j * d_v;
-                if (head.format(first) != KVL_FORMAT_F16) {
-                    read_slot(seq_id, layer_id, h, first + j, nullptr, value);
-                }
-                float sum = 0.0f;
-                for (uint32_t c = 0; c < d_v; c++) {
-                    sum += value[c] * value[c];
-                }
-                norms[h][first + j] = sqrtf(sum);
-            }
-        }
         float * next = to[h];
-        for (const uint32_t slot : head.order()) {
-            *next++ = norms[h][slot];
-        }
+        for_slots(seq_id, layer_id, h, heads[h].order(), false, [&](uint32_t, const float * value) {
+            float sum = 0.0f;
+            for (uint32_t c = 0; c < d_v; c++) {
+                sum += value[c] * value[c];
+            }
+            *next++ = sqrtf(sum);
+        });
     });
 }

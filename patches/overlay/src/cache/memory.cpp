@@ -2,7 +2,6 @@
 
 #include "cache/memory.h"
 
-#include "kvl-attn.h"
 #include "kvl-hooks.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
@@ -10,25 +9,40 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 //
 // construction
 //
 
+// A pool per format that is asked for; throws if heads of this shape cannot be stored so.
+static std::vector<std::unique_ptr<kvl_pool>> make_pools(const kvl_shape & shape, uint64_t n_pages,
+                                                         const kvl_params & params) {
+    std::vector<std::unique_ptr<kvl_pool>> out(KVL_FORMAT_COUNT);
+    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+        const auto [k_row, v_row] = kvl_rows_of(f, params);
+        if (f != KVL_FORMAT_F16 && !(params.formats >> f & 1)) {
+            continue;
+        }
+        if (const std::string why = kvl_block_refusal(k_row, v_row, shape.d_k, shape.d_v); !why.empty()) {
+            throw std::runtime_error(why);
+        }
+        out[f] = std::make_unique<kvl_pool>(shape.d_k, shape.d_v, uint32_t(n_pages), k_row, v_row);
+    }
+    return out;
+}
+
 llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params)
     : hparams(model.hparams), params(params),
-      n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), seqs(cparams.n_seq_max) {
+      n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), seqs(cparams.n_seq_max),
+      rows(kvl_find_rows()) {
     const uint32_t n_layer = hparams.n_layer();
     layer_of.assign(n_layer, -1);
 
-    // pools are sized by what their layers can hold, so count the heads of each shape first
-    struct shape {
-        ggml_backend_buffer_type_t buft;
-        uint32_t d_k, d_v, n_heads;
-    };
-    std::vector<shape> shapes;
-    std::vector<size_t> pool_of(n_layer, 0);
+    // an arena is sized by what its layers can hold, so count the heads of each shape first
+    std::vector<kvl_shape> shapes;
+    std::vector<size_t> shape_of;
     for (uint32_t il = 0; il < n_layer; il++) {
         if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
             continue;
@@ -37,59 +51,58 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
             cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
         const uint32_t d_k = hparams.n_embd_head_k(il);
         const uint32_t d_v = hparams.n_embd_head_v(il);
-        auto it = std::find_if(shapes.begin(), shapes.end(), [&](const shape & s) {
-            return s.buft == buft && s.d_k == d_k && s.d_v == d_v;
+        auto it = std::find_if(shapes.begin(), shapes.end(), [&](const kvl_shape & s) {
+            return s.is(buft, d_k, d_v);
         });
         if (it == shapes.end()) {
-            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0});
+            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0, 0});
         }
-        it->n_heads += hparams.n_head_kv(il);
-        pool_of[il] = size_t(it - shapes.begin());
+        kvl_layer layer = {};
+        layer.il = il;
+        layer.n_head = hparams.n_head(il);
+        layer.n_head_kv = hparams.n_head_kv(il);
+        layer.first_head = it->n_heads;
+        it->n_heads += layer.n_head_kv;
+        it->group = std::max(it->group, layer.group());
+        shape_of.push_back(size_t(it - shapes.begin()));
         layer_of[il] = int32_t(layers.size());
-        layers.push_back({il, hparams.n_head(il), hparams.n_head_kv(il), nullptr, {}, {}, nullptr});
+        layers.push_back(layer);
     }
     if (layers.empty()) {
         throw std::runtime_error("the model has no attention layers");
     }
-    for (const shape & s : shapes) {
+    for (const kvl_shape & s : shapes) {
         // one page per head beyond the context: an unshared tail
         const uint64_t n_pages = uint64_t(s.n_heads) * seqs.size() * (kvl_pages_for(n_ctx) + 1);
-        if (n_pages * KVL_PAGE_SLOTS > INT32_MAX) {
+        const uint64_t n_parts = n_pages * KVL_PAGE_SLOTS * (s.d_k + s.d_v) / std::gcd(s.d_k, s.d_v);
+        if (n_parts > INT32_MAX || n_pages > KVL_PAGE_NUMBER) {
             throw std::runtime_error("a context of " + std::to_string(n_ctx) + " tokens x " +
                                      std::to_string(seqs.size()) +
                                      " sequences needs more slots than an index can address; use a smaller -c");
         }
-        for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-            const auto [k_row, v_row] = kvl_rows_of(f, params);
-            const bool wanted = f == KVL_FORMAT_F16 || params.formats >> f & 1;
-            if (const std::string why = wanted ? kvl_block_refusal(k_row, v_row, s.d_k, s.d_v) : ""; !why.empty()) {
-                throw std::runtime_error(why);
-            }
-            pools.push_back(wanted ? std::make_unique<kvl_pool>(s.buft, s.d_k, s.d_v, uint32_t(n_pages), k_row, v_row,
-                                                                hparams.no_alloc)
-                                   : nullptr);
-        }
+        arenas.push_back(std::make_unique<kvl_arena>(s, uint32_t(seqs.size()), make_pools(s, n_pages, params),
+                                                     params.portable != 0, hparams.no_alloc));
+    }
+    if ((params.formats != 0 || params.rotate) && !all_fused()) {
+        throw std::runtime_error("storage formats other than f16 need the page kernels, which run on the CPU only");
     }
 
     if (params.n_window > 0) {
         ggml_init_params ip = {(layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
         query_ctx.reset(ggml_init(ip));
     }
-    for (kvl_layer & layer : layers) {
-        for (uint32_t f = 0; f < KVL_PAGE_FORMATS; f++) {
-            const bool known = f < KVL_FORMAT_COUNT;
-            kvl_pool * pool = known ? pools[pool_of[layer.il] * KVL_FORMAT_COUNT + f].get() : nullptr;
-            const auto [k_row, v_row] = kvl_rows_of(f, params);
-            layer.pools.push_back(pool);
-            layer.formats.push_back({k_row, v_row, pool ? static_cast<const char *>(pool->k->data) : nullptr,
-                                     pool ? static_cast<const char *>(pool->v->data) : nullptr});
+    for (size_t l = 0; l < layers.size(); l++) {
+        kvl_layer & layer = layers[l];
+        layer.arena = arenas[shape_of[l]].get();
+        for (const auto & pool : layer.arena->pools) {
+            layer.pools.push_back(pool.get());
         }
         layer.pool = layer.pools[KVL_FORMAT_F16];
         if (params.n_window > 0) {
             layer.queries = ggml_new_tensor_2d(query_ctx.get(), GGML_TYPE_F32, layer.pool->d_k * layer.n_head,
                                                int64_t(params.n_window) * int64_t(seqs.size()));
             query_mem.push_back(
-                std::make_unique<kvl_region>(layer.pool->type(), ggml_nbytes(layer.queries), hparams.no_alloc));
+                std::make_unique<kvl_region>(layer.arena->shape.buft, ggml_nbytes(layer.queries), hparams.no_alloc));
             if (!query_mem.back()->place(layer.queries, 0)) {
                 throw std::runtime_error("cannot place the window queries");
             }
@@ -103,27 +116,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         }
         seq.mu.resize(layers.size());
     }
-    if (all_host() && !params.portable) {
-        ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        ggml_backend_reg_t reg = cpu ? ggml_backend_dev_backend_reg(cpu) : nullptr;
-        const auto find = [&](const char * name, auto & to) {
-            void * proc = reg ? ggml_backend_reg_get_proc_address(reg, name) : nullptr;
-            to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(proc);
-        };
-        find(KVL_ATTN_PROC, attn.compute);
-        find(KVL_ATTN_MERGE_PROC, attn.merge);
-        find(KVL_ATTN_MASS_PROC, attn.mass);
-        find(KVL_ATTN_SCORES_PROC, attn.scores);
-        find(KVL_ATTN_ROTATE_PROC, attn.rotate);
-        find(KVL_ROWS_ENCODE_PROC, attn.encode);
-        find(KVL_ROWS_DECODE_PROC, attn.decode);
-        find(KVL_ROW_ROTATE_PROC, attn.rotate_row);
-    }
-    if ((params.formats != 0 || params.rotate) && !fused()) {
-        throw std::runtime_error("storage formats other than f16 need the page kernels, which run on the CPU only");
-    }
-    LLAMA_LOG_INFO("%s: %zu layers, %zu pools, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
-                   layers.size(), pools.size(), n_ctx, seqs.size(), [this] {
+    LLAMA_LOG_INFO("%s: %zu layers, %zu shapes of heads, %u tokens x %zu sequences, address space %.2f MiB\n", __func__,
+                   layers.size(), arenas.size(), n_ctx, seqs.size(), [this] {
                        kvl_stats s;
                        get_stats(s);
                        return double(s.reserved_bytes) / 1048576.0;
@@ -311,25 +305,27 @@ bool llama_kv_paged_context::apply() {
     return true;
 }
 
-kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ub) const {
+kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_tokens, const llama_ubatch & ub) const {
+    const kvl_layer & layer = kv->layers[layer_id];
+    const bool fused = layer.kernels() != nullptr;
     // a graph is used again until a head crosses a multiple of this; accelerators want it larger
-    const uint32_t pad = kv->all_host() && !kv->fused() ? 2 * KVL_PAGE_SLOTS : 256;
+    const uint32_t pad = layer.arena->is_host() && !fused ? 2 * KVL_PAGE_SLOTS : 256;
+    const uint32_t version = kv->has_mass() ? layer.arena->mass.version() : 0;
     if (worst_case) {
-        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->mass()};
+        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->mass(), version};
     }
-    bool all_live = true;
-    uint32_t n_min = UINT32_MAX;
-    uint32_t n_max = 0;
+    bool uniform = !fused;
+    uint32_t n_pages = 0;
+    const uint32_t n = kv->seqs[ub.seq_id[0][0]].heads[layer_id][0].n();
     for (uint32_t s = 0; s < ub.n_seqs; s++) {
-        for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer]) {
-            n_min = std::min(n_min, head.n());
-            n_max = std::max(n_max, head.n());
-            all_live = all_live && (kv->fused() || std::all_of(head.live.begin(), head.live.end(), [](uint32_t bits) {
-                                        return bits == UINT32_MAX;
-                                    }));
+        for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer_id]) {
+            n_pages = std::max(n_pages, head.n_listed);
+            uniform = uniform && head.n() == n && std::all_of(head.live.begin(), head.live.end(), [](uint32_t bits) {
+                          return bits == UINT32_MAX;
+                      });
         }
     }
-    return {GGML_PAD(n_max, pad), n_min == n_max && all_live && !kv->fused(), kv->mass()};
+    return {GGML_PAD(n_pages * KVL_PAGE_SLOTS, pad), uniform, kv->mass(), version};
 }
 
 //

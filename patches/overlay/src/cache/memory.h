@@ -2,8 +2,8 @@
 
 #pragma once
 
+#include "cache/arena.h"
 #include "cache/head.h"
-#include "cache/pool.h"
 #include "error.h"
 #include "ggml-cpp.h"
 #include "kvl-attn.h"
@@ -12,6 +12,7 @@
 #include "llama-memory.h"
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -22,6 +23,18 @@ struct llama_hparams;
 struct llama_model;
 class llama_kv_paged_context;
 struct kvl_move;
+
+// A head's pages to be, and per slot of them the slot that it was, -1: a hole.
+struct kvl_rebuilt {
+    std::vector<uint32_t> pages;
+    std::vector<int32_t> from;
+};
+
+// What is left to do when heads have been compacted: slots to move, by format, and pages to drop then.
+struct kvl_compaction {
+    std::vector<std::vector<kvl_row_move>> moves = std::vector<std::vector<kvl_row_move>>(KVL_FORMAT_COUNT);
+    std::vector<std::pair<kvl_pool *, uint32_t>> gone;
+};
 
 // pages that so many slots take
 inline uint32_t kvl_pages_for(uint32_t n_slots) {
@@ -39,14 +52,18 @@ struct kvl_layer {
     uint32_t il;
     uint32_t n_head;
     uint32_t n_head_kv;
-    kvl_pool * pool;                      // of f16 pages
-    std::vector<kvl_pool *> pools;        // by format, nullptr: not asked for
-    std::vector<kvl_attn_format> formats; // the same, for the kernels
-    ggml_tensor * queries;                // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
+    kvl_arena * arena;
+    uint32_t first_head; // number of its first KV head among those of the arena
+    kvl_pool * pool = nullptr;         // of f16 pages
+    std::vector<kvl_pool *> pools;     // by format, nullptr: not asked for
+    ggml_tensor * queries = nullptr;   // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
 
     // recorded when the graph is built: window scores must use the same
     float kq_scale = 0.0f;
     float soft_cap = 0.0f;
+
+    uint32_t group() const { return n_head / n_head_kv; } // query heads of a KV head
+    const kvl_kernels * kernels() const { return arena->kernels; }
 };
 
 struct kvl_sequence {
@@ -112,16 +129,23 @@ class llama_kv_paged : public llama_memory_i {
     int32_t set_mu(llama_seq_id seq, uint32_t layer, const float * mu);
     int32_t centre(llama_seq_id seq, uint32_t layer, llama_pos p0, llama_pos p1, int32_t n_least, int n_threads);
     void value_norms(llama_seq_id seq, uint32_t layer, int n_threads, float * out) const;
-    // keys and values of one slot as they were before they were stored, rotated or not
+    // key and value of a slot in main memory as they were before they were stored, rotated or not
     void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
     // what kvl_attn_rotate does to a row, and undoes
-    void rotate_row(float * x, uint32_t d) const { attn.rotate_row(x, int(d)); }
+    void rotate_row(float * x, uint32_t d) const { rows.rotate(x, int(d)); }
+    // f(slot, key or value) for some slots of a head
+    void for_slots(llama_seq_id seq, uint32_t layer, uint32_t head, const std::vector<uint32_t> & slots, bool keys,
+                   const std::function<void(uint32_t, const float *)> & f) const;
     bool branch(llama_seq_id src, llama_seq_id dst);
     bool truncate(llama_seq_id seq, llama_pos p0);
     // make only the given slots visible, nullptr: all; false with the error set, and nothing changed
     bool select(llama_seq_id seq, uint32_t layer, const int32_t * n_select, const int32_t * slots);
     // accumulate what every slot receives from now on; false with the error set
     bool set_mass(kvl_mass kind);
+    // what the slots of a head received, per query head of its group: empty unless it is accumulated; written after its
+    // pages have changed
+    std::vector<std::vector<float>> read_mass(const kvl_layer & layer, const kvl_head & head) const;
+    void write_mass(const kvl_layer & layer, kvl_head & head, const std::vector<std::vector<float>> & values);
     // copy the pages that a sequence shares with others; false with the error set, and nothing changed
     bool own_pages(llama_seq_id seq);
     // remembered queries of the newest tokens without a gap: ring rows, oldest first
@@ -136,7 +160,8 @@ class llama_kv_paged : public llama_memory_i {
     bool all_host() const;
     // the model was loaded without its weights: pages are counted, but hold nothing
     bool no_alloc() const;
-    bool fused() const { return attn.compute != nullptr; }
+    // every layer has page kernels
+    bool all_fused() const;
     bool has_mass() const { return mass_kind != KVL_MASS_NONE; }
     kvl_mass mass() const { return mass_kind; }
 
@@ -147,13 +172,7 @@ class llama_kv_paged : public llama_memory_i {
     std::vector<kvl_layer> layers;
     std::vector<kvl_sequence> seqs;
 
-    // the CPU backend's page kernels (kvl-attn.h), nullptr: attention with stock operators, all pages are f16
-    struct {
-        ggml_custom_op_t compute, merge, mass, scores, rotate;
-        kvl_rows_encode_t encode;
-        kvl_rows_decode_t decode;
-        kvl_row_rotate_t rotate_row;
-    } attn = {};
+    const kvl_row_functions rows; // of the CPU
     // for what is computed outside the model's graph, made once; nullptr: it cannot be
     ggml_backend_t host_backend(int n_threads);
 
@@ -162,23 +181,43 @@ class llama_kv_paged : public llama_memory_i {
     uint64_t keep_us = 0;
 
   private:
+    template <typename F> void for_pools(F && f) const {
+        for (const auto & arena : arenas) {
+            for (const auto & pool : arena->pools) {
+                if (pool) {
+                    f(*pool);
+                }
+            }
+        }
+    }
     int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const std::vector<std::vector<uint32_t>> & slots,
                    int n_threads);
     uint64_t allocated_bytes() const;
     void note_peak();
     bool check_slots(llama_seq_id seq, uint32_t layer, const int32_t * counts, const int32_t * slots, bool empty) const;
     void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on (a plain head)
-    // keep these slots of a head, ascending, each in its format
-    void compact(kvl_layer & layer, kvl_head & head, const std::vector<uint32_t> & slots);
-    // pages that compact() must copy, by format
+    // Some slots of a head, ascending, in as few pages of their formats as they need; head itself stays as it is.
+    kvl_rebuilt compacted(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
+                          kvl_compaction & work) const;
+    // what compacted() has left to do in a layer; throws when a device fails
+    void carry_out(const kvl_layer & layer, const kvl_compaction & work);
+    // the head as rebuilt: positions, what is seen and mass go with the slots
+    void rebuild(const kvl_layer & layer, kvl_head & head, kvl_rebuilt && rebuilt);
+    // keep these slots of every head of a layer, ascending, each in its format
+    void compact(llama_seq_id seq, uint32_t layer, const std::vector<std::vector<uint32_t>> & slots);
+    // pages that compacted() must copy, by format
     void count_copies(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
                       std::vector<uint32_t> & copies) const;
     // the steps of a demotion of one head: encode the slots where they will be, then enter them in the page table
     void encode_slots(llama_seq_id seq, uint32_t layer, uint32_t head, const kvl_pool & pool, kvl_move & move) const;
-    void move_slots(kvl_layer & layer, kvl_head & head, uint32_t format, const kvl_move & move);
+    kvl_rebuilt move_slots(const kvl_layer & layer, const kvl_head & head, uint32_t format, const kvl_move & move,
+                           kvl_compaction & work) const;
     void trim();
     // throws if a page of a sequence holds what is no number
     void check_pages(llama_seq_id seq) const;
+    void drop_mass(const kvl_layer & layer, kvl_head & head, size_t n_pages);
+    // the key mean of a sequence, as the kernels read it
+    void upload_mean(llama_seq_id seq, uint32_t layer) const;
     // after a head has changed otherwise than by append: its bytes, and what its pages hold
     void note_held(const kvl_layer & layer, kvl_head & head) const;
     // of pages that were shared, what is held now: costs nothing unless an owner has let go
@@ -186,7 +225,7 @@ class llama_kv_paged : public llama_memory_i {
     bool pages_fit(const std::vector<llama_ubatch> & ubatches);
 
     std::vector<int32_t> layer_of; // model layer -> index in layers, -1: no cache
-    std::vector<std::unique_ptr<kvl_pool>> pools;
+    std::vector<std::unique_ptr<kvl_arena>> arenas;
     std::vector<std::unique_ptr<kvl_region>> query_mem;
     ggml_context_ptr query_ctx;
     uint64_t query_bytes = 0;
@@ -210,12 +249,13 @@ class kvl_positions_check {
 
 // What the graph needs to know about one layer in the current ubatch.
 struct kvl_layer_shape {
-    uint32_t n_kv; // rows gathered per head, padding included
-    bool uniform;  // every head of every stream holds the same number of slots, all of them live
-    kvl_mass mass; // what is accumulated
+    uint32_t n_kv;         // room for slots per head: those of the pages listed, padding included
+    bool uniform;          // stock operators: every head of every stream has the same number of slots, all of them live
+    kvl_mass mass;         // what is accumulated
+    uint32_t mass_version; // of the tensor where it is
 
     bool operator==(const kvl_layer_shape & o) const {
-        return n_kv == o.n_kv && uniform == o.uniform && mass == o.mass;
+        return n_kv == o.n_kv && uniform == o.uniform && mass == o.mass && mass_version == o.mass_version;
     }
 };
 

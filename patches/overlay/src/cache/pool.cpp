@@ -1,149 +1,21 @@
-// Memory that the system commits on first touch, and the pages in it.
+// Pages of one format: taking, sharing, counting, giving back.
 
 #include "cache/pool.h"
-
-#include "ggml-backend.h"
 
 #include <algorithm>
 #include <bitset>
 #include <cstring>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <utility>
 
-#if defined(__unix__) || defined(__APPLE__)
-#define KVL_HAVE_MMAP
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
+kvl_pool::kvl_pool(uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row, kvl_row v_row)
+    : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row), k_bytes(kvl_row_bytes(k_row, int(d_k))),
+      v_bytes(kvl_row_bytes(v_row, int(d_v))),
+      n_together(std::max<uint32_t>(uint32_t(kvl_row_slots(k_row)) / KVL_PAGE_SLOTS, 1)),
+      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0), held(this->n_pages, 0) {}
 
-//
-// kvl_region
-//
-
-static size_t os_page_size() {
-#ifdef KVL_HAVE_MMAP
-    static const size_t size = size_t(sysconf(_SC_PAGESIZE));
-    return size;
-#else
-    return 4096;
-#endif
-}
-
-kvl_region::kvl_region(ggml_backend_buffer_type_t buft, size_t size, bool no_alloc)
-    : host(ggml_backend_buft_is_host(buft)), no_alloc(no_alloc) {
-    if (no_alloc) {
-        buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
-        return;
-    }
-#ifdef KVL_HAVE_MMAP
-    if (host) {
-        mapped = size + os_page_size();
-        void * p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (p == MAP_FAILED) {
-            throw std::runtime_error("cannot reserve " + std::to_string(mapped >> 20) +
-                                     " MiB of address space for the KV cache; use a smaller context (-c)");
-        }
-        base = p;
-        buf.reset(ggml_backend_cpu_buffer_from_ptr(base, mapped));
-        return;
-    }
-#endif
-    buf.reset(ggml_backend_buft_alloc_buffer(buft, size));
-    if (!buf) {
-        throw std::runtime_error("cannot allocate " + std::to_string(size >> 20) + " MiB on " +
-                                 ggml_backend_buft_name(buft) + " for the KV cache; use a smaller context (-c)");
-    }
-    ggml_backend_buffer_clear(buf.get(), 0);
-}
-
-kvl_region::~kvl_region() {
-    buf.reset();
-#ifdef KVL_HAVE_MMAP
-    if (base) {
-        munmap(base, mapped);
-    }
-#endif
-}
-
-bool kvl_region::place(ggml_tensor * t, size_t offset) {
-    if (no_alloc) {
-        t->buffer = buf.get(); // the scheduler then does not ask for memory
-        return true;
-    }
-    char * addr = static_cast<char *>(ggml_backend_buffer_get_base(buf.get())) + offset;
-    return ggml_backend_tensor_alloc(buf.get(), t, addr) == GGML_STATUS_SUCCESS;
-}
-
-void kvl_region::give_back(size_t begin, size_t end) {
-#ifdef KVL_HAVE_MMAP
-    if (!base) {
-        return;
-    }
-    const size_t page = os_page_size();
-    const size_t lo = (begin + page - 1) / page * page;
-    const size_t hi = end / page * page;
-    if (hi > lo) {
-#ifdef __APPLE__
-        // MADV_FREE leaves them in the resident size of the process until memory runs short
-        madvise(static_cast<char *>(base) + lo, hi - lo, MADV_FREE_REUSABLE);
-#else
-        madvise(static_cast<char *>(base) + lo, hi - lo, MADV_DONTNEED);
-#endif
-    }
-#else
-    (void)begin;
-    (void)end;
-#endif
-}
-
-void kvl_region::take_again(size_t begin, size_t end) {
-#ifdef __APPLE__
-    if (base) { // what was reusable counts again
-        const size_t lo = begin / os_page_size() * os_page_size();
-        madvise(static_cast<char *>(base) + lo, std::min(end, mapped) - lo, MADV_FREE_REUSE);
-    }
-#else
-    (void)begin;
-    (void)end;
-#endif
-}
-
-//
-// kvl_pool
-//
-
-kvl_pool::kvl_pool(ggml_backend_buffer_type_t buft, uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row,
-                   kvl_row v_row, bool no_alloc)
-    : d_k(d_k), d_v(d_v), k_row(k_row), v_row(v_row),
-      n_together(std::max<uint32_t>(uint32_t(kvl_row_slots(k_row)) / KVL_PAGE_SLOTS, 1)), buft(buft),
-      n_pages((n_pages + n_together - 1) / n_together * n_together), refs(this->n_pages, 0), held(this->n_pages, 0),
-      k_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(k_row, int(d_k)), no_alloc),
-      v_mem(buft, size_t(this->n_pages) * KVL_PAGE_SLOTS * kvl_row_bytes(v_row, int(d_v)), no_alloc) {
-    ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
-    ctx.reset(ggml_init(params));
-    if (!ctx) {
-        throw std::bad_alloc();
-    }
-    const int64_t n_rows = int64_t(this->n_pages) * KVL_PAGE_SLOTS;
-    const auto rows = [&](kvl_row row, uint32_t d) {
-        return row == KVL_ROW_F16
-                   ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, d, n_rows)
-                   : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, int64_t(kvl_row_bytes(row, int(d))), n_rows);
-    };
-    k = rows(k_row, d_k);
-    v = rows(v_row, d_v);
-    ggml_set_name(k, "kvl_pool_k");
-    ggml_set_name(v, "kvl_pool_v");
-    if (!k_mem.place(k, 0) || !v_mem.place(v, 0)) {
-        throw std::runtime_error("cannot place the KV pages in a buffer of " +
-                                 std::string(ggml_backend_buft_name(buft)));
-    }
-}
-
-bool kvl_pool::matches(ggml_backend_buffer_type_t b, uint32_t dk, uint32_t dv) const {
-    return buft == b && d_k == dk && d_v == dv;
+void kvl_pool::place(kvl_region & region, ggml_tensor * tensor, size_t at) {
+    mem = &region;
+    pages = tensor;
+    begin = at;
 }
 
 uint32_t kvl_pool::take() {
@@ -162,9 +34,7 @@ uint32_t kvl_pool::take() {
     hint += n_together;
     std::fill_n(refs.begin() + page, n_together, 1);
     n_taken += n_together;
-    for (const auto & [mem, t] : {std::pair<kvl_region *, ggml_tensor *>{&k_mem, k}, {&v_mem, v}}) {
-        mem->take_again(page * KVL_PAGE_SLOTS * t->nb[1], (page + n_together) * KVL_PAGE_SLOTS * t->nb[1]);
-    }
+    mem->take_again(unit_at(page), unit_at(page) + unit_bytes());
     return page;
 }
 
@@ -201,22 +71,20 @@ void kvl_pool::count(uint32_t page, uint32_t bits) {
     held[page] |= bits;
 }
 
-uint32_t kvl_pool::unshare(uint32_t page, uint32_t n) {
+uint32_t kvl_pool::unshare(uint32_t page, uint32_t n, std::vector<kvl_row_move> & moves) {
     const uint32_t copy = take();
     if (copy != NONE) {
-        move_rows(uint64_t(copy) * KVL_PAGE_SLOTS, uint64_t(page) * KVL_PAGE_SLOTS, n);
+        moves.push_back({uint64_t(copy) * KVL_PAGE_SLOTS, uint64_t(page) * KVL_PAGE_SLOTS, n});
         drop(page);
     }
     return copy;
 }
 
 void kvl_pool::trim() {
-    if (k_mem.is_host()) {
+    if (is_host()) {
         std::sort(dropped.begin(), dropped.end());
-        const size_t k_page = KVL_PAGE_SLOTS * k->nb[1];
-        const size_t v_page = KVL_PAGE_SLOTS * v->nb[1];
         // a system page may straddle two of ours: let a run grow over free neighbours so that it can go as well
-        const uint32_t reach = uint32_t(os_page_size() / std::min(k_page, v_page)) + 1;
+        const uint32_t reach = uint32_t(kvl_region::os_page_size() / page_bytes()) + 1;
         for (size_t i = 0; i < dropped.size();) {
             uint32_t lo = dropped[i];
             if (refs[lo] != 0) {
@@ -233,44 +101,15 @@ void kvl_pool::trim() {
             for (uint32_t r = 0; r < reach && hi < n_pages && refs[hi] == 0; r++) {
                 hi++;
             }
-            k_mem.give_back(lo * k_page, hi * k_page);
-            v_mem.give_back(lo * v_page, hi * v_page);
+            mem->give_back(begin + lo * page_bytes(), begin + hi * page_bytes());
         }
     }
     dropped.clear();
 }
 
-void kvl_pool::move_rows(uint64_t dst, uint64_t src, uint32_t n) {
-    if (!k->data) {
-        return; // no_alloc
+void kvl_pool::move_rows(const std::vector<kvl_row_move> & moves) {
+    for (const kvl_row_move & move : moves) {
+        memmove(host_at(k_at(move.to)), host_at(k_at(move.from)), move.n * k_bytes);
+        memmove(host_at(v_at(move.to)), host_at(v_at(move.from)), move.n * v_bytes);
     }
-    std::vector<uint8_t> tmp;
-    for (ggml_tensor * t : {k, v}) {
-        const size_t row = t->nb[1];
-        if (is_host()) {
-            char * data = static_cast<char *>(t->data);
-            memmove(data + dst * row, data + src * row, n * row);
-        } else {
-            tmp.resize(n * row);
-            ggml_backend_tensor_get(t, tmp.data(), src * row, n * row);
-            ggml_backend_tensor_set(t, tmp.data(), dst * row, n * row);
-        }
-    }
-}
-
-void kvl_pool::read_rows(uint64_t row, uint32_t n, float * k_out, float * v_out) const {
-    std::vector<ggml_fp16_t> tmp;
-    for (const auto & [t, out] : {std::pair<ggml_tensor *, float *>{k, k_out}, {v, v_out}}) {
-        if (out) {
-            tmp.resize(n * t->ne[0]);
-            ggml_backend_tensor_get(t, tmp.data(), row * t->nb[1], n * t->nb[1]);
-            ggml_fp16_to_fp32_row(tmp.data(), out, int64_t(tmp.size()));
-        }
-    }
-}
-
-void kvl_pool::write_keys(uint64_t row, uint32_t n, const float * keys) {
-    std::vector<ggml_fp16_t> tmp(size_t(n) * d_k);
-    ggml_fp32_to_fp16_row(keys, tmp.data(), int64_t(tmp.size()));
-    ggml_backend_tensor_set(k, tmp.data(), row * k->nb[1], n * k->nb[1]);
 }

@@ -9,12 +9,13 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
 namespace {
 
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 
 // What must be the same where a sequence is restored.
 struct kvl_state_header {
@@ -86,20 +87,88 @@ kvl_state_layer shape_of(const kvl_layer & layer) {
     return out;
 }
 
-size_t page_bytes(const ggml_tensor * t) {
-    return KVL_PAGE_SLOTS * t->nb[1];
+// A page of a sequence: its entry in the page table, and its rank among the pages that the sequence has in that pool.
+struct kvl_state_page {
+    uint32_t * entry;
+    uint32_t rank;
+
+    uint32_t number() const { return kvl_head::page_number(*entry); }
+};
+
+struct kvl_state_pool {
+    kvl_pool * pool;
+    std::vector<kvl_state_page> pages;
+};
+
+// The pages of a sequence by pool, in an order that depends on the model only. Ranks are not set.
+std::vector<kvl_state_pool> pools_of(const llama_kv_paged & kv, kvl_sequence & seq) {
+    std::vector<kvl_state_pool> out;
+    for (size_t l = 0; l < kv.layers.size(); l++) {
+        const std::vector<kvl_pool *> & pools = kv.layers[l].pools;
+        auto first = std::find_if(out.begin(), out.end(), [&](const kvl_state_pool & p) {
+            return p.pool == pools[KVL_FORMAT_F16];
+        });
+        if (first == out.end()) {
+            const size_t at = out.size();
+            for (kvl_pool * pool : pools) {
+                out.push_back({pool, {}});
+            }
+            first = out.begin() + int64_t(at);
+        }
+        for (kvl_head & head : seq.heads[l]) {
+            for (uint32_t & entry : head.pages) {
+                first[kvl_head::page_format(entry)].pages.push_back({&entry, 0});
+            }
+        }
+    }
+    return out;
 }
 
-// f(tensor, offset in it, bytes) for K and V of every page of a sequence.
-template <typename F> void for_pages(const llama_kv_paged & kv, const kvl_sequence & seq, F && f) {
-    for (size_t l = 0; l < kv.layers.size(); l++) {
-        for (const kvl_head & head : seq.heads[l]) {
-            for (const uint32_t entry : head.pages) {
-                const kvl_pool & pool = *kv.layers[l].pools[kvl_head::page_format(entry)];
-                for (ggml_tensor * t : {pool.k, pool.v}) {
-                    f(t, kvl_head::page_number(entry) * page_bytes(t), page_bytes(t));
+// Sorts them by where they lie and ranks them so: neighbours are written and read together.
+void rank(std::vector<kvl_state_pool> & pools) {
+    for (kvl_state_pool & p : pools) {
+        std::sort(p.pages.begin(), p.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
+            return a.number() < b.number();
+        });
+        for (size_t i = 0; i < p.pages.size(); i++) {
+            p.pages[i].rank = uint32_t(i);
+        }
+    }
+}
+
+// Whether the ranks, read from elsewhere, are each there once, and groups lie together.
+bool ranks_fit(std::vector<kvl_state_pool> & pools) {
+    for (kvl_state_pool & p : pools) {
+        for (size_t i = 0; p.pool && i < p.pages.size(); i += p.pool->n_together) {
+            for (uint32_t j = 0; j < p.pool->n_together; j++) { // pages of a group come one after the other
+                if (p.pages[i + j].rank != p.pages[i].rank + j || p.pages[i].rank % p.pool->n_together != 0) {
+                    return false;
                 }
             }
+        }
+        std::sort(p.pages.begin(), p.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
+            return a.rank < b.rank;
+        });
+        for (size_t i = 0; i < p.pages.size(); i++) {
+            if (p.pages[i].rank != i) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// f(tensor, offset in it, bytes) for runs of neighbours, at most some MiB each; units are whole.
+template <typename F> void for_runs(const std::vector<kvl_state_pool> & pools, F && f) {
+    for (const kvl_state_pool & p : pools) {
+        for (size_t i = 0; i < p.pages.size();) {
+            const size_t first = i;
+            const size_t most = first + std::max<size_t>((size_t(4) << 20) / p.pool->unit_bytes(), 1) * p.pool->n_together;
+            while (i < std::min(most, p.pages.size()) && p.pages[i].number() == p.pages[first].number() + (i - first)) {
+                i++;
+            }
+            f(p.pool->pages, p.pool->base() + p.pages[first].number() * p.pool->page_bytes(),
+              (i - first) * p.pool->page_bytes());
         }
     }
 }
@@ -186,6 +255,7 @@ std::string fault_of(const kvl_layer & layer, kvl_head & head, llama_pos n_seen)
     if (head.n() % KVL_PAGE_SLOTS != 0) {
         head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS;
     }
+    head.count_listed();
     return "";
 }
 
@@ -198,7 +268,15 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
     if (!valid_seq(seq_id) || flags != 0) {
         refuse("a paged cache is saved sequence by sequence, whole: use llama_state_seq_get_data without flags");
     }
-    const kvl_sequence & seq = seqs[seq_id];
+    kvl_sequence seq = seqs[seq_id];
+    std::vector<kvl_state_pool> pools = pools_of(*this, seq);
+    rank(pools);
+    std::map<const uint32_t *, uint32_t> ranks;
+    for (const kvl_state_pool & p : pools) {
+        for (const kvl_state_page & page : p.pages) {
+            ranks[page.entry] = page.rank;
+        }
+    }
     const std::vector<int32_t> rows = window_rows(seq_id);
     write(io, header_of(*this));
     write(io, seq.n_seen);
@@ -209,14 +287,15 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
         write(io, layer);
         write(io, seq.mu[l]);
         for (const kvl_head & head : seq.heads[l]) {
-            write(io, kvl_state_head{uint32_t(head.pages.size()), head.n(), uint32_t(head.mass.size())});
-            for (const uint32_t entry : head.pages) {
-                write(io, kvl_head::page_format(entry));
+            const std::vector<std::vector<float>> mass = read_mass(layers[l], head);
+            write(io, kvl_state_head{uint32_t(head.pages.size()), head.n(), uint32_t(mass.size())});
+            for (const uint32_t & entry : head.pages) {
+                write(io, kvl_head::page_entry(kvl_head::page_format(entry), ranks[&entry]));
             }
             write(io, head.live);
             write(io, head.pos);
-            for (const auto & mass : head.mass) {
-                write(io, mass);
+            for (const std::vector<float> & row : mass) {
+                write(io, row);
             }
         }
     }
@@ -226,7 +305,7 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
             io.write_tensor(layer.queries, n * size_t(row), n);
         }
     }
-    for_pages(*this, seq, [&](ggml_tensor * t, size_t offset, size_t n) {
+    for_runs(pools, [&](ggml_tensor * t, size_t offset, size_t n) {
         io.write_tensor(t, offset, n);
     });
 }
@@ -254,7 +333,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         refuse("the saved sequence claims " + std::to_string(seq.n_seen) + " tokens and " + std::to_string(n_rows) +
                " window queries; this context remembers " + std::to_string(params.n_window));
     }
-    std::map<kvl_pool *, uint64_t> need;
+    std::vector<std::vector<std::vector<std::vector<float>>>> mass(layers.size()); // [layer][KV head]
     for (size_t l = 0; l < layers.size(); l++) {
         kvl_state_layer layer;
         read(io, layer);
@@ -269,56 +348,62 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         for (kvl_head & head : seq.heads.back()) {
             kvl_state_head sizes;
             read(io, sizes);
-            const kvl_head & mine = seqs[seq_id].heads[l][0];
             if (sizes.n_slots > layers[l].pool->size() * KVL_PAGE_SLOTS || sizes.n_pages > layers[l].pool->size() ||
-                sizes.n_mass != mine.mass.size()) {
+                sizes.n_mass != (has_mass() ? layers[l].group() : 0)) {
                 refuse("the saved sequence does not fit: layer " + std::to_string(l) + " claims " +
                        std::to_string(sizes.n_slots) + " slots in " + std::to_string(sizes.n_pages) + " pages");
             }
             read(io, head.pages, sizes.n_pages);
             read(io, head.live, sizes.n_pages);
             read(io, head.pos, sizes.n_slots);
-            head.mass.resize(sizes.n_mass);
-            for (auto & mass : head.mass) {
-                read(io, mass, sizes.n_slots);
-                check_finite(mass.data(), mass.size());
-            }
-            for (uint32_t & entry : head.pages) {
-                entry = kvl_head::page_entry(std::min<uint32_t>(entry, KVL_PAGE_FORMATS - 1), 0);
+            mass[l].emplace_back(sizes.n_mass);
+            for (std::vector<float> & row : mass[l].back()) {
+                read(io, row, sizes.n_slots);
+                check_finite(row.data(), row.size());
             }
             if (const std::string fault = fault_of(layers[l], head, seq.n_seen); !fault.empty()) {
                 refuse("the saved sequence is damaged: a head of layer " + std::to_string(l) + " is wrong, " + fault);
             }
-            for (const uint32_t entry : head.pages) {
-                need[layers[l].pools[kvl_head::page_format(entry)]]++;
-            }
         }
     }
+    std::vector<kvl_state_pool> pools = pools_of(*this, seq);
+    for (kvl_state_pool & p : pools) {
+        for (kvl_state_page & page : p.pages) {
+            page.rank = page.number(); // until it has a number here
+        }
+    }
+    if (!ranks_fit(pools)) {
+        refuse("the saved sequence is damaged: its pages are not in order");
+    }
     truncate(seq_id, 0);
-    for (const auto & [pool, n] : need) {
-        if (n > pool->n_free()) {
-            refuse("the KV pool is full: the saved sequence needs " + std::to_string(n) + " pages, " +
-                   std::to_string(pool->n_free()) + " are free; use a larger context (-c)");
+    for (const kvl_state_pool & p : pools) {
+        if (p.pool && p.pages.size() > p.pool->n_free()) {
+            refuse("the KV pool is full: the saved sequence needs " + std::to_string(p.pages.size()) + " pages, " +
+                   std::to_string(p.pool->n_free()) + " are free; use a larger context (-c)");
         }
     }
     seq.window.assign(size_t(params.n_window), -1);
     for (llama_pos pos = seq.n_seen - llama_pos(n_rows); pos < seq.n_seen; pos++) {
         seq.window[size_t(pos) % size_t(params.n_window)] = pos;
     }
-    for (size_t l = 0; l < layers.size(); l++) {
-        for (kvl_head & head : seq.heads[l]) {
-            for (size_t p = 0; p < head.pages.size();) {
-                const uint32_t format = kvl_head::page_format(head.pages[p]);
-                kvl_pool & pool = *layers[l].pools[format];
-                const uint32_t first = pool.take();
-                for (uint32_t i = 0; i < pool.n_together; i++) {
-                    head.pages[p++] = kvl_head::page_entry(format, first + i);
-                }
+    for (const kvl_state_pool & p : pools) {
+        for (size_t i = 0; i < p.pages.size(); i += p.pool->n_together) {
+            const uint32_t first = p.pool->take(); // the lowest free one: they are in order here as well
+            for (uint32_t j = 0; j < p.pool->n_together; j++) {
+                uint32_t & entry = *p.pages[i + j].entry;
+                entry = kvl_head::page_entry(kvl_head::page_format(entry), first + j);
             }
-            note_held(layers[l], head);
         }
     }
     seqs[seq_id] = std::move(seq);
+    for (uint32_t l = 0; l < layers.size(); l++) {
+        for (size_t h = 0; h < mass[l].size(); h++) {
+            kvl_head & head = seqs[seq_id].heads[l][h];
+            note_held(layers[l], head);
+            write_mass(layers[l], head, mass[l][h]);
+        }
+        upload_mean(seq_id, l);
+    }
     note_peak();
     kvl_set_error("");
     try {
@@ -335,7 +420,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
                 check_finite(reinterpret_cast<const float *>(bytes.data()), n / sizeof(float));
             }
         }
-        for_pages(*this, seqs[seq_id], read_into);
+        for_runs(pools, read_into);
         check_pages(seq_id);
     } catch (...) {
         truncate(seq_id, 0);
@@ -347,27 +432,17 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
 }
 
 void llama_kv_paged::check_pages(llama_seq_id seq_id) const {
-    std::vector<float> x;
-    for (size_t l = 0; l < layers.size(); l++) {
-        for (const kvl_head & head : seqs[seq_id].heads[l]) {
-            for (uint32_t p = 0; p < head.pages.size();) {
-                const kvl_pool & pool = *layers[l].pools[kvl_head::page_format(head.pages[p])];
-                const int n = int(pool.n_together * KVL_PAGE_SLOTS);
-                x.resize(size_t(n) * std::max(pool.d_k, pool.d_v));
-                const uint64_t row = head.row(p * KVL_PAGE_SLOTS);
-                const auto check = [&](const ggml_tensor * t, kvl_row kind, uint32_t d) {
-                    if (attn.decode) {
-                        attn.decode(kind, static_cast<const char *>(t->data) + row * t->nb[1], 0, n, int(d), x.data(),
-                                    int(d));
-                    } else {
-                        pool.read_rows(row, uint32_t(n), t == pool.k ? x.data() : nullptr,
-                                       t == pool.v ? x.data() : nullptr);
-                    }
-                    check_finite(x.data(), size_t(n) * d);
-                };
-                check(pool.k, pool.k_row, pool.d_k);
-                check(pool.v, pool.v_row, pool.d_v);
-                p += pool.n_together;
+    for (uint32_t l = 0; l < layers.size(); l++) {
+        for (uint32_t h = 0; h < layers[l].n_head_kv; h++) {
+            const kvl_head & head = seqs[seq_id].heads[l][h];
+            // holes and rows for slots to come may be read as well: all rows of the pages
+            std::vector<uint32_t> slots(head.pages.size() * KVL_PAGE_SLOTS);
+            std::iota(slots.begin(), slots.end(), 0);
+            for (const bool keys : {true, false}) {
+                const size_t d = keys ? layers[l].pool->d_k : layers[l].pool->d_v;
+                for_slots(seq_id, l, h, slots, keys, [&](uint32_t, const float * x) {
+                    check_finite(x, d);
+                });
             }
         }
     }

@@ -8,9 +8,9 @@
 
 uint64_t llama_kv_paged::allocated_bytes() const {
     uint64_t n = 0;
-    for (const auto & pool : pools) {
-        n += pool ? pool->allocated_bytes() : 0;
-    }
+    for_pools([&](const kvl_pool & pool) {
+        n += pool.allocated_bytes();
+    });
     return n;
 }
 
@@ -23,8 +23,14 @@ bool llama_kv_paged::no_alloc() const {
 }
 
 bool llama_kv_paged::all_host() const {
-    return std::all_of(pools.begin(), pools.end(), [](const auto & pool) {
-        return !pool || pool->is_host();
+    return std::all_of(arenas.begin(), arenas.end(), [](const auto & arena) {
+        return arena->is_host();
+    });
+}
+
+bool llama_kv_paged::all_fused() const {
+    return std::all_of(arenas.begin(), arenas.end(), [](const auto & arena) {
+        return arena->kernels != nullptr;
     });
 }
 
@@ -41,23 +47,23 @@ void llama_kv_paged::note_held(const kvl_layer & layer, kvl_head & head) const {
 }
 
 void llama_kv_paged::recount() const {
-    for (const auto & pool : pools) {
-        if (!pool || !pool->stale()) {
-            continue;
+    for_pools([&](kvl_pool & pool) {
+        if (!pool.stale()) {
+            return;
         }
-        pool->forget();
+        pool.forget();
         for (const kvl_sequence & seq : seqs) {
             for (size_t l = 0; l < layers.size(); l++) {
                 for (const kvl_head & head : seq.heads[l]) {
                     for (uint32_t p = 0; p < head.pages.size(); p++) {
-                        if (layers[l].pools[kvl_head::page_format(head.pages[p])] == pool.get()) {
-                            pool->count(kvl_head::page_number(head.pages[p]), head.held_bits(p));
+                        if (layers[l].pools[kvl_head::page_format(head.pages[p])] == &pool) {
+                            pool.count(kvl_head::page_number(head.pages[p]), head.held_bits(p));
                         }
                     }
                 }
             }
         }
-    }
+    });
 }
 
 void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
@@ -85,13 +91,11 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
     out.score_us = score_us;
     out.keep_us = keep_us;
     recount();
-    for (const auto & pool : pools) {
-        if (pool) {
-            out.used_bytes += pool->used_bytes();
-            out.allocated_bytes += pool->allocated_bytes();
-            out.reserved_bytes += pool->reserved_bytes();
-        }
-    }
+    for_pools([&](const kvl_pool & pool) {
+        out.used_bytes += pool.used_bytes();
+        out.allocated_bytes += pool.allocated_bytes();
+        out.reserved_bytes += pool.reserved_bytes();
+    });
     for (size_t s = 0; s < seqs.size(); s++) {
         kvl_seq_stats st;
         get_seq_stats(llama_seq_id(s), st);
@@ -100,7 +104,7 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
                 out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
-                out.table_bytes += head.n() * (sizeof(llama_pos) + head.mass.size() * sizeof(float));
+                out.table_bytes += head.n() * (sizeof(llama_pos) + (has_mass() ? layers[l].group() : 0) * sizeof(float));
             }
         }
     }
@@ -108,16 +112,16 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> out;
-    for (const auto & pool : pools) {
-        if (!pool) {
-            continue;
+    for (const auto & arena : arenas) {
+        for (const auto & pool : arena->pools) {
+            if (pool) { // in main memory it is address space until it is used; a device's buffer is taken whole
+                out[arena->shape.buft] += arena->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
+            }
         }
-        // host pools are address space until they are used; a device buffer is taken whole
-        out[pool->type()] += pool->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
     }
     for (const kvl_layer & layer : layers) {
         if (layer.queries) {
-            out[layer.pool->type()] += ggml_nbytes(layer.queries);
+            out[layer.arena->shape.buft] += ggml_nbytes(layer.queries);
         }
     }
     return out;

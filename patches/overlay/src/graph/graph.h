@@ -1,12 +1,14 @@
-// Attention of a paged context. Where the backend has page kernels, one operator reads the pages in place; elsewhere
-// the portable path gathers each head's slots with stock operators and runs stock flash attention with the KV heads as
-// streams. The portable path works on every backend and is the reference for the kernels.
+// Attention of a paged context. Where the device of a layer's pages has page kernels, they read the pages in place;
+// elsewhere the portable path gathers each head's slots with stock operators and runs stock flash attention with the KV
+// heads as streams. The portable path works on every backend and is the reference for the kernels.
 
 #pragma once
 
 #include "kvl-attn.h"
 #include "llama-graph.h"
 #include "cache/memory.h"
+
+#include <map>
 
 class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
   public:
@@ -15,9 +17,6 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    // f16 [n_kv, n_tokens or 1, 1, n_stream or 1]: 0 where a query sees a slot, -inf elsewhere
-    ggml_tensor * build_mask(const llm_graph_context & g, uint32_t layer) const;
-
     const llama_kv_paged_context * paged;
     const uint32_t n_seqs;
     const uint32_t n_seq_tokens;
@@ -25,22 +24,45 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
 
     struct layer_input {
         kvl_layer_shape shape;
-        ggml_tensor * append = nullptr; // i64 [n_head_kv*n_tokens]: pool row of each new token and head
-        // page kernels
-        ggml_tensor * table = nullptr;           // i32: page tables of all streams (kvl-attn.h)
-        std::unique_ptr<kvl_attn_params> kernel; // user data of the operators
-        std::vector<float *> mass;               // where to add the attention mass, per stream and query head
-        std::vector<const float *> mu;           // what keys were stored without, per stream
-        // stock operators
-        ggml_tensor * gather = nullptr; // i32 [n_kv*n_head_kv*n_seqs]: pool rows; new tokens first, then past, padding
-        ggml_tensor * live = nullptr;   // f16 [n_kv, 1, 1, n_head_kv*n_seqs or 1]: -inf on padding
+        int32_t table = 0; // page kernels: where the layer's part of the table begins
+        // stock operators: where the layer's parts of `rows` and `masks` begin
+        int64_t append_k = 0, append_v = 0; // rows of the new tokens: [heads of all tokens]
+        int64_t gather_k = 0, gather_v = 0; // rows of the slots: new tokens first, then past, padding
+        int64_t live = 0;                   // -inf on padding: [n_kv, 1, 1, n_stream or 1]
     };
     std::vector<layer_input> layers;
-    std::vector<int32_t> number;    // position + 1 of the first new token of each sequence
+
+    // one input each for all layers, nullptr where no layer needs it
+    ggml_tensor * table = nullptr;  // i32: the table of the page kernels (kvl-attn.h)
+    ggml_tensor * rows = nullptr;   // i32
+    ggml_tensor * masks = nullptr;  // f16
     ggml_tensor * causal = nullptr; // f16 [max n_kv, n_seq_tokens]: order among the new tokens
-    ggml_tensor * ring = nullptr;   // i64 [n_ring*n_seqs]: query row of each remembered token
+    ggml_tensor * ring = nullptr;   // i32 [n_ring*n_seqs]: query row of each remembered token
+
+    // stock operators: a part of an input, on the device of the pages, to which the input is copied once
+    ggml_tensor * part(const llm_graph_context & g, const kvl_layer & layer, ggml_tensor * input, int64_t ne0,
+                       int64_t ne3, int64_t first);
 
   private:
+    const kvl_head & head(const llama_ubatch * ubatch, uint32_t layer, uint32_t stream) const;
     void set_table(uint32_t layer, const llama_ubatch * ubatch);
-    void set_gather(uint32_t layer, const llama_ubatch * ubatch) const;
+    void set_rows(uint32_t layer, const llama_ubatch * ubatch);
+
+    std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies;
 };
+
+// Attention of one layer; q [d_k, n_head, n_tokens], k and v [d, n_head_kv, n_tokens], contiguous, rotated if they are to
+// be. The new tokens are stored, and their queries remembered. [d_v, n_head, n_tokens]
+ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t layer,
+                              ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale);
+ggml_tensor * kvl_build_portable(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t layer,
+                                 ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale);
+
+// An operator with launch scalars.
+template <typename Params> ggml_tensor * kvl_with_params(ggml_tensor * op, const Params & params) {
+    static_assert(sizeof(Params) + KVL_PARAMS_AT <= GGML_MAX_OP_PARAMS, "launch scalars do not fit");
+    kvl_set_params(op, &params, sizeof(params));
+    return op;
+}
+
+kvl_pool_ref kvl_ref_of(const kvl_pool * pool);

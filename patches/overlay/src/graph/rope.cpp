@@ -95,46 +95,39 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
     if (!kv.own_pages(seq_id)) {
         return KVL_ERR_MEMORY;
     }
-    std::vector<float> x;
-    std::vector<int32_t> turn;
     for (uint32_t l = 0; l < kv.layers.size(); l++) {
-        kvl_pool & pool = *kv.layers[l].pool;
+        const uint32_t d = kv.layers[l].pool->d_k;
+        std::vector<uint64_t> rows; // of all heads: one transfer each way
+        std::vector<int32_t> turn;
         for (kvl_head & head : heads_of[l]) {
-            // the sinks stay where they are
-            uint32_t first = kv.no_alloc() ? n : 0;
-            while (first < n && head.pos[first] == llama_pos(first)) {
-                first++;
-            }
-            x.resize(size_t(n - first) * pool.d_k);
-            turn.resize(n - first);
-            const auto pages = [&](auto && run) {
-                for (uint32_t i = first; i < n;) {
-                    const uint32_t step = std::min(n - i, KVL_PAGE_SLOTS - i % KVL_PAGE_SLOTS);
-                    run(head.row(i), step, x.data() + size_t(i - first) * pool.d_k);
-                    i += step;
+            for (uint32_t i = 0; i < n; i++) {
+                if (head.pos[i] != llama_pos(i)) { // the sinks stay where they are
+                    rows.push_back(head.row(i));
+                    turn.push_back(int32_t(i) - head.pos[i]);
                 }
-            };
-            pages([&](uint64_t row, uint32_t step, float * to) {
-                pool.read_rows(row, step, to, nullptr);
-            });
-            for (uint32_t i = first; i < n; i++) {
-                turn[i - first] = int32_t(i) - head.pos[i];
             }
-            const auto rotated = [&] {
-                for (uint32_t i = 0; kv.params.rotate && i < n - first; i++) {
-                    kv.rotate_row(x.data() + size_t(i) * pool.d_k, pool.d_k);
-                }
-            };
-            rotated();
-            const int32_t rc = kvl_rotate_rows(ctx, kv, l, n - first, x.data(), turn.data());
-            rotated();
-            if (rc != KVL_OK) {
-                return rc;
-            }
-            pages([&](uint64_t row, uint32_t step, const float * from) {
-                pool.write_keys(row, step, from);
-            });
             std::iota(head.pos.begin(), head.pos.end(), 0);
+        }
+        if (kv.no_alloc()) {
+            continue;
+        }
+        std::vector<float> x(rows.size() * d);
+        if (!kv.layers[l].arena->read(rows, x.data(), nullptr)) {
+            return KVL_ERR_COMPUTE;
+        }
+        const auto rotated = [&] {
+            for (size_t i = 0; kv.params.rotate && i < rows.size(); i++) {
+                kv.rotate_row(x.data() + i * d, d);
+            }
+        };
+        rotated();
+        const int32_t rc = kvl_rotate_rows(ctx, kv, l, int64_t(rows.size()), x.data(), turn.data());
+        rotated();
+        if (rc != KVL_OK) {
+            return rc;
+        }
+        if (!kv.layers[l].arena->write_keys(rows, x.data())) {
+            return KVL_ERR_COMPUTE;
         }
     }
     kv.seqs[seq_id].n_seen = llama_pos(n);

@@ -2,7 +2,7 @@
 
 #include "graph/scores.h"
 
-#include "kvl-attn.h"
+#include "graph/graph.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -19,9 +19,9 @@ struct runner {
     std::vector<ggml_backend_ptr> backends;
     ggml_backend_sched_ptr sched;
 
-    runner(const kvl_pool & pool, int n_threads, size_t n_nodes) {
-        if (!pool.is_host()) {
-            backends.emplace_back(ggml_backend_dev_init(ggml_backend_buft_get_device(pool.type()), nullptr));
+    runner(const kvl_arena & arena, int n_threads, size_t n_nodes) {
+        if (!arena.is_host()) {
+            backends.emplace_back(ggml_backend_dev_init(ggml_backend_buft_get_device(arena.shape.buft), nullptr));
         }
         ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
         backends.emplace_back(cpu);
@@ -77,7 +77,7 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     const int64_t H = c.n_heads;
 
     constexpr size_t n_nodes = 64;
-    runner run(*layer.pool, n_threads, n_nodes);
+    runner run(*layer.arena, n_threads, n_nodes);
     if (!run.sched) {
         kvl_set_error("cannot create the backend for window scores");
         return KVL_ERR_COMPUTE;
@@ -88,7 +88,8 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_context * ctx = ctx_owner.get();
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
 
-    ggml_tensor * gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * H);
+    const int64_t n_parts = layer.arena->k_parts;
+    ggml_tensor * gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * H * n_parts);
     ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, w);
     ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n, w, 1, H);
     ggml_tensor * mean = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, w, G, H);
@@ -96,7 +97,7 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         ggml_set_input(t);
     }
 
-    ggml_tensor * k = ggml_reshape_4d(ctx, ggml_get_rows(ctx, layer.pool->k, gather), d, n, 1, H);
+    ggml_tensor * k = ggml_reshape_4d(ctx, ggml_get_rows(ctx, layer.arena->k_rows, gather), d, n, 1, H);
     ggml_tensor * q = ggml_get_rows(ctx, layer.queries, rows); // [d*n_head, w]
     q = ggml_view_4d(ctx, q, d, w, G, H, q->nb[1], d * sizeof(float), d * G * sizeof(float),
                      c.h0 * G * d * sizeof(float));
@@ -120,12 +121,15 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         return KVL_ERR_MEMORY;
     }
 
-    std::vector<int32_t> gather_data(n * H);
+    std::vector<int32_t> gather_data;
     std::vector<float> mask_data(n * w * H, -INFINITY);
     for (int64_t h = 0; h < H; h++) {
         const kvl_head & head = heads[c.h0 + h];
         for (int64_t i = 0; i < n; i++) {
-            gather_data[h * n + i] = int32_t(head.row(uint32_t(std::min<int64_t>(i, head.n() - 1))));
+            const int32_t first = layer.arena->k_part(head.row(uint32_t(std::min<int64_t>(i, head.n() - 1))));
+            for (int64_t c = 0; c < n_parts; c++) {
+                gather_data.push_back(first + int32_t(c));
+            }
         }
         for (int64_t i = 0; i < w; i++) {
             const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
@@ -172,14 +176,10 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     }
 
     int64_t n_pages = 0;
-    int64_t n_slots = 0; // holes included
+    int64_t n_slots = 0; // holes and what the last page has to spare included
     for (const kvl_head & head : heads) {
         n_pages += int64_t(head.pages.size());
-        n_slots = std::max<int64_t>(n_slots, head.n());
-    }
-    std::vector<const float *> mu(H, nullptr);
-    for (int64_t h = 0; h < H && !kv.seqs[seq].mu[layer_id].empty(); h++) {
-        mu[h] = kv.seqs[seq].mu[layer_id].data() + h * layer.pool->d_k;
+        n_slots = std::max<int64_t>(n_slots, GGML_PAD(head.n(), KVL_PAGE_SLOTS));
     }
     constexpr size_t n_nodes = 8;
     ggml_init_params ip = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr,
@@ -187,24 +187,24 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_context_ptr ctx_owner(ggml_init(ip));
     ggml_context * ctx = ctx_owner.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.pool->d_k, layer.n_head, w);
-    ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 * (H + n_pages));
+    ggml_tensor * table = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, kvl_table_size(KVL_FORMAT_COUNT, H, n_pages));
     ggml_tensor * visible = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, w, H);
     ggml_tensor * blind = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_slots, H);
-    kvl_attn_params params = {};
-    params.n_head = int32_t(layer.n_head);
-    params.n_head_kv = int32_t(H);
-    params.n_seqs = 1;
-    params.n_seq_tokens = int32_t(w);
-    params.n_split = 1;
-    params.n_kv = int32_t(n_slots);
-    params.scale = layer.kq_scale;
-    params.soft_cap = layer.soft_cap;
-    params.formats = layer.formats.data();
-    params.mu = mu.data();
-    params.rms = rms;
-    ggml_tensor * args[] = {q, layer.pool->k, layer.pool->v, table, visible, blind};
-    ggml_tensor * scores = ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 6, kv.attn.scores,
-                                          GGML_N_TASKS_MAX, &params);
+    const kvl_arena & arena = *layer.arena;
+    const kvl_attn_params params = {0,
+                                    KVL_FORMAT_COUNT,
+                                    1,
+                                    int32_t(H),
+                                    1,
+                                    int32_t(n_slots),
+                                    layer.kq_scale,
+                                    layer.soft_cap,
+                                    int32_t(layer.pool->d_v),
+                                    rms ? KVL_ATTN_RMS : 0};
+    ggml_tensor * args[] = {q, table, arena.pages, arena.means, visible, blind};
+    ggml_tensor * scores = kvl_with_params(ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 6,
+                                                          arena.kernels->scores, GGML_N_TASKS_MAX, nullptr),
+                                           params);
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
     ggml_build_forward_expand(gf, scores);
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
@@ -217,17 +217,24 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         const size_t row = layer.queries->nb[1];
         ggml_backend_tensor_get(layer.queries, static_cast<char *>(q->data) + i * q->nb[2], row * query_rows[i], row);
     }
-    auto * t = static_cast<int32_t *>(table->data);
+    auto * pools = static_cast<kvl_pool_ref *>(table->data);
+    auto * streams = reinterpret_cast<kvl_stream_ref *>(pools + KVL_FORMAT_COUNT);
+    auto * page = reinterpret_cast<kvl_page_ref *>(streams + H);
+    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+        pools[f] = kvl_ref_of(layer.pools[f]);
+    }
     auto * v = static_cast<int32_t *>(visible->data);
+    const bool has_mean = !kv.seqs[seq].mu[layer_id].empty();
     int32_t first = 0;
     for (int64_t h = 0; h < H; h++) {
         const kvl_head & head = heads[h];
-        t[h] = int32_t(head.n());
-        t[H + h] = first;
-        for (uint32_t p = 0; p < head.pages.size(); p++, first++) {
-            t[2 * H + first] = int32_t(head.pages[p]);
-            t[2 * H + n_pages + first] = int32_t(head.all_live(p));
+        const int32_t n = int32_t(head.pages.size());
+        const int32_t mean = has_mean ? int32_t(arena.mean_row(uint32_t(seq), layer.first_head + uint32_t(h))) : -1;
+        streams[h] = {int32_t(head.n()), first, n, mean, 0, 0, {}};
+        for (int32_t p = 0; p < n; p++) {
+            *page++ = {head.pages[size_t(p)], head.all_live(uint32_t(p)), p * KVL_PAGE_SLOTS, 0};
         }
+        first += n;
         // what is not f16 lies before, in no order
         const auto begin = head.pos.begin() + head.f16_begin();
         auto * not_yet = static_cast<int32_t *>(blind->data) + h * n_slots;
@@ -282,7 +289,7 @@ int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_
             return KVL_ERR_ARGUMENT;
         }
     }
-    if (kv.fused()) {
+    if (layer.kernels()) {
         return compute_fused(kv, seq, layer_id, rows, rms, n_threads, out, stride);
     }
     const int64_t G = layer.n_head / layer.n_head_kv;
