@@ -187,7 +187,10 @@ def _table(
             at = int(order[done + page]) if together == 1 else 2 * (len(order) // 2 - n_pairs)
             part = slice(page * PAGE_SLOTS, (page + together) * PAGE_SLOTS)
             centre = mu[i] if mu is not None and pair != ("f16", "f16") else 0
-            entries += pages.store(pair, at, k[part] - centre, v[part])
+            if masks[page : page + together].any():
+                entries += pages.store(pair, at, k[part] - centre, v[part])
+            else:  # not written, and so full of NaN: whoever reads it shows
+                entries += [0] * together
         first = len(listed)
         listed += [
             (entry, mask, page * PAGE_SLOTS, int(order[done + page]))

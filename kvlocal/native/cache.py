@@ -276,7 +276,7 @@ class PagedCache:
     def select(self, seq: int, layer: int, slots: Sequence[np.ndarray] | None) -> None:
         """Let attention see only these slot indices of every KV head (ascending) and what comes later; ``None``: all.
 
-        Holds until the next call or :meth:`keep`; nothing moves.
+        Holds until the next call, wherever these slots move; nothing moves now.
         """
         if slots is None:
             self._check(self._lib.kvl_select(self._ctx, seq, layer, None, None))

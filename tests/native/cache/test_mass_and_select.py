@@ -160,18 +160,55 @@ def test_select_checks_its_slots(open_model: OpenModel, open_context: OpenContex
     assert np.isfinite(context.logits()).all()
 
 
-def test_keeping_everything_ends_a_selection(open_model: OpenModel, open_context: OpenContext) -> None:
+CHANGES = ("keep", "keep all", "demote", "truncate", "branch", "save")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_selection_goes_with_its_slots(change: str, open_model: OpenModel, open_context: OpenContext) -> None:
+    """Attention sees what was selected and has not been dropped since, wherever those slots are now."""
     model = open_model("llama", **SHAPE)
-    tokens = random_tokens(model, 61)
-    context = open_context(model, n_seq_max=2)
+    tokens = random_tokens(model, 151)
+    context = open_context(model, n_seq_max=3, formats=("q8",))
     cache = paged(context)
-    context.decode(tokens[:60], 0, 0)
-    cache.branch(0, 1)
+    context.decode(tokens[:150], 0, 0)
+    rng = np.random.default_rng(5)
+    n = 120 if change == "truncate" else 150
     for layer in range(2):
-        cache.select(0, layer, [np.array([0, 59])] * 2)
-        cache.keep(0, layer, [np.arange(60)] * 2)
+        chosen = [np.sort(np.append(rng.choice(100, 40, replace=False), n - 1)) for _ in range(2)]
+        dropped = [np.sort(rng.choice(149, 50, replace=False)) for _ in range(2)]
+        kept = [np.setdiff1d(np.arange(150), one) for one in dropped]
+        cache.branch(0, 1) if layer == 0 else None
+        cache.select(0, layer, chosen)
+        seen = chosen
+        if change == "keep":
+            cache.keep(0, layer, kept)
+            seen = [np.intersect1d(*pair) for pair in zip(chosen, kept, strict=True)]
+        elif change == "keep all":
+            cache.keep(0, layer, [np.arange(150)] * 2)
+        elif change == "demote":
+            for seq in (0, 1):
+                cache.demote(seq, layer, dropped, "q8")
+        cache.keep(1, layer, seen)
+    seq = 0
+    if change == "truncate":
+        context.truncate(0, n)
+        context.truncate(1, n)
+    elif change == "branch":
+        cache.branch(0, 2)
+        seq = 2
+    elif change == "save":
+        context.restore(2, context.save(0))
+        seq = 2
     logits = []
-    for seq in range(2):
-        context.decode(tokens[60:], 60, seq)
+    for where in (seq, 1):
+        context.decode(tokens[n : n + 1], n, where)
         logits.append(context.logits()[0])
-    np.testing.assert_array_equal(*logits)
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.ptp(logits[1])
+    context.decode(tokens[:1], n + 1, seq)
+    hidden = context.logits()[0]
+    for layer in range(2):
+        cache.select(seq, layer, None)
+    context.truncate(seq, n + 1)
+    context.decode(tokens[:1], n + 1, seq)
+    assert np.abs(context.logits()[0] - hidden).max() > 1e-3 * np.ptp(hidden), "now everything is seen"
+

@@ -133,8 +133,9 @@ def test_what_is_no_number_does_not_get_in(open_model: OpenModel, open_context: 
     one = np.float32(value).tobytes()
     mass = whole.find(cache.mass(0, 0)[0, :1].tobytes())
     assert 0 < mass < n_tables
-    # a layer's f16 pages are its heads' last; every other format keeps a scale in f16 among its first bytes
-    at = {"mass": mass, "query": n_tables + 400, "value": len(whole) - 64}
+    # pages come format by format, f16 first; every other format keeps a scale in f16 among its first bytes
+    pages, refused = n_tables + 2 * 16 * 6 * 64 * 4, 0
+    at = {"mass": mass, "query": n_tables + 400, "value": pages + 64}
     for where in at.values():
         damaged = bytearray(whole)
         word = one if where != at["value"] else np.float16(value).tobytes()
@@ -142,7 +143,6 @@ def test_what_is_no_number_does_not_get_in(open_model: OpenModel, open_context: 
         with pytest.raises(KVError, match="no numbers"):
             other.restore(0, damaged)
         assert other.n_seen(0) == other.stats().allocated_bytes == 0
-    pages, refused = n_tables + 2 * 16 * 6 * 64 * 4, 0
     word = np.float16(value).tobytes()
     rng = np.random.default_rng(0)
     for where in rng.integers(pages, len(whole), 200) // 2 * 2:
