@@ -106,9 +106,9 @@ static inline const void * kvl_get_params(const struct ggml_tensor * op) {
     return (const char *)op->op_params + KVL_PARAMS_AT;
 }
 
-// group = n_head / n_head_kv, n_seq_tokens = (rows of q) / n_seqs; a row is a (token t, query head g of the group) pair,
-// row t*group + g. A slot is seen by token t of its sequence if its number is at most n_slots - n_seq_tokens + t (what
-// is cached lies before the new tokens, which lie in order) and it is live.
+// group = n_head / n_head_kv, n_seq_tokens = (rows of q) / n_seqs; a row is a (token t, query head g of the group)
+// pair, row t*group + g. A slot is seen by token t of its sequence if its number is at most n_slots - n_seq_tokens + t
+// (what is cached lies before the new tokens, which lie in order) and it is live.
 //
 //     q      f32 [d_k, n_head, n_seq_tokens*n_seqs], contiguous
 //     means  f32 [d_k, n]
@@ -130,7 +130,8 @@ static inline const void * kvl_get_params(const struct ggml_tensor * op) {
 //
 // kvl_attn_rotate: f32 [d, n], contiguous; dst f32 of the same shape: every row as by kvl_row_rotate
 //
-// kvl_pages_append: pages, k f32 [d_k, n_head_kv, n_seq_tokens*n_seqs], v f32 [d_v, ...], table; dst is a view of pages.
+// kvl_pages_append: pages, k f32 [d_k, n_head_kv, n_seq_tokens*n_seqs], v f32 [d_v, ...], table; dst is a view of
+// pages.
 //     Token t of a sequence is slot n_slots - n_seq_tokens + t of each of its heads, in pool 0, which is f16
 //
 // kvl_pages_window: queries f32 [d_k*n_head, n], q, table; dst is a view of queries. Of every sequence the last n_kv

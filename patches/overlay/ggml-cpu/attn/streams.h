@@ -52,7 +52,7 @@ struct page_rows {
 struct page_pool {
     kvl_row k_row, v_row;
     int d_k, d_v;
-    int n_together; // pages of a unit
+    int n_together;           // pages of a unit
     int64_t k_bytes, v_bytes; // of a row
     char * base;
 
@@ -82,8 +82,7 @@ struct attn {
     page_pool pools[KVL_PAGE_POOLS];
 
     // q, table, pages and means are the sources from `first` on
-    attn(ggml_tensor * dst, int first)
-        : p(*static_cast<const kvl_attn_params *>(kvl_get_params(dst))), dst(dst) {
+    attn(ggml_tensor * dst, int first) : p(*static_cast<const kvl_attn_params *>(kvl_get_params(dst))), dst(dst) {
         const ggml_tensor * queries = dst->src[first];
         const int32_t * layer = static_cast<const int32_t *>(dst->src[first + 1]->data) + p.table;
         q = static_cast<const float *>(queries->data);

@@ -12,7 +12,8 @@
 #include <string>
 
 // Bytes of all pools, and where each begins.
-static size_t place_pools(const std::vector<std::unique_ptr<kvl_pool>> & pools, const std::function<void(kvl_pool &, size_t)> & f) {
+static size_t place_pools(const std::vector<std::unique_ptr<kvl_pool>> & pools,
+                          const std::function<void(kvl_pool &, size_t)> & f) {
     size_t end = 0;
     for (const auto & pool : pools) {
         if (pool) {
@@ -30,9 +31,8 @@ static size_t bytes_of(const std::vector<std::unique_ptr<kvl_pool>> & pools) {
 kvl_arena::kvl_arena(const kvl_shape & shape, uint32_t n_seqs, std::vector<std::unique_ptr<kvl_pool>> all,
                      bool portable, bool no_alloc)
     : shape(shape), kernels(portable ? nullptr : kvl_find_kernels(kvl_device_of(shape.buft))), pools(std::move(all)),
-      mass(shape.buft, shape.group, pools[KVL_FORMAT_F16]->size(), no_alloc),
-      row_size(std::gcd(shape.d_k, shape.d_v)), k_parts(shape.d_k / row_size), v_parts(shape.d_v / row_size),
-      mem(shape.buft, bytes_of(pools), no_alloc),
+      mass(shape.buft, shape.group, pools[KVL_FORMAT_F16]->size(), no_alloc), row_size(std::gcd(shape.d_k, shape.d_v)),
+      k_parts(shape.d_k / row_size), v_parts(shape.d_v / row_size), mem(shape.buft, bytes_of(pools), no_alloc),
       mean_mem(shape.buft, size_t(n_seqs) * shape.n_heads * shape.d_k * sizeof(float), no_alloc) {
     ggml_init_params params = {4 * ggml_tensor_overhead(), nullptr, true};
     ctx.reset(ggml_init(params));
@@ -78,7 +78,7 @@ class transfer {
   public:
     transfer(ggml_backend_ptr & backend, ggml_backend_buffer_type_t buft) : backend(backend) {
         if (!backend) {
-            backend.reset(ggml_backend_dev_init(ggml_backend_buft_get_device(buft), nullptr));
+            backend.reset(ggml_backend_dev_init(kvl_device_of(buft), nullptr));
         }
         constexpr size_t n_nodes = 16;
         ggml_init_params params = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
@@ -152,7 +152,8 @@ bool kvl_arena::read(const std::vector<uint64_t> & rows, float * k, float * v) {
         }
     }
     for (size_t i = 0; !is_host() && i < rows.size(); i += STEP) {
-        const std::vector<uint64_t> some(rows.begin() + int64_t(i), rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
+        const std::vector<uint64_t> some(rows.begin() + int64_t(i),
+                                         rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
         transfer t(backend, shape.buft);
         const std::vector<int32_t> k_index = parts(some, true);
         const std::vector<int32_t> v_index = parts(some, false);
@@ -183,7 +184,8 @@ bool kvl_arena::write_keys(const std::vector<uint64_t> & rows, const float * k) 
                               shape.d_k);
     }
     for (size_t i = 0; !is_host() && i < rows.size(); i += STEP) {
-        const std::vector<uint64_t> some(rows.begin() + int64_t(i), rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
+        const std::vector<uint64_t> some(rows.begin() + int64_t(i),
+                                         rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
         transfer t(backend, shape.buft);
         const std::vector<int32_t> index = parts(some, true);
         ggml_tensor * x = t.values(k + i * shape.d_k, row_size, int64_t(index.size()));
@@ -203,6 +205,25 @@ bool kvl_arena::move(kvl_pool & pool, const std::vector<kvl_row_move> & moves) {
         pool.move_rows(moves);
         return true;
     }
+    return kernels ? move_by_kernel(pool, moves) : move_by_stock(moves);
+}
+
+bool kvl_arena::move_by_kernel(const kvl_pool & pool, const std::vector<kvl_row_move> & moves) {
+    std::vector<int32_t> items;
+    for (const kvl_row_move & m : moves) {
+        items.insert(items.end(), {int32_t(pool.base() / 16), int32_t(m.to), int32_t(m.from), int32_t(m.n)});
+    }
+    transfer t(backend, shape.buft);
+    ggml_tensor * list = t.index(items);
+    list = ggml_reshape_2d(t.ctx, list, 4, int64_t(moves.size()));
+    ggml_tensor * op = ggml_custom_inplace(t.ctx, pages, &list, 1, kernels->move, GGML_N_TASKS_MAX, nullptr);
+    const kvl_move_params params = {pool.k_row, pool.v_row, int32_t(shape.d_k), int32_t(shape.d_v)};
+    kvl_set_params(op, &params, sizeof(params));
+    t.want(op);
+    return t.run();
+}
+
+bool kvl_arena::move_by_stock(const std::vector<kvl_row_move> & moves) {
     std::vector<uint64_t> to, from;
     for (const kvl_row_move & m : moves) {
         for (uint32_t i = 0; i < m.n; i++) {
@@ -212,7 +233,8 @@ bool kvl_arena::move(kvl_pool & pool, const std::vector<kvl_row_move> & moves) {
     }
     for (size_t i = 0; i < to.size(); i += STEP) {
         const auto some = [&](const std::vector<uint64_t> & rows) {
-            return std::vector<uint64_t>(rows.begin() + int64_t(i), rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
+            return std::vector<uint64_t>(rows.begin() + int64_t(i),
+                                         rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
         };
         transfer t(backend, shape.buft);
         // all are read before the first is written: no slot is overwritten before it has moved, so this is the same

@@ -34,8 +34,8 @@ class kvl_arena {
     int32_t v_part(uint64_t row) const { return page_part(row) + int32_t(row % KVL_PAGE_SLOTS * v_parts); }
 
     // Slots of the f16 pool, by row: read as f32 k[n][d_k], v[n][d_v] (or NULL), their keys written. Slots of any pool:
-    // moved, as if one after the other; only f16 where the pages lie on an accelerator. There each of these is one graph
-    // with one transfer of row numbers, and one of values. False with the error set.
+    // moved, as if one after the other; only f16 where the pages lie on an accelerator. There each of these is one
+    // graph with one transfer of row numbers, and one of values. False with the error set.
     bool read(const std::vector<uint64_t> & rows, float * k, float * v);
     bool write_keys(const std::vector<uint64_t> & rows, const float * k);
     bool move(kvl_pool & pool, const std::vector<kvl_row_move> & moves);
@@ -59,6 +59,9 @@ class kvl_arena {
         return int32_t(row / KVL_PAGE_SLOTS * KVL_PAGE_SLOTS * (k_parts + v_parts));
     }
     std::vector<int32_t> parts(const std::vector<uint64_t> & rows, bool keys) const;
+    // on an accelerator
+    bool move_by_kernel(const kvl_pool & pool, const std::vector<kvl_row_move> & moves);
+    bool move_by_stock(const std::vector<kvl_row_move> & moves); // of the f16 pool
 
     ggml_context_ptr ctx;
     kvl_region mem;

@@ -53,10 +53,10 @@ struct kvl_layer {
     uint32_t n_head;
     uint32_t n_head_kv;
     kvl_arena * arena;
-    uint32_t first_head; // number of its first KV head among those of the arena
-    kvl_pool * pool = nullptr;         // of f16 pages
-    std::vector<kvl_pool *> pools;     // by format, nullptr: not asked for
-    ggml_tensor * queries = nullptr;   // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
+    uint32_t first_head;             // number of its first KV head among those of the arena
+    kvl_pool * pool = nullptr;       // of f16 pages
+    std::vector<kvl_pool *> pools;   // by format, nullptr: not asked for
+    ggml_tensor * queries = nullptr; // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
 
     // recorded when the graph is built: window scores must use the same
     float kq_scale = 0.0f;

@@ -1,10 +1,9 @@
 // Saving a sequence and restoring it, through llama_state_seq_*: its page tables, positions and pages as they are.
 //
-// Everything but the pages comes first and is checked before anything is changed. What the checks let through keeps the
-// invariants of kvl_head, whoever wrote it.
+// Everything but the pages comes first and is checked before anything is changed.
 
+#include "cache/saved.h"
 #include "llama-io.h"
-#include "cache/memory.h"
 
 #include <algorithm>
 #include <cmath>
@@ -47,6 +46,14 @@ struct kvl_state_head {
     throw std::runtime_error(what);
 }
 
+void check_finite(const float * x, size_t n) {
+    if (!std::all_of(x, x + n, [](float value) {
+            return std::isfinite(value);
+        })) {
+        refuse("the saved sequence is damaged: it holds values that are no numbers");
+    }
+}
+
 template <typename T> void write(llama_io_write_i & io, const T & x) {
     io.write(&x, sizeof(x));
 }
@@ -87,178 +94,6 @@ kvl_state_layer shape_of(const kvl_layer & layer) {
     return out;
 }
 
-// A page of a sequence: its entry in the page table, and its rank among the pages that the sequence has in that pool.
-struct kvl_state_page {
-    uint32_t * entry;
-    uint32_t rank;
-
-    uint32_t number() const { return kvl_head::page_number(*entry); }
-};
-
-struct kvl_state_pool {
-    kvl_pool * pool;
-    std::vector<kvl_state_page> pages;
-};
-
-// The pages of a sequence by pool, in an order that depends on the model only. Ranks are not set.
-std::vector<kvl_state_pool> pools_of(const llama_kv_paged & kv, kvl_sequence & seq) {
-    std::vector<kvl_state_pool> out;
-    for (size_t l = 0; l < kv.layers.size(); l++) {
-        const std::vector<kvl_pool *> & pools = kv.layers[l].pools;
-        auto first = std::find_if(out.begin(), out.end(), [&](const kvl_state_pool & p) {
-            return p.pool == pools[KVL_FORMAT_F16];
-        });
-        if (first == out.end()) {
-            const size_t at = out.size();
-            for (kvl_pool * pool : pools) {
-                out.push_back({pool, {}});
-            }
-            first = out.begin() + int64_t(at);
-        }
-        for (kvl_head & head : seq.heads[l]) {
-            for (uint32_t & entry : head.pages) {
-                first[kvl_head::page_format(entry)].pages.push_back({&entry, 0});
-            }
-        }
-    }
-    return out;
-}
-
-// Sorts them by where they lie and ranks them so: neighbours are written and read together.
-void rank(std::vector<kvl_state_pool> & pools) {
-    for (kvl_state_pool & p : pools) {
-        std::sort(p.pages.begin(), p.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
-            return a.number() < b.number();
-        });
-        for (size_t i = 0; i < p.pages.size(); i++) {
-            p.pages[i].rank = uint32_t(i);
-        }
-    }
-}
-
-// Whether the ranks, read from elsewhere, are each there once, and groups lie together.
-bool ranks_fit(std::vector<kvl_state_pool> & pools) {
-    for (kvl_state_pool & p : pools) {
-        for (size_t i = 0; p.pool && i < p.pages.size(); i += p.pool->n_together) {
-            for (uint32_t j = 0; j < p.pool->n_together; j++) { // pages of a group come one after the other
-                if (p.pages[i + j].rank != p.pages[i].rank + j || p.pages[i].rank % p.pool->n_together != 0) {
-                    return false;
-                }
-            }
-        }
-        std::sort(p.pages.begin(), p.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
-            return a.rank < b.rank;
-        });
-        for (size_t i = 0; i < p.pages.size(); i++) {
-            if (p.pages[i].rank != i) {
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
-// f(tensor, offset in it, bytes) for runs of neighbours, at most some MiB each; units are whole.
-template <typename F> void for_runs(const std::vector<kvl_state_pool> & pools, F && f) {
-    for (const kvl_state_pool & p : pools) {
-        for (size_t i = 0; i < p.pages.size();) {
-            const size_t first = i;
-            const size_t most = first + std::max<size_t>((size_t(4) << 20) / p.pool->unit_bytes(), 1) * p.pool->n_together;
-            while (i < std::min(most, p.pages.size()) && p.pages[i].number() == p.pages[first].number() + (i - first)) {
-                i++;
-            }
-            f(p.pool->pages, p.pool->base() + p.pages[first].number() * p.pool->page_bytes(),
-              (i - first) * p.pool->page_bytes());
-        }
-    }
-}
-
-// Which holes a page may have: none but at the end of its format, and in kivi any.
-bool holes_allowed(const kvl_head & head, uint32_t p) {
-    const uint32_t format = kvl_head::page_format(head.pages[p]);
-    if (format == KVL_FORMAT_KIVI) {
-        return true;
-    }
-    const uint32_t n = std::min(head.n() - p * KVL_PAGE_SLOTS, uint32_t(KVL_PAGE_SLOTS));
-    const auto begin = head.pos.begin() + p * KVL_PAGE_SLOTS;
-    const auto hole = std::find(begin, begin + n, kvl_head::HOLE);
-    const bool last = p + 1 == head.pages.size() || kvl_head::page_format(head.pages[p + 1]) != format;
-    const bool rest = std::all_of(hole, begin + n, [](llama_pos pos) {
-        return pos == kvl_head::HOLE;
-    });
-    return hole == begin + n || (last && format != KVL_FORMAT_F16 && hole != begin && rest);
-}
-
-void check_finite(const float * x, size_t n) {
-    if (!std::all_of(x, x + n, [](float value) {
-            return std::isfinite(value);
-        })) {
-        refuse("the saved sequence is damaged: it holds values that are no numbers");
-    }
-}
-
-// Empty, or what is wrong with a head that claims to have seen n_seen tokens; pages hold formats, not numbers.
-std::string fault_of(const kvl_layer & layer, kvl_head & head, llama_pos n_seen) {
-    if (head.pages.size() != (size_t(head.n()) + KVL_PAGE_SLOTS - 1) / KVL_PAGE_SLOTS) {
-        return "it has " + std::to_string(head.pages.size()) + " pages for " + std::to_string(head.n()) + " slots";
-    }
-    if (head.n() % KVL_PAGE_SLOTS != 0 && kvl_head::page_format(head.pages.back()) != KVL_FORMAT_F16) {
-        return "its last page is not f16, and not whole";
-    }
-    std::vector<uint32_t> n_pages(KVL_FORMAT_COUNT, 0);
-    for (size_t p = 0; p < head.pages.size(); p++) {
-        const uint32_t format = kvl_head::page_format(head.pages[p]);
-        if (format >= KVL_FORMAT_COUNT || !layer.pools[format]) {
-            return "page format " + std::to_string(format) + " is not one of this context's";
-        }
-        if (p > 0 && format > kvl_head::page_format(head.pages[p - 1])) {
-            return "its pages are not in the order of their formats";
-        }
-        n_pages[format]++;
-    }
-    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-        if (n_pages[f] > 0 && n_pages[f] % layer.pools[f]->n_together != 0) {
-            return "a group of kivi lacks a page";
-        }
-    }
-    std::vector<llama_pos> held;
-    for (const llama_pos pos : head.pos) {
-        if (pos < kvl_head::HOLE || pos >= n_seen) {
-            return "position " + std::to_string(pos) + " is not below " + std::to_string(n_seen);
-        }
-        if (pos != kvl_head::HOLE) {
-            held.push_back(pos);
-        }
-    }
-    head.n_holes = head.n() - uint32_t(held.size());
-    const auto f16 = head.pos.begin() + head.f16_begin();
-    std::sort(held.begin(), held.end());
-    if (!std::is_sorted(f16, head.pos.end()) || std::adjacent_find(held.begin(), held.end()) != held.end()) {
-        return "its positions are not in order";
-    }
-    for (uint32_t p = 0; p < head.pages.size(); p++) {
-        if ((head.live[p] & ~head.all_live(p)) != 0 || !holes_allowed(head, p)) {
-            return "page " + std::to_string(p) + " has holes where none can be";
-        }
-    }
-    const uint32_t together = n_pages[KVL_FORMAT_KIVI] > 0 ? layer.pools[KVL_FORMAT_KIVI]->n_together : 1;
-    for (uint32_t p = 0, n_held = 0; p < head.pages.size(); p++) {
-        n_held += head.in_page(p);
-        const bool kivi = kvl_head::page_format(head.pages[p]) == KVL_FORMAT_KIVI;
-        const uint32_t first = n_pages[KVL_FORMAT_TOKEN2]; // only these come before
-        if (kivi && (p - first + 1) % together == 0 && n_held == 0) {
-            return "a group of kivi holds nothing";
-        }
-        n_held = kivi && (p - first + 1) % together != 0 ? n_held : 0;
-    }
-    // rows for slots to come are seen
-    if (head.n() % KVL_PAGE_SLOTS != 0) {
-        head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS;
-    }
-    head.count_listed();
-    return "";
-}
-
 } // namespace
 
 void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -269,8 +104,8 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
         refuse("a paged cache is saved sequence by sequence, whole: use llama_state_seq_get_data without flags");
     }
     kvl_sequence seq = seqs[seq_id];
-    std::vector<kvl_state_pool> pools = pools_of(*this, seq);
-    rank(pools);
+    std::vector<kvl_state_pool> pools = kvl_pools_of(*this, seq);
+    kvl_rank(pools);
     std::map<const uint32_t *, uint32_t> ranks;
     for (const kvl_state_pool & p : pools) {
         for (const kvl_state_page & page : p.pages) {
@@ -361,18 +196,18 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
                 read(io, row, sizes.n_slots);
                 check_finite(row.data(), row.size());
             }
-            if (const std::string fault = fault_of(layers[l], head, seq.n_seen); !fault.empty()) {
+            if (const std::string fault = kvl_fault_of(layers[l], head, seq.n_seen); !fault.empty()) {
                 refuse("the saved sequence is damaged: a head of layer " + std::to_string(l) + " is wrong, " + fault);
             }
         }
     }
-    std::vector<kvl_state_pool> pools = pools_of(*this, seq);
+    std::vector<kvl_state_pool> pools = kvl_pools_of(*this, seq);
     for (kvl_state_pool & p : pools) {
         for (kvl_state_page & page : p.pages) {
             page.rank = page.number(); // until it has a number here
         }
     }
-    if (!ranks_fit(pools)) {
+    if (!kvl_ranks_fit(pools)) {
         refuse("the saved sequence is damaged: its pages are not in order");
     }
     truncate(seq_id, 0);

@@ -104,7 +104,8 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
                 out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
-                out.table_bytes += head.n() * (sizeof(llama_pos) + (has_mass() ? layers[l].group() : 0) * sizeof(float));
+                out.table_bytes +=
+                    head.n() * (sizeof(llama_pos) + (has_mass() ? layers[l].group() : 0) * sizeof(float));
             }
         }
     }

@@ -71,8 +71,8 @@ ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_pa
     const bool few = n_rows <= KVL_ATTN_FEW_ROWS;
     // enough parts for many threads, however many there are: the result does not depend on their number
     const int64_t n_split = few ? std::clamp<int64_t>(n_kv / 128, 1, std::max<int64_t>(1, 32 / (H * S))) : 1;
-    kvl_attn_params params = {in.table,   KVL_FORMAT_COUNT, int32_t(S), int32_t(H), int32_t(n_split),
-                              int32_t(n_kv), kq_scale, layer.soft_cap, int32_t(d_v), int32_t(in.shape.mass)};
+    kvl_attn_params params = {in.table,      KVL_FORMAT_COUNT, int32_t(S),     int32_t(H),   int32_t(n_split),
+                              int32_t(n_kv), kq_scale,         layer.soft_cap, int32_t(d_v), int32_t(in.shape.mass)};
     const auto op = [&](ggml_custom_op_t f, int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args) {
         ggml_tensor * t = ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), int(args.size()), f,
                                          GGML_N_TASKS_MAX, nullptr);
@@ -80,8 +80,7 @@ ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_pa
     };
     // what changes a tensor is in the graph though nothing depends on it
     const auto change = [&](ggml_custom_op_t f, ggml_tensor * target, std::vector<ggml_tensor *> args) {
-        ggml_tensor * t =
-            ggml_custom_inplace(ctx, target, args.data(), int(args.size()), f, GGML_N_TASKS_MAX, nullptr);
+        ggml_tensor * t = ggml_custom_inplace(ctx, target, args.data(), int(args.size()), f, GGML_N_TASKS_MAX, nullptr);
         ggml_build_forward_expand(g.gf, kvl_with_params(t, params));
     };
 

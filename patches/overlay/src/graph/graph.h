@@ -51,8 +51,8 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
     std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies;
 };
 
-// Attention of one layer; q [d_k, n_head, n_tokens], k and v [d, n_head_kv, n_tokens], contiguous, rotated if they are to
-// be. The new tokens are stored, and their queries remembered. [d_v, n_head, n_tokens]
+// Attention of one layer; q [d_k, n_head, n_tokens], k and v [d, n_head_kv, n_tokens], contiguous, rotated if they are
+// to be. The new tokens are stored, and their queries remembered. [d_v, n_head, n_tokens]
 ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t layer,
                               ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale);
 ggml_tensor * kvl_build_portable(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t layer,

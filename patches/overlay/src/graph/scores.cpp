@@ -21,7 +21,7 @@ struct runner {
 
     runner(const kvl_arena & arena, int n_threads, size_t n_nodes) {
         if (!arena.is_host()) {
-            backends.emplace_back(ggml_backend_dev_init(ggml_backend_buft_get_device(arena.shape.buft), nullptr));
+            backends.emplace_back(ggml_backend_dev_init(kvl_device_of(arena.shape.buft), nullptr));
         }
         ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
         backends.emplace_back(cpu);
