@@ -16,6 +16,7 @@ from kvlocal.native.formats import PAGE_SLOTS
 FEW_ROWS = 24
 """Rows (tokens x query heads of a group) up to which a stream's pages are split among threads, as in kvl-attn.h."""
 
+
 class AttnParams(ctypes.Structure):
     """Launch scalars of the operators, ``kvl_attn_params``."""
 
@@ -202,9 +203,7 @@ def _table(
     return pages, streams, np.array(listed, PAGE)
 
 
-def _by_stream(
-    mass: npt.NDArray[Any], streams: npt.NDArray[Any], listed: npt.NDArray[Any], group: int
-) -> list[Floats]:
+def _by_stream(mass: npt.NDArray[Any], streams: npt.NDArray[Any], listed: npt.NDArray[Any], group: int) -> list[Floats]:
     """``[group, n_slots]`` per stream, from pages of ``[group, slots]``."""
     out = []
     for stream in streams:

@@ -211,4 +211,3 @@ def test_a_selection_goes_with_its_slots(change: str, open_model: OpenModel, ope
     context.truncate(seq, n + 1)
     context.decode(tokens[:1], n + 1, seq)
     assert np.abs(context.logits()[0] - hidden).max() > 1e-3 * np.ptp(hidden), "now everything is seen"
-
