@@ -172,7 +172,8 @@ def _table(
     n_pages = [-(-len(k) // PAGE_SLOTS) for k in keys]
     order = np.random.default_rng(seed).permutation(sum(n_pages))
     pages = Pages(sum(n_pages), keys[0].shape[1], values[0].shape[1])
-    streams, listed = np.zeros(len(keys), STREAM), []
+    streams = np.zeros(len(keys), STREAM)
+    listed: list[tuple[int, int, int, int]] = []
     n_pairs = done = 0
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
         kinds = stored[i] if stored else [("f16", "f16")] * n_pages[i]
