@@ -17,7 +17,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find patches/overlay -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find patches/overlay tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # the pages of the commands, and the site in site/
 docs: $(STAMP)
