@@ -28,7 +28,6 @@ GGML = ROOT / "vendor" / "llama.cpp" / "ggml"
 REQUIREMENTS = Path(__file__).with_suffix(".txt")
 BUILD = ROOT / "build" / "check-devices"
 ARCHITECTURE = "90-real"
-METAL_HOOKED = ("ggml-metal.cpp", "ggml-metal-ops.cpp")
 LINES = 40
 """How much of a command's output is shown when it fails."""
 
@@ -44,6 +43,15 @@ def run(*command: str | Path) -> str:
         said = "\n".join((done.stdout + done.stderr).splitlines()[-LINES:])
         raise CheckFailed(f"{Path(command[0]).name} returned {done.returncode}:\n{said}")
     return done.stdout
+
+
+def get_hooked(backend: str) -> list[Path]:
+    """The files of a backend in which a patch has hunks."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "patches").glob("*.patch")))
+    names = re.findall(rf"^\+\+\+ b/ggml/src/({backend}/.+)$", text, re.MULTILINE)
+    if not names:
+        raise CheckFailed(f"no patch has hunks in {backend}")
+    return [GGML / "src" / name for name in names]
 
 
 def get_toolchain() -> Path:
@@ -105,11 +113,11 @@ def check_cuda() -> str:
             raise CheckFailed(f"{source.name} is {len(found)} times among the objects of ggml-cuda, expected once")
         return found[0]
 
-    hooked = [find(GGML / "src" / "ggml-cuda" / "ggml-cuda.cu")]
+    hooked = [find(path) for path in get_hooked("ggml-cuda")]
     ours = [find(path) for path in sorted((OVERLAY / "ggml-cuda").glob("*.cu"))]
     run(ninja, "-C", objects, *hooked, *ours)
     check_calls([objects / name for name in hooked], [objects / name for name in ours])
-    return f"ggml-cuda.cu with our hooks and {len(ours)} of our files compile for {ARCHITECTURE}"
+    return f"files with our hooks: {len(hooked)}, ours: {len(ours)}; they compile for {ARCHITECTURE}"
 
 
 def check_metal() -> str:
@@ -125,9 +133,9 @@ def check_metal() -> str:
             run(os.environ.get("CXX", "c++"), *flags, "-c", "-o", target, source)
             return target
 
-        hooked = [compile_file(metal / name) for name in METAL_HOOKED]
+        hooked = [compile_file(path) for path in get_hooked("ggml-metal")]
         check_calls(hooked, [compile_file(path) for path in ours])
-    return f"{' and '.join(METAL_HOOKED)} with our hooks and {len(ours)} of our files compile"
+    return f"files with our hooks: {len(hooked)}, ours: {len(ours)}; they compile"
 
 
 CHECKS: dict[str, Callable[[], str]] = {"metal": check_metal, "cuda": check_cuda}

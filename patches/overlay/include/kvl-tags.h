@@ -18,7 +18,7 @@ static_assert(sizeof(ggml_custom_op_params) <= KVL_PARAMS_AT, "launch scalars li
 // Defines the tag `function` of the operator `proc` on `device`, both strings. The body names them, as some linkers
 // give equal functions one address. It runs only if the scheduler gave the node to the CPU.
 #define KVL_DEFINE_TAG(function, device, proc)                                     \
-    static void function(ggml_tensor * dst, int, int, void *) {                    \
+    [[noreturn]] static void function(ggml_tensor * dst, int, int, void *) {       \
         GGML_ABORT("%s: " proc " of " device " cannot run on the CPU", dst->name); \
     }
 
