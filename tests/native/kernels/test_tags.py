@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders += [GGML / "include", GGML / "src", GGML / "src/ggml-metal"]
     lib = installed("lib")
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-o", target, *(f"-I{path}" for path in folders)]
+    if shutil.which("ld.gold"):
+        # a linker that gives equal functions one address, as MSVC's does: tags must differ
+        command += ["-ffunction-sections", "-fuse-ld=gold", "-Wl,--icf=all"]
     command += ["-x", "c++", *sources, "-x", "none", f"-L{lib}", "-lggml-base", f"-Wl,-rpath,{lib}"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
