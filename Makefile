@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find vendor/fetch.py vendor/CMakeLists.txt vendor/llama.cpp.lock patches -type f)
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs check-devices bench clean
 
 demo: $(STAMP)
 	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question-file demo/question.txt
@@ -17,12 +17,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find patches/overlay -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(find patches/overlay tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # the pages of the commands, and the site in site/
 docs: $(STAMP)
 	$(BIN)/python tools/reference.py
 	$(BIN)/mkdocs build --strict --quiet
+
+# our parts of backends whose hardware is not there, compiled; 840 MB of compilers once, in build/
+check-devices: $(STAMP)
+	$(BIN)/python tools/check_devices.py
 
 # an editable install: Python changes are live, native ones are rebuilt when a source is newer
 $(STAMP): pyproject.toml $(NATIVE)

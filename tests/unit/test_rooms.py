@@ -117,9 +117,10 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def sources() -> list[Path]:
-    """Every source file of ours in Python, C and C++."""
+    """Every source file of ours in Python, C, C++ and CUDA."""
     folders = ["kvlocal", "cli", "tests", "benchmarks", "tools", "patches/overlay"]
-    found = [path for folder in folders for path in (REPO / folder).rglob("*") if path.suffix in (".py", ".h", ".cpp")]
+    kinds = (".py", ".h", ".cpp", ".cu")
+    found = [path for folder in folders for path in (REPO / folder).rglob("*") if path.suffix in kinds]
     return sorted([*found, *(REPO / "vendor").glob("*.py")])
 
 
