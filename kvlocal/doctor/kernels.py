@@ -34,10 +34,14 @@ class MoveParams(ctypes.Structure):
 
 
 _MASS_SUM = 1
-_POOL_SHIFT = 27
+_POOL_SHIFT, POOL_ALIGNMENT = 27, 4096
 POOL = np.dtype([("rows", np.int32), ("base", np.uint32)])
 STREAM = np.dtype([*((n, np.int32) for n in ("n_slots", "first", "n_pages", "mean", "number", "window")), ("", "2i4")])
 PAGE = np.dtype([("entry", np.uint32), ("live", np.uint32), ("slot", np.int32), ("mass", np.int32)])
+
+
+def _aligned(pool: npt.NDArray[np.uint8]) -> int:
+    return -(-pool.size // POOL_ALIGNMENT) * POOL_ALIGNMENT
 
 
 class Pages:
@@ -76,13 +80,20 @@ class Pages:
         return [number << _POOL_SHIFT | (page + i) for i in range(together)]
 
     def data(self) -> npt.NDArray[np.int8]:
-        return np.concatenate([pool.ravel() for pool in self._pools]).view(np.int8)
+        out = np.full(sum(map(_aligned, self._pools)), 255, np.uint8)
+        for base, pool in zip(self.bases(), self._pools, strict=True):
+            out[base : base + pool.size] = pool.ravel()
+        return out.view(np.int8)
+
+    def bases(self) -> list[int]:
+        """Where the pools begin, bytes."""
+        return np.cumsum([0, *map(_aligned, self._pools[:-1])]).tolist()
 
     def refs(self) -> npt.NDArray[Any]:
         """The pools as the table names them."""
         out = np.zeros(len(self.kinds), POOL)
         out["rows"] = [ROWS.index(k) | ROWS.index(v) << 8 for k, v in self.kinds]
-        out["base"] = np.cumsum([0, *(pool.size // 16 for pool in self._pools[:-1])])
+        out["base"] = [base // POOL_ALIGNMENT for base in self.bases()]
         return out
 
 

@@ -32,8 +32,9 @@ extern "C" {
 // of heads on a device lie in one tensor, `pages`: i8 [bytes].
 struct kvl_pool_ref {
     int32_t rows;  // kvl_row of K, kvl_row of V << 8
-    uint32_t base; // where page 0 begins, in units of 16 bytes
+    uint32_t base; // where page 0 begins, in units of KVL_POOL_ALIGNMENT bytes
 };
+#define KVL_POOL_ALIGNMENT 4096
 
 // A stream is a (sequence s, KV head h) pair, number s*n_head_kv + h.
 struct kvl_stream_ref {
@@ -138,8 +139,8 @@ static inline const void * kvl_get_params(const struct ggml_tensor * op) {
 //     tokens (all, if they are fewer): number p goes to row window + (p - 1) % n_kv
 //
 // kvl_pages_move: pages, list i32 [4, n]; dst is a view of pages; kvl_move_params. An item is {base of the pool as in
-//     kvl_pool_ref, row to, row from, rows}; a row is KVL_PAGE_SLOTS * page + slot, and neither side of an item crosses
-//     a page. Items are done one after the other
+//     kvl_pool_ref, row to, row from, rows}; a row is KVL_PAGE_SLOTS * page + slot (unsigned), and neither side of an
+//     item crosses a page. Items are done one after the other
 
 // Rows up to which a stream's pages are split among threads.
 #define KVL_ATTN_FEW_ROWS 24

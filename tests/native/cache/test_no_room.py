@@ -109,3 +109,20 @@ def test_no_memory_is_an_error_everywhere(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     assert all("-3 out of memory" in line for line in lines), lines
+
+
+def test_pages_beyond_64_gib_of_address_space(open_model: OpenModel, open_context: OpenContext) -> None:
+    """A large context names pools that begin far behind the first one; only what is used is committed."""
+    model = open_model("llama", n_layer=2, n_head=8, n_head_kv=8, head_dim=256, n_ff=32)
+    logits = []
+    for n_ctx in (256, 1 << 20):
+        context = open_context(model, n_ctx=n_ctx, n_seq_max=5, n_batch=64, formats=("q8", "q4"))
+        cache = context.cache
+        assert cache is not None
+        assert n_ctx == 256 or context.stats().reserved_bytes > 64 << 30
+        context.decode(np.arange(3, 63), 0, 4)
+        cache.demote(4, 0, [np.arange(30)] * 8, "q8")
+        cache.demote(4, 1, [np.arange(30)] * 8, "q4")
+        context.decode([7], 60, 4)
+        logits.append(context.logits()[0])
+    np.testing.assert_array_equal(*logits)

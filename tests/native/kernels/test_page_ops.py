@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlocal.doctor.kernels import PAGE, STREAM, AttnParams, MoveParams, Pages
+from kvlocal.doctor.kernels import PAGE, POOL_ALIGNMENT, STREAM, AttnParams, MoveParams, Pages
 from kvlocal.doctor.operators import Graph
 from kvlocal.doctor.rows import ROWS, decode_rows, encode_rows
 from kvlocal.native.formats import PAGE_SLOTS
@@ -56,16 +56,17 @@ def test_append_stores_new_tokens_where_the_table_says(data: st.DataObject) -> N
     table = table_of(pages, streams, np.array(listed, PAGE))
     got = changed("kvl_pages_append", before, [k, v, table], params, draw(st.integers(1, 3)))
 
-    want = before.copy().view(np.uint8).reshape(sum(n_pages), -1)
+    want = before.copy().view(np.uint8)
+    stored = want[: sum(n_pages) * PAGE_SLOTS * 2 * (d_k + d_v)].reshape(sum(n_pages), -1)
     first = np.r_[0, np.cumsum(n_pages)[:-1]]
     for i, n in enumerate(past):
         for t in range(n_tokens):
             page, j = order[first[i] + (n + t) // PAGE_SLOTS], (n + t) % PAGE_SLOTS
             row = (i // n_heads * n_tokens + t, i % n_heads)
-            want[page, 2 * d_k * j : 2 * d_k * (j + 1)] = encode_rows("f16", k[row][None])[0]
+            stored[page, 2 * d_k * j : 2 * d_k * (j + 1)] = encode_rows("f16", k[row][None])[0]
             at = 2 * d_k * PAGE_SLOTS + 2 * d_v * j
-            want[page, at : at + 2 * d_v] = encode_rows("f16", v[row][None])[0]
-    np.testing.assert_array_equal(got.view(np.uint8), want.ravel())
+            stored[page, at : at + 2 * d_v] = encode_rows("f16", v[row][None])[0]
+    np.testing.assert_array_equal(got.view(np.uint8), want)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 8, 20])
@@ -108,7 +109,7 @@ def test_moves_go_one_after_the_other(pair: tuple[str, str]) -> None:
     for to, start, n in moves:
         source[to : to + n] = source[start : start + n].copy()
     sizes = [encode_rows(row, np.zeros((1, d))).shape[1] for row, d in zip(pair, (d_k, d_v), strict=True)]
-    at = 16 * base
+    at = POOL_ALIGNMENT * base
     for page in range(3):
         wanted = source[page * PAGE_SLOTS : (page + 1) * PAGE_SLOTS]
         for row, size, x in zip(pair, sizes, rows, strict=True):
@@ -116,5 +117,5 @@ def test_moves_go_one_after_the_other(pair: tuple[str, str]) -> None:
             np.testing.assert_array_equal(stored, encode_rows(row, x)[wanted])
             assert np.isfinite(decode_rows(row, stored)).all()
             at += PAGE_SLOTS * size
-    np.testing.assert_array_equal(got[: 16 * base], before[: 16 * base])
+    np.testing.assert_array_equal(got[: POOL_ALIGNMENT * base], before[: POOL_ALIGNMENT * base])
     np.testing.assert_array_equal(got[at:], before[at:])

@@ -71,9 +71,11 @@ extern "C" void kvl_pages_move(ggml_tensor * dst, int ith, int, void *) {
         const kvl_pool_ref ref = {p.k_row | p.v_row << 8, uint32_t(item[0])};
         const kvl::page_pool pool(static_cast<char *>(dst->data), ref, p.d_k, p.d_v);
         const auto move = [&](bool keys, int64_t bytes) {
-            const auto at = [&](int32_t row) {
-                const kvl::page_rows rows = keys ? pool.keys(row / kvl::PAGE) : pool.values(row / kvl::PAGE);
-                return const_cast<char *>(rows.data) + (rows.first + row % kvl::PAGE) * bytes;
+            const auto at = [&](int32_t item_row) {
+                const uint32_t row = uint32_t(item_row);
+                const int page = int(row / kvl::PAGE);
+                const kvl::page_rows rows = keys ? pool.keys(page) : pool.values(page);
+                return const_cast<char *>(rows.data) + (rows.first + int(row % kvl::PAGE)) * bytes;
             };
             memmove(at(item[1]), at(item[2]), size_t(item[3]) * size_t(bytes));
         };

@@ -60,7 +60,7 @@ struct page_pool {
     page_pool(char * pages, kvl_pool_ref ref, int d_k, int d_v)
         : k_row(kvl_row(ref.rows & 255)), v_row(kvl_row(ref.rows >> 8)), d_k(d_k), d_v(d_v),
           n_together(std::max(kvl_row_slots(k_row) / PAGE, 1)), k_bytes(int64_t(kvl_row_bytes(k_row, d_k))),
-          v_bytes(int64_t(kvl_row_bytes(v_row, d_v))), base(pages + int64_t(ref.base) * 16) {}
+          v_bytes(int64_t(kvl_row_bytes(v_row, d_v))), base(pages + int64_t(ref.base) * KVL_POOL_ALIGNMENT) {}
 
     char * unit(int page) const { return base + page / n_together * (n_together * PAGE * (k_bytes + v_bytes)); }
     page_rows keys(int page) const { return {k_row, d_k, page % n_together * PAGE, unit(page)}; }

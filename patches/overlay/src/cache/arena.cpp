@@ -18,7 +18,7 @@ static size_t place_pools(const std::vector<std::unique_ptr<kvl_pool>> & pools,
     for (const auto & pool : pools) {
         if (pool) {
             f(*pool, end);
-            end += GGML_PAD(pool->reserved_bytes(), kvl_pool::ALIGNMENT);
+            end += GGML_PAD(pool->reserved_bytes(), KVL_POOL_ALIGNMENT);
         }
     }
     return end;
@@ -60,6 +60,13 @@ kvl_arena::kvl_arena(const kvl_shape & shape, uint32_t n_seqs, std::vector<std::
     });
 }
 
+ggml_backend_t kvl_arena::device_backend() {
+    if (!backend) {
+        backend.reset(ggml_backend_dev_init(kvl_device_of(shape.buft), nullptr));
+    }
+    return backend.get();
+}
+
 std::vector<int32_t> kvl_arena::parts(const std::vector<uint64_t> & rows, bool keys) const {
     std::vector<int32_t> out;
     out.reserve(rows.size() * (keys ? k_parts : v_parts));
@@ -76,10 +83,7 @@ namespace {
 // A small graph of stock operators on a device.
 class transfer {
   public:
-    transfer(ggml_backend_ptr & backend, ggml_backend_buffer_type_t buft) : backend(backend) {
-        if (!backend) {
-            backend.reset(ggml_backend_dev_init(kvl_device_of(buft), nullptr));
-        }
+    explicit transfer(ggml_backend_t backend) : backend(backend) {
         constexpr size_t n_nodes = 16;
         ggml_init_params params = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
                                    nullptr, true};
@@ -107,7 +111,7 @@ class transfer {
             kvl_set_error("cannot create a backend of the device that holds the KV cache");
             return false;
         }
-        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
+        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx, backend));
         if (!buffer) {
             kvl_set_error("the device that holds the KV cache has no memory for moving slots");
             return false;
@@ -115,7 +119,7 @@ class transfer {
         for (const auto & [t, data] : inputs) {
             ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
         }
-        if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
+        if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
             kvl_set_error("the device that holds the KV cache failed to move slots");
             return false;
         }
@@ -125,7 +129,7 @@ class transfer {
     ggml_context * ctx = nullptr;
 
   private:
-    ggml_backend_ptr & backend;
+    ggml_backend_t backend;
     ggml_context_ptr owner;
     ggml_cgraph * graph = nullptr;
     ggml_backend_buffer_ptr buffer;
@@ -154,7 +158,7 @@ bool kvl_arena::read(const std::vector<uint64_t> & rows, float * k, float * v) {
     for (size_t i = 0; !is_host() && i < rows.size(); i += STEP) {
         const std::vector<uint64_t> some(rows.begin() + int64_t(i),
                                          rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
-        transfer t(backend, shape.buft);
+        transfer t(device_backend());
         const std::vector<int32_t> k_index = parts(some, true);
         const std::vector<int32_t> v_index = parts(some, false);
         ggml_tensor * keys = k ? ggml_get_rows(t.ctx, k_rows, t.index(k_index)) : nullptr;
@@ -186,7 +190,7 @@ bool kvl_arena::write_keys(const std::vector<uint64_t> & rows, const float * k) 
     for (size_t i = 0; !is_host() && i < rows.size(); i += STEP) {
         const std::vector<uint64_t> some(rows.begin() + int64_t(i),
                                          rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
-        transfer t(backend, shape.buft);
+        transfer t(device_backend());
         const std::vector<int32_t> index = parts(some, true);
         ggml_tensor * x = t.values(k + i * shape.d_k, row_size, int64_t(index.size()));
         t.want(ggml_set_rows(t.ctx, k_rows, x, t.index(index)));
@@ -211,9 +215,9 @@ bool kvl_arena::move(kvl_pool & pool, const std::vector<kvl_row_move> & moves) {
 bool kvl_arena::move_by_kernel(const kvl_pool & pool, const std::vector<kvl_row_move> & moves) {
     std::vector<int32_t> items;
     for (const kvl_row_move & m : moves) {
-        items.insert(items.end(), {int32_t(pool.base() / 16), int32_t(m.to), int32_t(m.from), int32_t(m.n)});
+        items.insert(items.end(), {int32_t(pool.base_ref()), int32_t(m.to), int32_t(m.from), int32_t(m.n)});
     }
-    transfer t(backend, shape.buft);
+    transfer t(device_backend());
     ggml_tensor * list = t.index(items);
     list = ggml_reshape_2d(t.ctx, list, 4, int64_t(moves.size()));
     ggml_tensor * op = ggml_custom_inplace(t.ctx, pages, &list, 1, kernels->move, GGML_N_TASKS_MAX, nullptr);
@@ -236,7 +240,7 @@ bool kvl_arena::move_by_stock(const std::vector<kvl_row_move> & moves) {
             return std::vector<uint64_t>(rows.begin() + int64_t(i),
                                          rows.begin() + int64_t(std::min(rows.size(), i + STEP)));
         };
-        transfer t(backend, shape.buft);
+        transfer t(device_backend());
         // all are read before the first is written: no slot is overwritten before it has moved, so this is the same
         std::vector<int32_t> index[4];
         for (const bool keys : {true, false}) {

@@ -26,6 +26,9 @@ class kvl_arena {
 
     bool is_host() const { return mem.is_host(); }
 
+    // of the device of the pages, for work outside the model's graph: made once, nullptr if it cannot be
+    ggml_backend_t device_backend();
+
     // row of a key mean
     uint32_t mean_row(uint32_t seq, uint32_t head) const { return seq * shape.n_heads + head; }
 
@@ -66,5 +69,5 @@ class kvl_arena {
     ggml_context_ptr ctx;
     kvl_region mem;
     kvl_region mean_mem;
-    ggml_backend_ptr backend; // of the device, for transfers: made once
+    ggml_backend_ptr backend;
 };

@@ -91,7 +91,8 @@ kvl_rebuilt llama_kv_paged::compacted(const kvl_layer & layer, const kvl_head & 
             if (page_moves(g, slots, q)) {
                 if (pool.shared(page)) {
                     work.gone.emplace_back(&pool, page);
-                    page = pool.take();
+                    work.taken.emplace_back(&pool, page); // what may throw comes before what is taken
+                    page = work.taken.back().second = pool.take();
                 }
                 const size_t end = std::min(g.n, size_t(q + 1) * KVL_PAGE_SLOTS);
                 for (size_t i = size_t(q) * KVL_PAGE_SLOTS; i < end;) {
@@ -122,13 +123,14 @@ kvl_rebuilt llama_kv_paged::compacted(const kvl_layer & layer, const kvl_head & 
     return out;
 }
 
-void llama_kv_paged::carry_out(const kvl_layer & layer, const kvl_compaction & work) {
+void llama_kv_paged::carry_out(const kvl_layer & layer, kvl_compaction & work) {
     note_peak();
     for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
         if (layer.pools[f] && !layer.arena->move(*layer.pools[f], work.moves[f])) {
             throw std::runtime_error(kvl_last_error());
         }
     }
+    work.taken.clear();
     for (const auto & [pool, page] : work.gone) {
         pool->drop(page);
     }

@@ -79,14 +79,17 @@ bool llama_kv_paged::select(llama_seq_id seq_id, uint32_t layer_id, const int32_
     if (n_select && !check_slots(seq_id, layer_id, n_select, slots, true)) {
         return false;
     }
+    std::vector<std::vector<uint32_t>> chosen;
+    for (const kvl_head & head : seqs[seq_id].heads[layer_id]) {
+        if (n_select) {
+            const int32_t n = n_select[chosen.size()];
+            chosen.push_back(inner_slots(head, slots, n));
+            slots += n;
+        }
+    }
     for (uint32_t h = 0; h < layers[layer_id].n_head_kv; h++) {
         kvl_head & head = seqs[seq_id].heads[layer_id][h];
-        if (!n_select) {
-            head.see_all();
-            continue;
-        }
-        head.see(inner_slots(head, slots, n_select[h]));
-        slots += n_select[h];
+        n_select ? head.see(chosen[h]) : head.see_all();
     }
     return true;
 }

@@ -74,8 +74,10 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
     for (const kvl_shape & s : shapes) {
         // one page per head beyond the context: an unshared tail
         const uint64_t n_pages = uint64_t(s.n_heads) * seqs.size() * (kvl_pages_for(n_ctx) + 1);
+        const bool kernels = !params.portable && kvl_find_kernels(kvl_device_of(s.buft));
         const uint64_t n_parts = n_pages * KVL_PAGE_SLOTS * (s.d_k + s.d_v) / std::gcd(s.d_k, s.d_v);
-        if (n_parts > INT32_MAX || n_pages > KVL_PAGE_NUMBER) {
+        // stock operators count parts of slots, the kernels pages
+        if (n_pages > KVL_PAGE_NUMBER || (!kernels && n_parts > INT32_MAX)) {
             throw std::runtime_error("a context of " + std::to_string(n_ctx) + " tokens x " +
                                      std::to_string(seqs.size()) +
                                      " sequences needs more slots than an index can address; use a smaller -c");

@@ -30,10 +30,20 @@ struct kvl_rebuilt {
     std::vector<int32_t> from;
 };
 
-// What is left to do when heads have been compacted: slots to move, by format, and pages to drop then.
+// What is left to do when heads have been compacted: slots to move, by format, and pages to drop then. Pages that were
+// taken for it go back unless it is done.
 struct kvl_compaction {
     std::vector<std::vector<kvl_row_move>> moves = std::vector<std::vector<kvl_row_move>>(KVL_FORMAT_COUNT);
-    std::vector<std::pair<kvl_pool *, uint32_t>> gone;
+    std::vector<std::pair<kvl_pool *, uint32_t>> gone, taken;
+
+    kvl_compaction() = default;
+    kvl_compaction(const kvl_compaction &) = delete;
+    kvl_compaction & operator=(const kvl_compaction &) = delete;
+    ~kvl_compaction() {
+        for (const auto & [pool, page] : taken) {
+            pool->drop(page);
+        }
+    }
 };
 
 // pages that so many slots take
@@ -200,7 +210,7 @@ class llama_kv_paged : public llama_memory_i {
     kvl_rebuilt compacted(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
                           kvl_compaction & work) const;
     // what compacted() has left to do in a layer; throws when a device fails
-    void carry_out(const kvl_layer & layer, const kvl_compaction & work);
+    void carry_out(const kvl_layer & layer, kvl_compaction & work);
     // the head as rebuilt: positions, what is seen and mass go with the slots
     void rebuild(const kvl_layer & layer, kvl_head & head, kvl_rebuilt && rebuilt);
     // keep these slots of every head of a layer, ascending, each in its format

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cache/region.h"
-#include "kvl-format.h"
+#include "kvl-attn.h"
 #include "kvl.h"
 
 #include <cstdint>
@@ -18,11 +18,11 @@ struct kvl_row_move {
 class kvl_pool {
   public:
     static constexpr uint32_t NONE = UINT32_MAX;
-    static constexpr size_t ALIGNMENT = 4096; // of where a pool begins; one system page, so that pools share none
 
     kvl_pool(uint32_t d_k, uint32_t d_v, uint32_t n_pages, kvl_row k_row, kvl_row v_row);
 
-    // where its pages lie: in `tensor`, which lies at the beginning of `mem`, from byte `at` on
+    // where its pages lie: in `tensor`, which lies at the beginning of `mem`, from byte `at` on, a multiple of
+    // KVL_POOL_ALIGNMENT
     void place(kvl_region & mem, ggml_tensor * tensor, size_t at);
 
     // n_together lowest free pages with one owner, by the first of them; NONE when the pool is exhausted
@@ -55,6 +55,8 @@ class kvl_pool {
 
     // bytes from the beginning of the tensor
     size_t base() const { return begin; }
+    // as kvl-attn.h has it
+    uint32_t base_ref() const { return uint32_t(begin / KVL_POOL_ALIGNMENT); }
     size_t unit_at(uint32_t page) const { return begin + page / n_together * unit_bytes(); }
     size_t k_at(uint64_t row) const { return unit_of(row) + row % unit_slots() * k_bytes; }
     size_t v_at(uint64_t row) const { return unit_of(row) + unit_slots() * k_bytes + row % unit_slots() * v_bytes; }

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 kvl_pool_ref kvl_ref_of(const kvl_pool * pool) {
-    return pool ? kvl_pool_ref{pool->k_row | pool->v_row << 8, uint32_t(pool->base() / 16)} : kvl_pool_ref{};
+    return pool ? kvl_pool_ref{pool->k_row | pool->v_row << 8, pool->base_ref()} : kvl_pool_ref{};
 }
 
 // Writes the pages of a head, those of which attention sees a slot, or all; returns where the next ones go.

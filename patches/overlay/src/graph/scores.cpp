@@ -14,30 +14,20 @@
 
 namespace {
 
-// The backends a graph over this layer's pages needs: their device and the CPU.
-struct runner {
-    std::vector<ggml_backend_ptr> backends;
-    ggml_backend_sched_ptr sched;
-
-    runner(const kvl_arena & arena, int n_threads, size_t n_nodes) {
-        if (!arena.is_host()) {
-            backends.emplace_back(ggml_backend_dev_init(kvl_device_of(arena.shape.buft), nullptr));
-        }
-        ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
-        backends.emplace_back(cpu);
-        if (cpu) {
-            kvl_set_threads(cpu, n_threads);
-        }
-        std::vector<ggml_backend_t> raw;
-        for (const auto & backend : backends) {
-            if (!backend) {
-                return;
-            }
-            raw.push_back(backend.get());
-        }
-        sched.reset(ggml_backend_sched_new(raw.data(), nullptr, int(raw.size()), n_nodes, false, true));
+// A scheduler over the backends that a graph over this layer's pages needs: their device and the CPU. nullptr: there is
+// none.
+ggml_backend_sched_ptr make_scheduler(llama_kv_paged & kv, kvl_arena & arena, int n_threads, size_t n_nodes) {
+    std::vector<ggml_backend_t> backends;
+    if (!arena.is_host()) {
+        backends.push_back(arena.device_backend());
     }
-};
+    backends.push_back(kv.host_backend(n_threads));
+    if (std::find(backends.begin(), backends.end(), nullptr) != backends.end()) {
+        return nullptr;
+    }
+    return ggml_backend_sched_ptr(
+        ggml_backend_sched_new(backends.data(), nullptr, int(backends.size()), n_nodes, false, true));
+}
 
 struct chunk {
     uint32_t h0, n_heads; // KV heads
@@ -77,8 +67,8 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     const int64_t H = c.n_heads;
 
     constexpr size_t n_nodes = 64;
-    runner run(*layer.arena, n_threads, n_nodes);
-    if (!run.sched) {
+    const ggml_backend_sched_ptr sched = make_scheduler(kv, *layer.arena, n_threads, n_nodes);
+    if (!sched) {
         kvl_set_error("cannot create the backend for window scores");
         return KVL_ERR_COMPUTE;
     }
@@ -116,7 +106,7 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_set_output(mass);
     ggml_build_forward_expand(gf, mass);
 
-    if (!ggml_backend_sched_alloc_graph(run.sched.get(), gf)) {
+    if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
         kvl_set_error("no memory for window scores over " + std::to_string(n) + " slots");
         return KVL_ERR_MEMORY;
     }
@@ -143,7 +133,7 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_backend_tensor_set(mask, mask_data.data(), 0, ggml_nbytes(mask));
     ggml_backend_tensor_set(mean, mean_data.data(), 0, ggml_nbytes(mean));
 
-    if (ggml_backend_sched_graph_compute(run.sched.get(), gf) != GGML_STATUS_SUCCESS) {
+    if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
         kvl_set_error("the graph of the window scores failed in layer " + std::to_string(layer.il));
         return KVL_ERR_COMPUTE;
     }
