@@ -21,7 +21,7 @@ from kvlocal_cli.render.controls import plain, plain_json
 
 _NAMES = (
     *("n_ctx", "budget", "storage", "storage_tail", "prefill", "chunk", "guide", "evict_every"),
-    *("n_batch", "n_ubatch", "n_threads", "n_gpu_layers"),
+    *("n_batch", "n_ubatch", "n_threads", "n_gpu_layers", "kernels"),
 )
 """The settings that a suggested command line repeats, in its order."""
 
