@@ -61,7 +61,7 @@ class Placement:
     kernels: KernelState
 
 
-def tested_on(backend: str, vectors: str) -> HardwareTest | None:
+def hardware_test(backend: str, vectors: str) -> HardwareTest | None:
     """On which hardware the page kernels of a backend were tested; ``vectors``: see :func:`vector_code`."""
     return TESTED[named] if (named := f"{backend} with {vectors}") in TESTED else TESTED.get(backend)
 
@@ -69,7 +69,7 @@ def tested_on(backend: str, vectors: str) -> HardwareTest | None:
 def kernel_state(backend: str, vectors: str, has_kernels: bool) -> KernelState:
     if not has_kernels:
         return "portable path"
-    return "tested on hardware" if tested_on(backend, vectors) else "emulated only"
+    return "tested on hardware" if hardware_test(backend, vectors) else "emulated only"
 
 
 def read_system_info(text: str) -> dict[str, dict[str, str]]:
@@ -125,7 +125,7 @@ def list_devices() -> list[Device]:
                 free_bytes=free.value,
                 total_bytes=total.value,
                 kernels=kernel_state(backend, vectors, has_kernels),
-                tested=tested_on(backend, vectors) if has_kernels else None,
+                tested=hardware_test(backend, vectors) if has_kernels else None,
             )
         )
     return out

@@ -18,7 +18,7 @@ from kvlocal.doctor.installation import Library
 from kvlocal.doctor.report import Cpu, Memory, ModelInfo, Place, Report
 from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError, UsageError
-from kvlocal.native.devices import Device, Placement, HardwareTest
+from kvlocal.native.devices import Device, HardwareTest, Placement
 from kvlocal.native.spinning import Spinning
 
 GIB = 2**30
@@ -48,7 +48,16 @@ REPORT = Report(
         ["AVX512"],
     ),
     devices=[
-        Device("CPU", "Fast Chip 9", "cpu", "CPU", GIB, GIB, "tested on hardware", HardwareTest("2026-01-31", "Fast Chip 8")),
+        Device(
+            "CPU",
+            "Fast Chip 9",
+            "cpu",
+            "CPU",
+            GIB,
+            GIB,
+            "tested on hardware",
+            HardwareTest("2026-01-31", "Fast Chip 8"),
+        ),
         Device("CUDA0", "Big GPU", "gpu", "CUDA", 6 * GIB, 8 * GIB, "portable path"),
     ],
     memory=Memory(16 * GIB, 12 * GIB, 0, 0),

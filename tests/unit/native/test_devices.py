@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvlocal.native import devices
 from kvlocal.native.cache import Layer
 from kvlocal.native.devices import (
+    TESTED,
     Device,
+    HardwareTest,
     KernelState,
     Placement,
-    HardwareTest,
     kernel_state,
     placements,
     read_system_info,
-    tested_on,
+    hardware_test,
     vector_code,
 )
 
@@ -43,7 +46,10 @@ def test_the_state_follows_from_the_kernels_and_the_table(
     card = HardwareTest("2026-01-31", "Card 7")
     monkeypatch.setattr(devices, "TESTED", {"Card": card, "Card with NEON": None, "Other": None})
     assert kernel_state(backend, vectors, has_kernels) == state
-    assert tested_on("Card", "AVX2") == card and tested_on("Card", "NEON") is tested_on("Unheard", "AVX2") is None
+    assert (
+        hardware_test("Card", "AVX2") == card
+        and hardware_test("Card", "NEON") is hardware_test("Unheard", "AVX2") is None
+    )
 
 
 def test_layers_are_counted_by_the_device_of_their_pages() -> None:
@@ -72,3 +78,9 @@ def test_the_vector_code_of_the_kernels() -> None:
     assert vector_code({"AVX2": "1", "FMA": "1", "F16C": "1"}) == "AVX2"
     assert vector_code({"AVX2": "1", "FMA": "1"}) == "plain loops"
     assert vector_code({"NEON": "1"}) == "NEON"
+
+
+def test_the_table_of_the_docs_names_what_was_tested_on() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "install.md").read_text("utf-8")
+    shown = {row.split(" | ")[2].strip(" |") for row in text.splitlines() if row.startswith("| the CPU, ")}
+    assert shown == {f"tested on hardware: {on.card}, {on.date}" if on else "emulated only" for on in TESTED.values()}
