@@ -14,10 +14,10 @@ from kvlocal.native.devices import (
     HardwareTest,
     KernelState,
     Placement,
+    hardware_test,
     kernel_state,
     placements,
     read_system_info,
-    hardware_test,
     vector_code,
 )
 
