@@ -13,7 +13,9 @@ from contexts import OpenContext, OpenModel
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
 from kvlocal.errors import UsageError
+from kvlocal.eval.stage import Stage, StageConfig
 from kvlocal.measure.plan import Planner
+from kvlocal.measure.variants import expand
 from kvlocal.native.devices import Placement, list_devices
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
@@ -73,3 +75,11 @@ def test_a_plan_says_what_reads_the_pages(kernels: Any, path: Path) -> None:
     assert stock.need.pages == [], "llama.cpp's own cache has none"
     stored = {name for name, n_ctx in plan.max_context.items() if n_ctx}
     assert stored == (set(STORAGES) if kernels == "auto" else {"f16"})
+
+
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+def test_an_evaluation_reads_its_texts_with_them(kernels: Any, open_model: OpenModel) -> None:
+    config = StageConfig(n_ctx=256, parallel=1, n_threads=1, kernels=kernels)
+    with Stage(open_model("llama"), expand(["snapkv"], {}, ["50%"]), config) as stage:
+        assert stage.context.cache is not None
+        assert {layer.kernels for layer in stage.context.cache.layers} == {kernels == "auto"}
