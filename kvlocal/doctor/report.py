@@ -322,7 +322,8 @@ def _judge_model(model: ModelInfo, warnings: list[str], *, portable: bool) -> No
                 "operators, the ladder stores all in f16, and what needs the kernels is refused: every --kv but f16, "
                 "policies that accumulate attention."
             )
-        elif place.kernels == "emulated only":
+        # those of the CPU were compared on this very one
+        elif place.kernels == "emulated only" and place.device != "CPU":
             warnings.append(
                 f"{some}, whose page kernels were tested under emulation only; --kernels portable goes without them."
             )

@@ -161,6 +161,8 @@ def test_kernels_that_ran_under_emulation_only_are_a_warning(fake: Fake) -> None
         "16 of 16 layers keep their pages on Vulkan0, whose page kernels were tested under emulation only; "
         "--kernels portable goes without them."
     ]
+    fake.model = replace(MODEL, pages=[Placement("CPU", 16, "emulated only")])
+    assert examine(Path("m.gguf")).warnings == [], "the self-test ran them"
 
 
 def test_a_model_that_cannot_be_paged_is_a_warning_and_one_that_cannot_be_read_a_failure(fake: Fake) -> None:
