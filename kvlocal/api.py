@@ -60,6 +60,7 @@ def load(
     n_ubatch: int = settings.N_UBATCH.default,
     n_threads: int = settings.N_THREADS.default,
     n_gpu_layers: int = settings.N_GPU_LAYERS.default,
+    kernels: Literal["auto", "portable"] = settings.KERNELS.default,
     prefill: Literal["exact", "chunked"] = settings.PREFILL.default,
     chunk: int = settings.CHUNK.default,
     guide: int = settings.GUIDE.default,
@@ -74,12 +75,9 @@ def load(
             ``ada-snapkv``.
         budget: how much is kept: tokens per head (1024, "1024"), a share ("25%") or bytes ("512MiB").
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
-    # last, so that nobody waits for a download to learn of a typing error
-    path = resolve_model(None if model is None else os.fspath(model), progress=on_download)
-    engine = Engine(replace(config, model=path))
-    for note in engine.notes:
-        warnings.warn(note, stacklevel=2)
-    return LLM(engine)
+        kv_tail: latest tokens that ``kv`` leaves in f16.
+        n_ctx, n_batch, n_ubatch, n_threads, n_gpu_layers, kernels: as of
+            :class:`kvlocal.engine.config.EngineConfig`.
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
         on_download: called with bytes done, bytes in all, and a name.
 
@@ -111,6 +109,7 @@ def load(
         n_ubatch=n_ubatch,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
+        kernels=kernels,
         prefill=prefill,
         chunk=chunk,
         guide=guide,

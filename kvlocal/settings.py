@@ -228,6 +228,15 @@ N_UBATCH = Whole(
 )
 N_THREADS = Whole("n_threads", ("-t", "--threads"), "Model", 0, "CPU threads; 0: physical cores.", high=MAX_THREADS)
 N_GPU_LAYERS = Whole("n_gpu_layers", ("-ngl", "--n-gpu-layers"), "Model", 0, "Layers on the GPU.")
+KERNELS = Choice(
+    "kernels",
+    ("--kernels",),
+    "Model",
+    "auto",
+    "auto: page kernels, where the device that a layer's pages lie on has them, else stock operators; portable: stock "
+    "operators everywhere, as a reference.",
+    choices=("auto", "portable"),
+)
 
 POLICY = Setting(
     "policy",
@@ -367,7 +376,7 @@ RAW = Flag(
 SYSTEM = Setting("system", ("-sys", "--system-prompt"), "Prompt", None, "System prompt.", "TEXT", taker="answer")
 
 SETTINGS: tuple[Setting, ...] = (
-    *(MODEL, HF, N_CTX, N_BATCH, N_UBATCH, N_THREADS, N_GPU_LAYERS),
+    *(MODEL, HF, N_CTX, N_BATCH, N_UBATCH, N_THREADS, N_GPU_LAYERS, KERNELS),
     *(POLICY, POLICY_ARGS, BUDGET, KV, KV_TAIL, KV_SINK, KV_WINDOW, PREFILL, CHUNK, GUIDE, EVICT_EVERY),
     *(TEMP, TOP_K, TOP_P, MIN_P, REPEAT_PENALTY, SEED, IGNORE_EOS),
     *(N_PREDICT, RAW, SYSTEM),

@@ -1,23 +1,21 @@
-"""The installed native library: its files, what it was built for, whether it is ours, and its devices."""
+"""The installed native library: its files, what it was built for, and whether it is ours."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from kvlocal.errors import KVError
 from kvlocal.native import library
+from kvlocal.native.devices import read_system_info, vector_code
 from kvlocal.native.spinning import Spinning
 
-_DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # ggml_backend_dev_type
 _PROBE_SECONDS = 60
 
 
@@ -43,18 +41,6 @@ class Library:
     kernels: str | None = None
     spinning: Spinning | None = None
     system_info: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Device:
-    """One of ggml's devices; ``kind``: cpu, gpu, igpu, accel or meta."""
-
-    name: str
-    description: str
-    kind: str
-    backend: str
-    free_bytes: int
-    total_bytes: int
 
 
 def find_library() -> tuple[Library, str]:
@@ -123,56 +109,3 @@ def _mapped() -> list[str]:
     paths = {entry.path for entry in process.memory_maps()}
     names = ("libllama.", "libggml")
     return sorted(path for path in paths if Path(path).name.startswith(names) and Path(path).suffix != ".gguf")
-
-
-def read_system_info(text: str) -> dict[str, dict[str, str]]:
-    """``CPU : AVX = 1 | FMA = 1 | CUDA : ARCHS = 900 |`` as names and values per backend."""
-    out: dict[str, dict[str, str]] = {}
-    backend = ""
-    for item in text.split(" | "):
-        head, colon, rest = item.partition(" : ")
-        if colon:
-            backend, item = head.strip(), rest
-        name, equals, value = item.partition(" = ")
-        if equals:
-            out.setdefault(backend, {})[name.strip()] = value.strip()
-    return out
-
-
-def vector_code(build: dict[str, str]) -> str:
-    """Which of their vector types the page kernels were compiled to (kvl-simd.h)."""
-    if "AVX512" in build:
-        return "AVX-512"
-    if {"AVX2", "FMA", "F16C"} <= build.keys():
-        return "AVX2"
-    return "NEON" if "NEON" in build else "plain loops"
-
-
-def list_devices() -> list[Device]:
-    """The devices that ggml can compute on; the library must load."""
-    registry, base = library.open_library("ggml"), library.open_library("ggml-base")
-    count, get = registry.ggml_backend_dev_count, registry.ggml_backend_dev_get
-    count.restype, get.restype, get.argtypes = ctypes.c_size_t, ctypes.c_void_p, [ctypes.c_size_t]
-
-    def ask(name: str, kind: Any, *args: Any) -> Any:
-        function = getattr(base, name)
-        function.restype, function.argtypes = kind, [ctypes.c_void_p, *([ctypes.c_void_p] * (len(args) - 1))]
-        return function(*args)
-
-    out = []
-    for i in range(count()):
-        device, free, total = get(i), ctypes.c_size_t(), ctypes.c_size_t()
-        ask("ggml_backend_dev_memory", None, device, ctypes.byref(free), ctypes.byref(total))
-        kind = ask("ggml_backend_dev_type", ctypes.c_int, device)
-        backend = ask("ggml_backend_dev_backend_reg", ctypes.c_void_p, device)
-        out.append(
-            Device(
-                name=ask("ggml_backend_dev_name", ctypes.c_char_p, device).decode("utf-8", "replace"),
-                description=ask("ggml_backend_dev_description", ctypes.c_char_p, device).decode("utf-8", "replace"),
-                kind=_DEVICE_KINDS[kind] if kind < len(_DEVICE_KINDS) else str(kind),
-                backend=ask("ggml_backend_reg_name", ctypes.c_char_p, backend).decode("utf-8", "replace"),
-                free_bytes=free.value,
-                total_bytes=total.value,
-            )
-        )
-    return out

@@ -10,16 +10,17 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 import psutil
 
 import kvlocal
-from kvlocal.doctor.installation import Device, Library, find_library, list_devices
+from kvlocal import settings
+from kvlocal.doctor.installation import Library, find_library
 from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError, UsageError
 from kvlocal.measure.machine import cpu_features, cpu_name
@@ -27,11 +28,11 @@ from kvlocal.models.folder import models_dir
 from kvlocal.models.hub import hub_cache
 from kvlocal.models.template import chat_tokens, has_template
 from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.devices import Device, Placement, list_devices, placements
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
 from kvlocal.native.names import plain_line
 from kvlocal.native.spinning import SPINS
-from kvlocal.native.structs import KvlLayerInfo
 from kvlocal.native.threads import usable_cores
 
 _PACKAGES = ("numpy", "gguf", "huggingface_hub")
@@ -80,8 +81,7 @@ class ModelInfo:
     """A model, and what the paged cache can do with it.
 
     Attributes:
-        n_layer: layers with a cache, on_device: those of them whose pages lie on an accelerator; both None if there is
-            no paged cache, or no layers were asked for with ``n_gpu_layers``.
+        pages: where its layers have their pages, and how attention over them is computed; empty if it cannot be paged.
         refused: why it cannot be paged, None if it can.
         formats: per storage format why its heads cannot be stored so, None if they can.
         template: why its chat template cannot be used, None if it can or there is none.
@@ -95,8 +95,7 @@ class ModelInfo:
     size_bytes: int
     refused: str | None
     formats: dict[str, str | None]
-    n_layer: int | None = None
-    on_device: int | None = None
+    pages: list[Placement] = field(default_factory=list)
     template: str | None = None
 
 
@@ -132,6 +131,7 @@ def examine(
     *,
     n_gpu_layers: int = 0,
     n_threads: int = 0,
+    kernels: Literal["auto", "portable"] = settings.KERNELS.default,
     failures: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda _what: None,
 ) -> Report:
@@ -140,6 +140,7 @@ def examine(
     Args:
         model: a GGUF file to look at as well.
         n_gpu_layers: layers of it to put on an accelerator; n_threads: of the self-test, 0: the default.
+        kernels: what computes its attention; see :data:`kvlocal.settings.KERNELS`.
         failures: what is known to be wrong already.
         on_step: told what comes next.
     """
@@ -162,12 +163,12 @@ def examine(
         if model is not None:
             on_step(f"loading {model.name}")
             try:
-                info = _model(model, n_gpu_layers)
+                info = _model(model, n_gpu_layers, devices, portable=kernels == "portable")
             except KVError as error:
                 found.append(str(error))
             else:
                 found += [info.template] if info.template else []
-                _judge_model(info, warnings)
+                _judge_model(info, warnings, portable=kernels == "portable")
     return Report(_versions(), library, cpu, devices, _memory(), _places(), info, tests, found, warnings)
 
 
@@ -260,7 +261,7 @@ def _places() -> list[Place]:
 #
 
 
-def _model(path: Path, n_gpu_layers: int) -> ModelInfo:
+def _model(path: Path, n_gpu_layers: int, devices: Sequence[Device], *, portable: bool) -> ModelInfo:
     model = Model(path, n_gpu_layers=n_gpu_layers)
     try:
         refused = None
@@ -270,10 +271,12 @@ def _model(path: Path, n_gpu_layers: int) -> ModelInfo:
             refused = str(error)
         reasons: dict[str, str | None] = {}
         for name in FORMATS if refused is None else ():
-            reasons[name] = None if model.stores(name) else model.native.last_error()
+            if portable and name != "f16":
+                reasons[name] = "stock operators (--kernels portable) read f16 only"
+            else:
+                reasons[name] = None if model.stores(name) else model.native.last_error()
         description = ctypes.create_string_buffer(256)
         model.llama.llama_model_desc(model.handle, description, len(description))
-        layers = _layers(model) if refused is None and n_gpu_layers else None
         return ModelInfo(
             path=str(path),
             name=model.name,
@@ -283,8 +286,7 @@ def _model(path: Path, n_gpu_layers: int) -> ModelInfo:
             size_bytes=int(model.llama.llama_model_size(model.handle)),
             refused=refused,
             formats=reasons,
-            n_layer=None if layers is None else len(layers),
-            on_device=None if layers is None else sum(layers),
+            pages=_pages(model, devices, portable) if refused is None else [],
             template=_template_fault(model),
         )
     finally:
@@ -301,24 +303,27 @@ def _template_fault(model: Model) -> str | None:
     return None
 
 
-def _layers(model: Model) -> list[bool]:
-    """Per layer with a cache whether its pages would lie on an accelerator."""
-    lib, out = model.native.lib, []
-    with Context(model, ContextConfig(n_ctx=64, n_batch=32, n_window=0)) as context:
-        for layer in range(model.native.check(lib.kvl_n_layer(context.handle))):
-            info = KvlLayerInfo()
-            model.native.check(lib.kvl_get_layer(context.handle, layer, ctypes.byref(info)))
-            out.append(bool(info.on_device))
-    return out
+def _pages(model: Model, devices: Sequence[Device], portable: bool) -> list[Placement]:
+    config = ContextConfig(n_ctx=64, n_batch=32, n_window=0, portable=portable)
+    with Context(model, config) as context:
+        assert context.cache is not None
+        return placements(context.cache.layers, devices)
 
 
-def _judge_model(model: ModelInfo, warnings: list[str]) -> None:
+def _judge_model(model: ModelInfo, warnings: list[str], *, portable: bool) -> None:
     if model.refused is not None:
         warnings.append(f"{model.name} cannot be paged, only --policy full runs it: {model.refused}")
-    if model.on_device:
-        warnings.append(
-            f"{model.on_device} of {model.n_layer} layers keep their pages on an accelerator. The fused page "
-            "kernels are CPU only now: attention of all layers is computed by llama.cpp's own operators, page moves go "
-            "through the host, the ladder stores all in f16, and what needs the kernels is refused: every --kv but "
-            "f16, policies that accumulate attention."
-        )
+    n_layer = sum(place.n_layer for place in model.pages)
+    for place in model.pages:
+        some = f"{place.n_layer} of {n_layer} layers keep their pages on {place.device}"
+        if place.kernels == "portable path" and not portable:
+            warnings.append(
+                f"{some}, which has no page kernels: attention of these layers is computed by llama.cpp's own "
+                "operators, the ladder stores all in f16, and what needs the kernels is refused: every --kv but f16, "
+                "policies that accumulate attention."
+            )
+        # those of the CPU were compared on this very one
+        elif place.kernels == "emulated only" and place.device != "CPU":
+            warnings.append(
+                f"{some}, whose page kernels were tested under emulation only; --kernels portable goes without them."
+            )

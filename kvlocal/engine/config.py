@@ -16,7 +16,7 @@ from kvlocal.storage.storage import Storage
 
 CHECKED = (
     *(settings.N_CTX, settings.N_BATCH, settings.N_UBATCH, settings.N_THREADS, settings.N_GPU_LAYERS),
-    *(settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY),
+    *(settings.KERNELS, settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY),
 )
 """The settings whose values an engine takes as they are."""
 
@@ -33,6 +33,7 @@ class EngineConfig:
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
         n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
         n_gpu_layers: layers on the accelerator.
+        kernels: what computes attention over our cache; see :data:`kvlocal.settings.KERNELS`.
         prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
             memory stays below budget + chunk whatever the length.
         chunk: tokens per chunk.
@@ -54,6 +55,7 @@ class EngineConfig:
     n_ubatch: int = settings.N_UBATCH.default
     n_threads: int = settings.N_THREADS.default
     n_gpu_layers: int = settings.N_GPU_LAYERS.default
+    kernels: Literal["auto", "portable"] = settings.KERNELS.default
     prefill: Literal["exact", "chunked"] = settings.PREFILL.default
     chunk: int = settings.CHUNK.default
     guide: int = settings.GUIDE.default
@@ -87,6 +89,7 @@ class EngineConfig:
                 f"Policy {self.policy.name} says itself how tokens are stored; leave out the storage "
                 f"{self.storage.name}, or give the policy its rungs."
             )
+        check_kernels(self.kernels, self.policy, self.storage)
 
 
 def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextConfig:
@@ -115,7 +118,29 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         kivi_group=storage.group,
         n_window=max(policy.n_window, config.guide),  # all of a guide looks
         mass=policy.mass,
+        portable=paged and config.kernels == "portable",
     )
+
+
+def check_kernels(kernels: str, policy: Policy, storage: Storage) -> None:
+    """Refuses what only the page kernels can compute, where stock operators were asked for.
+
+    Raises:
+        UsageError: with the policy or the storage, and what to do.
+    """
+    if kernels != "portable":
+        return
+    if policy.formats:
+        needs = f"Policy {policy.name} stores tokens in formats other than f16"
+        instead = f"a policy that leaves all in f16, such as {settings.STORED_POLICY}"
+    elif policy.mass != "none":
+        needs = f"Policy {policy.name} accumulates the attention that every token receives"
+        instead = f"a policy that does not, such as {settings.STORED_POLICY}"
+    elif storage.demotes:
+        needs, instead = f"--kv {storage.name} stores tokens in formats other than f16", "leave out --kv"
+    else:
+        return
+    raise UsageError(f"{needs}, for which the page kernels are needed; use --kernels auto, or {instead}.")
 
 
 def _least_budget(config: EngineConfig) -> int:

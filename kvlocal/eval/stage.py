@@ -27,6 +27,7 @@ class StageConfig:
         parallel: branches that are decoded together.
         n_ubatch: most tokens of one pass, and the steps of exact prefill.
         n_threads: 0: the physical cores.
+        kernels: what computes attention over our cache; see :data:`kvlocal.settings.KERNELS`.
         chunk: tokens between two evictions of chunked prefill.
         evict_every: tokens that a branch grows over its budget until it is evicted again.
         n_outputs: most positions of a batch whose logits are read.
@@ -36,6 +37,7 @@ class StageConfig:
     parallel: int = 16
     n_ubatch: int = 512
     n_threads: int = 0
+    kernels: Literal["auto", "portable"] = "auto"
     chunk: int = 512
     evict_every: int = 32
     n_outputs: int = 1
@@ -103,6 +105,7 @@ class Stage:
                 kivi_bits=variants[0].store.bits,
                 kivi_group=variants[0].store.group,
                 type_kv=variants[0].type_kv,
+                portable=variants[0].paged and config.kernels == "portable",
             ),
         )
         self._text = Sequence(self.context, 0)

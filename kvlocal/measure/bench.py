@@ -22,7 +22,7 @@ import psutil
 from kvlocal.engine.evictor import Bounds, Evictor
 from kvlocal.engine.sequence import Sequence, append
 from kvlocal.errors import UsageError
-from kvlocal.measure.variants import Variant
+from kvlocal.measure.variants import Variant, check_variants
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.storage.budget import Budget
@@ -43,6 +43,7 @@ class BenchConfig:
         chunk: tokens between two evictions of chunked prefill.
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass, and the steps of exact prefill.
         n_threads: 0: the physical cores.
+        kernels: what computes attention over our cache; see :data:`kvlocal.settings.KERNELS`.
         evict_every: decoded tokens between two demotions of what has left the tail, the first of them after as many;
             an ``n_gen`` that is no multiple of it counts too few.
     """
@@ -56,6 +57,7 @@ class BenchConfig:
     n_batch: int = 2048
     n_ubatch: int = 512
     n_threads: int = 0
+    kernels: Literal["auto", "portable"] = "auto"
     evict_every: int = 32
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class BenchConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < lowest.get(name, 1):
                     raise UsageError(f"{name} has {number}; it must be {lowest.get(name, 1)} or more.")
+        check_variants(self.kernels, self.variants)
         if self.n_ctx >= 2**31:
             raise UsageError(f"A depth of {max(self.depths)} tokens is too large; give fewer than {2**31}.")
 
@@ -387,6 +390,7 @@ def _open(
             kivi_bits=variant.store.bits,
             kivi_group=variant.store.group,
             type_kv=variant.type_kv,
+            portable=variant.paged and config.kernels == "portable",
         ),
     )
     stack.callback(context.close)

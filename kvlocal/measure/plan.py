@@ -18,9 +18,11 @@ from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import KVError, UsageError
 from kvlocal.measure.rehearsal import Rehearsal, grown
 from kvlocal.native.context import Context
+from kvlocal.native.devices import Placement, list_devices, placements
 from kvlocal.native.model import Model
 from kvlocal.native.threads import usable_cores
 from kvlocal.policies import make_policy
+from kvlocal.settings import POLICY, STORED_POLICY
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage
 
@@ -61,6 +63,7 @@ class Need:
         weights_bytes, compute_bytes: wherever they lie.
         total_bytes: of main memory: weights, the cache at its peak with its queries and tables, compute buffers.
         device_bytes: of accelerators, likewise.
+        pages: where layers have their pages, and how attention over them is computed; empty on llama.cpp's own cache.
     """
 
     weights_bytes: int
@@ -68,6 +71,7 @@ class Need:
     compute_bytes: int
     total_bytes: int
     device_bytes: int = 0
+    pages: list[Placement] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Planner:
         self.model = Model(path, n_gpu_layers=n_gpu_layers, no_alloc=True)
         self.free_bytes = int(psutil.virtual_memory().available) if free_bytes is None else free_bytes
         self.device_free_bytes = 0
+        self._devices = list_devices()
 
     def __enter__(self) -> Planner:
         return self
@@ -233,6 +238,7 @@ class Planner:
             compute_bytes=int(main.compute_bytes + device.compute_bytes),
             total_bytes=int(main.model_bytes + main.compute_bytes) + cache,
             device_bytes=int(device.model_bytes + device.context_bytes + device.compute_bytes),
+            pages=placements(context.cache.layers, self._devices) if context.cache is not None else [],
         )
 
     #
@@ -246,7 +252,12 @@ class Planner:
         out: dict[str, int | None] = {}
         for name in STORAGES:
             found = [n for n in out.values() if n]
-            out[name] = self.max_context(_stored(config, name), n_generate, found[-1] if found else 0)
+            try:
+                stored = _stored(config, name)
+            except UsageError:  # not with this policy, or not with these kernels
+                out[name] = None
+            else:
+                out[name] = self.max_context(stored, n_generate, found[-1] if found else 0)
         return out
 
     def max_context(self, config: EngineConfig, n_generate: int, near: int = 0) -> int | None:
@@ -296,7 +307,8 @@ class Planner:
 def alternatives(config: EngineConfig, n_tokens: int) -> Iterator[tuple[Options, EngineConfig]]:
     """Runs that take less, the least change first: what changes, and the settings.
 
-    A smaller context while all tokens fit into it; chunks; a smaller budget, under the policy ladder if there was none.
+    A smaller context while all tokens fit into it; chunks; a smaller budget, under the default policy if there was none
+    (without page kernels, another one).
     ``n_tokens``: of a sequence.
     """
     n_ctx = -(-n_tokens // STEP) * STEP
@@ -308,8 +320,9 @@ def alternatives(config: EngineConfig, n_tokens: int) -> Iterator[tuple[Options,
         yield {"prefill": "chunked"}, chunked
     options: Options = {"prefill": "chunked"}
     if not evicts:
-        options |= {"policy": "ladder", "storage": "f16"}
-        chunked = replace(chunked, policy=make_policy("ladder"), storage=Storage())
+        policy = STORED_POLICY if config.kernels == "portable" else POLICY.default
+        options |= {"policy": policy, "storage": "f16"}
+        chunked = replace(chunked, policy=make_policy(policy), storage=Storage())
     for n in _BUDGETS:
         smaller = not (evicts and config.budget.unit == "tokens" and config.budget.value <= n)
         if smaller and n >= chunked.policy.min_budget and n + config.chunk + config.guide <= config.n_ctx:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kvlocal.engine.config import check_kernels
 from kvlocal.errors import UsageError
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
@@ -122,6 +123,13 @@ def expand(
             if variant not in out:
                 out.append(variant)
     return tuple(out)
+
+
+def check_variants(kernels: str, variants: Sequence[Variant]) -> None:
+    """Refuses what only the page kernels can compute; see :func:`kvlocal.engine.config.check_kernels`."""
+    for variant in variants:
+        if variant.paged:
+            check_kernels(kernels, variant.policy, variant.store)
 
 
 def _policies(names: Sequence[str], args: Mapping[str, str], here: bool) -> dict[str, Policy]:

@@ -42,8 +42,9 @@ def _whole(values: Any, what: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Layer:
-    """Shape of one attention layer: ``il`` is its index in the model, ``d_k`` and ``d_v`` are per head; ``kq_scale`` is
-    what its attention logits are multiplied with."""
+    """One attention layer: ``il`` is its index in the model, ``d_k`` and ``d_v`` are per head; ``kq_scale`` is what its
+    attention logits are multiplied with; ``device`` is where its pages lie, and ``kernels`` whether page kernels read
+    them there."""
 
     il: int
     n_head: int
@@ -51,6 +52,8 @@ class Layer:
     d_k: int
     d_v: int
     kq_scale: float
+    device: str = "CPU"
+    kernels: bool = True
 
     def slot_bytes(self, storage: str) -> float:
         """K and V bytes of one slot of one head, stored in one of :data:`FORMATS`."""
@@ -78,7 +81,8 @@ class PagedCache:
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
             info = KvlLayerInfo()
             self._check(self._lib.kvl_get_layer(ctx, i, ctypes.byref(info)))
-            self.layers.append(Layer(info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale))
+            shape = (info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale)
+            self.layers.append(Layer(*shape, info.device.decode("utf-8", "replace"), bool(info.kernels)))
 
     @property
     def _lib(self) -> Any:

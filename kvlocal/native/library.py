@@ -22,7 +22,7 @@ from kvlocal.native.fork import check_process, note_loaded
 from kvlocal.native.spinning import short_spins
 from kvlocal.native.structs import KvlBreakdown, KvlLayerInfo, KvlParams, KvlSeqStats, KvlStats
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE = -1, -2, -3, -4
 
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
@@ -71,6 +71,7 @@ def _declare(lib: Any) -> None:
         "kvl_llama_commit": (text, []),
         "kvl_last_error": (text, []),
         "kvl_struct_size": (ctypes.c_size_t, [text]),
+        "kvl_has_kernels": (i32, [ptr]),
         "kvl_default_params": (KvlParams, []),
         "kvl_model_check": (i32, [ptr]),
         "kvl_format_check": (i32, [ptr, i32]),

@@ -53,8 +53,9 @@ class KvlSeqStats(ctypes.Structure):
 
 class KvlLayerInfo(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("il", "n_head", "n_head_kv", "d_k", "d_v", "on_device")),
+        *((name, ctypes.c_int32) for name in ("il", "n_head", "n_head_kv", "d_k", "d_v", "on_device", "kernels")),
         ("kq_scale", ctypes.c_float),
+        ("device", ctypes.c_char_p),
     )
 
 

@@ -40,6 +40,7 @@ def plan_bench(
         n_batch=settings.n_batch,
         n_ubatch=settings.n_ubatch,
         n_threads=settings.n_threads,
+        kernels=settings.kernels,
         evict_every=settings.evict_every,
     )
 

@@ -67,14 +67,14 @@ def plan_eval(
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
     from kvlocal.eval.stage import StageConfig
-    from kvlocal.measure.variants import expand
+    from kvlocal.measure.variants import check_variants, expand
 
+    variants = expand(policies, settings.policy_args, budgets, storages, prefills, guides, here=settings.policy_typed)
+    check_variants(settings.kernels, variants)
     return EvalPlan(
         metric=metric,
         source=source,
-        variants=expand(
-            policies, settings.policy_args, budgets, storages, prefills, guides, here=settings.policy_typed
-        ),
+        variants=variants,
         cases=_read_cases(metric, source),
         questions=questions,
         config=StageConfig(
@@ -82,6 +82,7 @@ def plan_eval(
             parallel=parallel,
             n_ubatch=n_ubatch,
             n_threads=settings.n_threads,
+            kernels=settings.kernels,
             chunk=chunk,
             evict_every=settings.evict_every,
         ),
@@ -138,6 +139,7 @@ def open_eval(path: Path, plan: EvalPlan, n_gpu_layers: int, fresh: bool, screen
             "evict_every": config.evict_every,
             "n_ubatch": config.n_ubatch,
             "n_gpu_layers": n_gpu_layers,
+            "kernels": config.kernels,
         }
         store = Store(store_path(path, plan.metric, settings), fresh=fresh)
         stack.callback(store.close)

@@ -100,6 +100,7 @@ def examine(settings: Settings, screen: Screen) -> dict[str, Any]:
             model,
             n_gpu_layers=settings.n_gpu_layers,
             n_threads=settings.n_threads,
+            kernels=settings.kernels,
             failures=failures,
             on_step=on_step,
         ).as_dict()

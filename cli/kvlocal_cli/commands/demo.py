@@ -12,7 +12,7 @@ from kvlocal_cli.backend import engine as backend
 from kvlocal_cli.commands.run import complete, messages
 from kvlocal_cli.options import completers
 from kvlocal_cli.options.option import GroupedCommand, option
-from kvlocal_cli.options.settings import SamplingSettings, Settings, model_options, predict_option
+from kvlocal_cli.options.settings import SamplingSettings, Settings, demo_options, predict_option
 from kvlocal_cli.render.controls import plain
 from kvlocal_cli.terminal import prompt
 from kvlocal_cli.terminal.stream import Answer
@@ -33,7 +33,7 @@ CACHES = (("full", "100%"), ("ladder", "25%"))
     shell_complete=completers.files,
     help="A UTF-8 file with a question about it.",
 )
-@model_options
+@demo_options
 @predict_option(48)
 def demo(settings: Settings, document: str, question: str, n_predict: int) -> None:
     """Ask one question with the full cache, then a quarter.

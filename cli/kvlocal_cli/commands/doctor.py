@@ -22,8 +22,9 @@ def doctor(settings: Settings, as_json: bool) -> None:
     Says what is installed and what it runs on, then computes for a second: logits of a tiny random model with the page
     kernels against llama.cpp's own operators (they may differ by 2e-4 of the range of the logits: f32 sums in another
     order), decoded rows of every storage format against plain loops (not at all), attention over them against f64
-    (2e-5 of the largest output). Of MODEL, or the default one if it is on disk, it says whether it can be paged and
-    how its heads can be stored.
+    (2e-5 of the largest output). Of every device it says whether page kernels read what lies there, and whether they
+    were tested on hardware. Of MODEL, or the default one if it is on disk, it says whether it can be paged, on which
+    devices, and how its heads can be stored.
 
     Exit code: 0 if all passed, 1 if something failed. Warnings do not count.
 

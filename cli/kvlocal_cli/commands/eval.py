@@ -250,6 +250,7 @@ def _settings(common: Common, source: dict[str, Any], questions: Sequence[str]) 
         "evict_every": chosen.evict_every,
         "n_ubatch": _n_ubatch(chosen),
         "n_gpu_layers": chosen.n_gpu_layers,
+        "kernels": chosen.kernels,
         "parallel": common.parallel,
         **({"questions": questions} if questions else {}),
         **source,

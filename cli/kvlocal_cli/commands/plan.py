@@ -21,7 +21,7 @@ from kvlocal_cli.render.controls import plain, plain_json
 
 _NAMES = (
     *("n_ctx", "budget", "storage", "storage_tail", "prefill", "chunk", "guide", "evict_every"),
-    *("n_batch", "n_ubatch", "n_threads", "n_gpu_layers"),
+    *("n_batch", "n_ubatch", "n_threads", "n_gpu_layers", "kernels"),
 )
 """The settings that a suggested command line repeats, in its order."""
 
@@ -54,7 +54,7 @@ def plan(
 
     The model's file is read but for its weights, and the run is rehearsed: the cache takes the pages that the run would
     take, the policy evicts by made-up scores, and nothing is computed. Weights, cache and buffers are what the library
-    itself counts.
+    itself counts. It also says on which devices the pages lie, and what reads them there.
 
     Memory counts as what is available now: this process already has what the program takes beside these. Not in the
     total is what an eviction takes for a moment, up to 64 MiB and the scores of one layer.

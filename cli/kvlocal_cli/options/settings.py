@@ -35,6 +35,7 @@ class Settings:
     n_ubatch: int = settings.N_UBATCH.default
     n_threads: int = settings.N_THREADS.default
     n_gpu_layers: int = settings.N_GPU_LAYERS.default
+    kernels: Literal["auto", "portable"] = settings.KERNELS.default
     prefill: Literal["exact", "chunked"] = settings.PREFILL.default
     chunk: int = settings.CHUNK.default
     guide: int = settings.GUIDE.default
@@ -60,6 +61,7 @@ class SamplingSettings:
 _HF = declared(settings.HF)
 _MODEL = stack(click.argument("model", required=False, metavar="[MODEL]", shell_complete=completers.models), _HF)
 _THREADS = stack(declared(settings.N_THREADS), declared(settings.N_GPU_LAYERS))
+_COMPUTE = stack(_THREADS, declared(settings.KERNELS))
 _BATCH = stack(declared(settings.N_BATCH), declared(settings.N_UBATCH))
 _POLICY_ARG = declared(settings.POLICY_ARGS)
 _CACHE = stack(
@@ -70,12 +72,17 @@ _CACHE = stack(
     *map(declared, (settings.KV_TAIL, settings.KV_SINK, settings.KV_WINDOW)),
     *map(declared, (settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY)),
 )
-_ENGINE = stack(declared(settings.N_CTX), _BATCH, _THREADS, _CACHE)
+_ENGINE = stack(declared(settings.N_CTX), _BATCH, _COMPUTE, _CACHE)
 _SAMPLING = stack(*(declared(setting) for setting in settings.SETTINGS if setting.taker == "sampling"))
 
 
 def model_options(command: Callback) -> Callback:
-    """MODEL, -hf, threads and GPU layers, gathered into `settings`."""
+    """MODEL, -hf, threads, GPU layers and kernels, gathered into `settings`."""
+    return stack(_MODEL, _COMPUTE)(_gather(command))
+
+
+def demo_options(command: Callback) -> Callback:
+    """As :func:`model_options` without kernels: the demo's policy needs them."""
     return stack(_MODEL, _THREADS)(_gather(command))
 
 
@@ -107,8 +114,8 @@ def inputs_options(command: Callback) -> Callback:
 
 
 def sweep_options(command: Callback) -> Callback:
-    """MODEL, -hf, threads, batches and --policy-arg, gathered into `settings`."""
-    return stack(_POLICY_ARG, _MODEL, _BATCH, _THREADS)(_gather(command))
+    """MODEL, -hf, threads, GPU layers, kernels, batches and --policy-arg, gathered into `settings`."""
+    return stack(_POLICY_ARG, _MODEL, _BATCH, _COMPUTE)(_gather(command))
 
 
 def sampling_options(command: Callback) -> Callback:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from kvlocal_cli.render.numbers import size
+from kvlocal_cli.render.numbers import placement, size
 from kvlocal_cli.render.screen import PlainConsole, Screen
 
 Report = Mapping[str, Any]
@@ -111,8 +111,16 @@ def _devices(devices: list[Report]) -> Rows:
     for device in devices:
         memory = f"{size(device['free_bytes'])} of {size(device['total_bytes'])} free"
         yield device["name"], f"{device['description']} ({device['kind']}, backend {device['backend']}), {memory}"
+        yield "page kernels", _tested(device)
     if not devices:
         yield "none", ""
+
+
+def _tested(device: Report) -> str:
+    if device["kernels"] == "portable path":
+        return "none: portable path"
+    on = device["tested"]
+    return device["kernels"] if on is None else f"{device['kernels']} ({on['card']}, {on['date']})"
 
 
 def _memory(memory: Report) -> Rows:
@@ -135,8 +143,8 @@ def _model(model: Report | None) -> Rows:
     about = f"{model['description']}, {size(model['size_bytes'])}, trained for {model['n_ctx_train']:,} tokens"
     yield "architecture", f"{model['architecture']} ({about})"
     yield "can be paged", "yes" if model["refused"] is None else f"no: {model['refused']}"
-    if model["on_device"] is not None:
-        yield "on accelerators", f"{model['on_device']} of {model['n_layer']} layers' pages"
+    for i, place in enumerate(model["pages"]):
+        yield "" if i else "pages", placement(place)
     formats = model["formats"]
     if formats:
         yield "can be stored in", " ".join(name for name, reason in formats.items() if reason is None)

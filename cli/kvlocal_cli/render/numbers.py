@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def size(n_bytes: float | None) -> str:
     """Bytes as `23.4 MiB`."""
@@ -45,3 +48,8 @@ def seconds(value: float | None) -> str:
 def count(n: int, noun: str) -> str:
     """`1 turn`, `2 turns`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def placement(place: Mapping[str, Any]) -> str:
+    """A `Placement` as `3 layers on CUDA0: portable path`."""
+    return f"{count(place['n_layer'], 'layer')} on {place['device']}: {place['kernels']}"

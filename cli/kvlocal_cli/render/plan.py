@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvlocal_cli.render.numbers import number, size
+from kvlocal_cli.render.numbers import number, placement, size
 
 
 def plan_view(plan: Mapping[str, Any], *, helps: bool) -> list[RenderableType]:
@@ -26,11 +26,12 @@ def _run(plan: Mapping[str, Any]) -> str:
     kept = plan["policy"] if plan["policy"] == "full" else f"{plan['policy']} {plan['budget']}"
     each = f"{number(plan['parallel'])} sequences, each " if plan["parallel"] > 1 else ""
     threads = f"{plan['threads']} thread{'' if plan['threads'] == 1 else 's'}"
+    pages = "".join(f"\npages of {placement(place)}" for place in plan["pages"])
     return (
         f"{plan['model']} · {kept} · kv {plan['storage']} · {plan['prefill']} prefill\n"
         f"{each}a context of {number(plan['n_ctx'])}: a prompt of {number(plan['n_prompt'])} tokens, "
         f"{number(plan['n_generate'])} generated\n"
-        f"{threads}: {plan['threads_reason']}"
+        f"{threads}: {plan['threads_reason']}{pages}"
     )
 
 

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 7
+#define KVL_ABI_VERSION 8
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -77,13 +77,15 @@ typedef struct kvl_seq_stats {
 } kvl_seq_stats;
 
 typedef struct kvl_layer_info {
-    int32_t il;        // layer index in the model
-    int32_t n_head;    // query heads
-    int32_t n_head_kv; // KV heads
-    int32_t d_k;       // key size per head
-    int32_t d_v;       // value size per head
-    int32_t on_device; // 1: the pages live on an accelerator
-    float kq_scale;    // what attention logits are multiplied with
+    int32_t il;          // layer index in the model
+    int32_t n_head;      // query heads
+    int32_t n_head_kv;   // KV heads
+    int32_t d_k;         // key size per head
+    int32_t d_v;         // value size per head
+    int32_t on_device;   // 1: the pages live on an accelerator
+    int32_t kernels;     // 1: page kernels read them, 0: stock operators
+    float kq_scale;      // what attention logits are multiplied with
+    const char * device; // in whose memory the pages lie, as ggml_backend_dev_name has it
 } kvl_layer_info;
 
 // What a context takes of main memory, or of accelerators, bytes.
@@ -103,6 +105,9 @@ LLAMA_API const char * kvl_llama_commit(void);
 LLAMA_API const char * kvl_last_error(void);
 // Size in bytes of a struct by name ("kvl_params", "llama_context_params", ...), 0 if unknown.
 LLAMA_API size_t kvl_struct_size(const char * name);
+
+// 1 if page kernels read the pages that layers on a device have, else 0.
+LLAMA_API int32_t kvl_has_kernels(ggml_backend_dev_t device);
 
 //
 // models

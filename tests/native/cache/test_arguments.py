@@ -100,6 +100,7 @@ def test_every_refusal_of_the_library_has_a_sentence_of_its_own(context: Context
     lib, native, ctx = library.load().lib, library.load(), context.handle
     ints, floats = (ctypes.c_int32 * 256)(), (ctypes.c_float * 256)()
     calls = {
+        "kvl_has_kernels": (None,),
         "kvl_model_check": (None,),
         "kvl_format_check": (context.model.handle, 99),
         "kvl_get_layer": (ctx, 0, None),

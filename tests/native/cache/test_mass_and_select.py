@@ -104,7 +104,7 @@ def test_mass_goes_where_its_slot_goes(open_model: OpenModel, open_context: Open
 
 def test_mass_is_refused_where_it_is_not_kept(open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama", **SHAPE)
-    with pytest.raises(UsageError, match="page kernels"):
+    with pytest.raises(UsageError, match="needs the page kernels, which a portable context does without; use "):
         paged(open_context(model, portable=True)).accumulate_mass()
     context = open_context(model)
     context.decode(random_tokens(model, 9), 0, 0)

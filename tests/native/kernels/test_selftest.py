@@ -12,11 +12,12 @@ import pytest
 from contexts import OpenModel
 
 from kvlocal.doctor import installation, kernels, rows, selftest
-from kvlocal.doctor.installation import find_library, list_devices
+from kvlocal.doctor.installation import find_library
 from kvlocal.doctor.report import _model
 from kvlocal.doctor.selftest import Comparison, self_test
 from kvlocal.errors import KVError
 from kvlocal.native import library
+from kvlocal.native.devices import TESTED, Placement, list_devices
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.model import Model
 
@@ -136,7 +137,9 @@ def test_what_is_mapped_is_found() -> None:
 def test_the_processor_is_a_device() -> None:
     library.load()
     devices = list_devices()
-    assert [(each.name, each.backend) for each in devices if each.kind == "cpu"] == [("CPU", "CPU")]
+    (cpu,) = (each for each in devices if each.kind == "cpu")
+    assert (cpu.name, cpu.backend) == ("CPU", "CPU")
+    assert cpu.kernels != "portable path" and (cpu.tested in TESTED.values())
     assert all(0 <= each.free_bytes <= each.total_bytes for each in devices)
 
 
@@ -151,12 +154,23 @@ def test_libraries_are_found_by_their_whole_name() -> None:
 
 def test_formats_that_heads_cannot_be_stored_in_come_with_the_reason(open_model: OpenModel) -> None:
     path = open_model("llama", n_layer=1, n_head=4, n_head_kv=2, head_dim=80).path
-    info = _model(path, 0)
-    assert (info.refused, info.on_device, info.architecture) == (None, None, "llama")
+    info = _model(path, 0, list_devices(), portable=False)
+    assert (info.refused, info.architecture) == (None, "llama")
     assert info.formats["f16"] is None
     assert info.formats["kv3"] is not None and "80" in info.formats["kv3"]
 
 
-def test_layers_are_counted_when_a_device_is_asked_for(open_model: OpenModel) -> None:
-    info = _model(open_model("llama", n_layer=3).path, 2)
-    assert (info.n_layer, info.on_device) == (3, 0)
+@pytest.mark.parametrize("n_gpu_layers", [0, 2])
+def test_the_pages_of_layers_are_found_on_their_device(n_gpu_layers: int, open_model: OpenModel) -> None:
+    """Without an accelerator, layers that are meant for one stay in main memory."""
+    devices = list_devices()
+    (cpu,) = (each for each in devices if each.name == "CPU")
+    path = open_model("llama", n_layer=3).path
+    info = _model(path, n_gpu_layers, devices, portable=False)
+    assert info.pages == [Placement("CPU", 3, cpu.kernels)] and set(info.formats.values()) == {None}
+
+
+def test_a_portable_context_has_no_kernels_and_stores_f16_alone(open_model: OpenModel) -> None:
+    info = _model(open_model("llama", n_layer=3).path, 0, list_devices(), portable=True)
+    assert info.pages == [Placement("CPU", 3, "portable path")]
+    assert [name for name, reason in info.formats.items() if reason is None] == ["f16"]

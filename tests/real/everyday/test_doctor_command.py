@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from kvlocal_cli.main import main
 from processes import call
 
-from kvlocal.doctor import kernels, selftest
+from kvlocal.doctor import rows, selftest
 from kvlocal.models.folder import cache_dir
 from kvlocal.native import library
 from kvlocal.native.formats import FORMATS
@@ -36,6 +36,10 @@ def test_all_passes_on_the_default_model(default_path: Path) -> None:
     model = report["model"]
     assert (model["path"], model["architecture"], model["refused"]) == (str(default_path), "llama", None)
     assert model["formats"] == dict.fromkeys(FORMATS)
+    (cpu,) = (device for device in report["devices"] if device["name"] == "CPU")
+    assert cpu["kernels"] in ("tested on hardware", "emulated only")
+    (pages,) = model["pages"]
+    assert (pages["device"], pages["kernels"]) == ("CPU", cpu["kernels"]) and pages["n_layer"] > 1
 
 
 def test_the_text_ends_in_the_verdict(tiny_path: Path) -> None:
@@ -45,6 +49,13 @@ def test_the_text_ends_in_the_verdict(tiny_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == "Versions" and lines[-1].startswith("Nothing failed")
     assert "  can be stored in    f16 " in result.stdout
+
+
+def test_a_portable_context_is_told_from_one_with_kernels(tiny_path: Path) -> None:
+    result = call("doctor", tiny_path, "--kernels", "portable")
+    assert (result.code, result.stderr) == (0, "")
+    assert "layers on CPU: portable path\n" in result.stdout and "  can be stored in    f16\n" in result.stdout
+    assert "keep their pages" not in result.stdout, "it was asked for"
 
 
 def test_a_reference_that_differs_fails(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,12 +73,12 @@ def test_a_reference_that_differs_fails(tiny_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_format_that_is_decoded_wrongly_fails(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = kernels.decode_rows
+    right = rows.decode_rows
 
     def wrong(row: str, stored: Any, *, plain: bool = False) -> Any:
         return right(row, stored, plain=plain) + np.float32(plain and row == "kv3")
 
-    monkeypatch.setattr(kernels, "decode_rows", wrong)
+    monkeypatch.setattr(rows, "decode_rows", wrong)
     result = doctor_here(str(tiny_path), "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_eval import MACHINE, FakeEval
+from kvlocal_cli.backend import eval as eval_backend
+from kvlocal_cli.backend import machine as backend_machine
 from signatures import disagreement
 
 
@@ -26,3 +30,21 @@ def monkeypatch() -> Iterator[pytest.MonkeyPatch]:
     patch = CheckedPatch()
     yield patch
     patch.undo()
+
+
+@pytest.fixture
+def fake_eval(monkeypatch: pytest.MonkeyPatch) -> FakeEval:
+    """What `kvlocal eval` runs instead of a measurement."""
+    fake = FakeEval()
+    monkeypatch.setattr(backend_machine, "find_model", fake.find_model)
+    monkeypatch.setattr(eval_backend, "f32_model", fake.f32_model)
+    monkeypatch.setattr(eval_backend, "open_eval", fake.open_eval)
+    monkeypatch.setattr(backend_machine, "describe_machine", lambda _n_threads: MACHINE)
+    return fake
+
+
+@pytest.fixture
+def novel(tmp_path: Path) -> str:
+    """The path of a short text."""
+    (tmp_path / "novel.txt").write_text("It was a dark night.")
+    return str(tmp_path / "novel.txt")

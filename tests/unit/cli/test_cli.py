@@ -22,7 +22,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 RUN_FLAGS = (
     "-hf --hf -p --prompt -f --file -c --ctx-size -n --n-predict -b --batch-size -ub --ubatch-size -t --threads -ngl"
-    " --n-gpu-layers --temp --top-k --top-p --min-p --repeat-penalty -s --seed -sys --system-prompt --policy"
+    " --n-gpu-layers --kernels --temp --top-k --top-p --min-p --repeat-penalty -s --seed -sys --system-prompt --policy"
     " --policy-arg --budget --kv-sink --kv-window --prefill --chunk --guide"
     " --evict-every --ignore-eos --no-chat-template --stream --no-stream --json"
 )

@@ -209,15 +209,15 @@ def test_the_defaults_are_those_of_the_help(fake: Fake) -> None:
 def test_every_option_arrives(fake: Fake) -> None:
     line = (
         "bench my.gguf -d 0,64 -p 16 -n 8 -r 2 --policy paged,snapkv --policy-arg window=8 --budget 10,25% --kv f16"
-        " --prefill exact,chunked --chunk 32 -t 3 -ngl 99 -ub 64 -b 128"
+        " --prefill exact,chunked --chunk 32 -t 3 -ngl 99 --kernels portable -ub 64 -b 128"
     )
     assert call(*line.split()).exit_code == 0
     config = fake.config
-    assert config is not None and (fake.model, fake.n_gpu_layers) == ("my.gguf", 99)
+    assert config is not None and (fake.model, fake.n_gpu_layers, config.kernels) == ("my.gguf", 99, "portable")
     labels = ["paged", "snapkv 10", "snapkv 10 chunked", "snapkv 25%", "snapkv 25% chunked"]
     assert [variant.label for variant in config.variants] == labels
     assert {variant.policy.n_window for variant in config.variants[1:]} == {8}
-    assert config == BenchConfig(config.variants, (0, 64), 16, 8, 2, 32, 128, 64, 3)
+    assert config == BenchConfig(config.variants, (0, 64), 16, 8, 2, 32, 128, 64, 3, "portable")
 
 
 def test_every_storage_arrives(fake: Fake) -> None:

@@ -14,10 +14,11 @@ from kvlocal_cli.backend import machine as backend_machine
 from kvlocal_cli.options.settings import Settings
 
 from kvlocal.doctor import report as doctor
-from kvlocal.doctor.installation import Device, Library
+from kvlocal.doctor.installation import Library
 from kvlocal.doctor.report import Cpu, Memory, ModelInfo, Place, Report
 from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError, UsageError
+from kvlocal.native.devices import Device, HardwareTest, Placement
 from kvlocal.native.spinning import Spinning
 
 GIB = 2**30
@@ -46,7 +47,19 @@ REPORT = Report(
         [],
         ["AVX512"],
     ),
-    devices=[Device("CUDA0", "Big GPU", "gpu", "CUDA", 6 * GIB, 8 * GIB)],
+    devices=[
+        Device(
+            "CPU",
+            "Fast Chip 9",
+            "cpu",
+            "CPU",
+            GIB,
+            GIB,
+            "tested on hardware",
+            HardwareTest("2026-01-31", "Fast Chip 8"),
+        ),
+        Device("CUDA0", "Big GPU", "gpu", "CUDA", 6 * GIB, 8 * GIB, "portable path"),
+    ],
     memory=Memory(16 * GIB, 12 * GIB, 0, 0),
     places=[Place("models", "/home/ann/models", True), Place("config file", "/etc/config.toml", False)],
     model=ModelInfo(
@@ -58,8 +71,7 @@ REPORT = Report(
         size_bytes=GIB // 2,
         refused=None,
         formats={"f16": None, "q8": None, "kv3": "blocks of 64 values do not fit heads of 80"},
-        n_layer=16,
-        on_device=3,
+        pages=[Placement("CPU", 13, "tested on hardware"), Placement("CUDA0", 3, "portable path")],
     ),
     tests=[
         Comparison("prefill of 333 tokens", 1.2e-6, 2e-4, "range of the logits"),
@@ -89,7 +101,10 @@ Processor
   unused by the build AVX512
 
 Devices
+  CPU                 Fast Chip 9 (cpu, backend CPU), 1.00 GiB of 1.00 GiB free
+  page kernels        tested on hardware (Fast Chip 8, 2026-01-31)
   CUDA0               Big GPU (gpu, backend CUDA), 6.00 GiB of 8.00 GiB free
+  page kernels        none: portable path
 
 Memory
   RAM                 12.00 GiB of 16.00 GiB free
@@ -104,7 +119,8 @@ Model
   name                Tiny
   architecture        llama (llama 1B Q4_0, 512.0 MiB, trained for 8,192 tokens)
   can be paged        yes
-  on accelerators     3 of 16 layers' pages
+  pages               13 layers on CPU: tested on hardware
+                      3 layers on CUDA0: portable path
   can be stored in    f16 q8
   not in kv3          blocks of 64 values do not fit heads of 80
 
@@ -136,11 +152,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def test_the_report_can_be_pasted(fake: Fake) -> None:
-    result = call("doctor", "model.gguf", "-ngl", "3", "-t", "2")
+    result = call("doctor", "model.gguf", "-ngl", "3", "-t", "2", "--kernels", "portable")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == TEXT
     assert fake.settings is not None
-    assert (fake.settings.model, fake.settings.n_gpu_layers, fake.settings.n_threads) == ("model.gguf", 3, 2)
+    assert fake.settings == Settings(model="model.gguf", n_gpu_layers=3, n_threads=2, kernels="portable")
 
 
 def tail(fake: Fake, **changes: Any) -> list[str]:
@@ -184,7 +200,7 @@ def test_a_library_that_cannot_be_loaded_is_exit_code_1(fake: Fake) -> None:
 
 def test_a_model_that_cannot_be_paged_says_why(fake: Fake) -> None:
     assert REPORT.model is not None
-    model = replace(REPORT.model, refused="Mamba has no attention.", formats={}, on_device=None)
+    model = replace(REPORT.model, refused="Mamba has no attention.", formats={}, pages=[])
     fake.report = replace(REPORT, model=model)
     assert "  can be paged        no: Mamba has no attention.\n\n" in call("doctor").stdout
 
@@ -248,8 +264,8 @@ def test_without_a_model_nothing_is_fetched(
     monkeypatch.setattr("kvlocal.models.default.fetched_default", lambda: default)
     monkeypatch.setattr("kvlocal.models.resolve.resolve_model", fail(AssertionError("fetched")))
     screen: Any = Screen()
-    backend_machine.examine(Settings(n_gpu_layers=5, n_threads=2), screen)
-    assert examined == [(default, {"n_gpu_layers": 5, "n_threads": 2, "failures": []})]
+    backend_machine.examine(Settings(n_gpu_layers=5, n_threads=2, kernels="portable"), screen)
+    assert examined == [(default, {"n_gpu_layers": 5, "n_threads": 2, "kernels": "portable", "failures": []})]
     assert screen.shown == "Self-test: rows of q8"
 
 

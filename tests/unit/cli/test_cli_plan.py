@@ -13,6 +13,7 @@ from kvlocal_cli.commands.plan import suggested
 from kvlocal_cli.options.settings import Settings
 
 from kvlocal.measure.plan import KVPlan, Need, Plan
+from kvlocal.native.devices import Placement
 
 GIB = 2**30
 
@@ -20,6 +21,7 @@ FITS = """\
 fake · ladder 2048 · kv f16 · exact prefill
 a context of 8,192: a prompt of 7,679 tokens, 512 generated
 4 threads: 4 physical cores of 8 usable processors
+pages of 30 layers on CPU: tested on hardware
 
  weights            92.1 MiB
  KV peak           168.8 MiB   23.4 MiB in use at the end; full f16: 180.0 MiB
@@ -82,6 +84,7 @@ def make_plan(**changes: Any) -> Plan:
             kv=KVPlan(180 * MIB, int(23.4 * MIB), int(168.8 * MIB), int(8.4 * MIB), int(2.8 * MIB)),
             compute_bytes=14 * MIB,
             total_bytes=int(286.1 * MIB),
+            pages=[Placement("CPU", 30, "tested on hardware")],
         ),
         "free_bytes": 2 * GIB,
         "device_free_bytes": 0,
@@ -146,9 +149,11 @@ def test_where_nothing_helps_the_model_is_too_large(planner: FakePlanner) -> Non
 
 
 def test_an_accelerator_has_its_own_total(planner: FakePlanner) -> None:
-    need = Need(GIB, KVPlan(GIB, GIB, GIB, 0, 0), 64 * MIB, 128 * MIB, device_bytes=2 * GIB)
+    pages = [Placement("CPU", 1, "emulated only"), Placement("CUDA0", 29, "portable path")]
+    need = Need(GIB, KVPlan(GIB, GIB, GIB, 0, 0), 64 * MIB, 128 * MIB, device_bytes=2 * GIB, pages=pages)
     planner.plan = too_large(need=need, device_free_bytes=GIB)
     lines = plain(call("plan").stdout).splitlines()
+    assert "pages of 1 layer on CPU: emulated only" in lines and "pages of 29 layers on CUDA0: portable path" in lines
     assert " total             128.0 MiB   and 2.00 GiB on accelerators" in lines
     assert " free               1.00 GiB   and 1.00 GiB on accelerators" in lines
     assert "It does not fit: 1.00 GiB on accelerators too little." in lines
@@ -170,6 +175,7 @@ def test_json_is_one_object_with_a_command_line_that_would_fit(planner: FakePlan
         "compute_bytes": 14 * MIB,
         "total_bytes": int(1550.1 * MIB),
         "device_bytes": 0,
+        "pages": [],
         "model": "fake",
         "policy": "full",
         "budget": "2048",
@@ -225,6 +231,11 @@ def test_a_suggestion_keeps_what_was_typed_and_quotes_it() -> None:
     settings = Settings(model="my model.gguf", policy="snapkv", policy_args={"window": "64"}, n_ctx=4096, n_threads=2)
     line = suggested(settings, {"prefill": "chunked"}, {}, 1)
     assert line == ("kvlocal run 'my model.gguf' --policy snapkv --policy-arg window=64 -c 4096 --prefill chunked -t 2")
+
+
+def test_a_suggestion_keeps_the_kernels() -> None:
+    settings = Settings(policy="ada-snapkv", kernels="portable")
+    assert suggested(settings, {"n_ctx": 512}, {}, 1) == "kvlocal run --policy ada-snapkv -c 512 --kernels portable"
 
 
 def test_another_policy_does_not_get_the_arguments_of_the_first() -> None:

@@ -117,7 +117,7 @@ def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(models, "resolve_model", resolve)
     monkeypatch.setattr(engine, "Engine", lambda config: SimpleNamespace(config=config, notes=["It is large."]))
-    settings = Settings("m.gguf", "ada-snapkv", {"window": "16"}, "25%", 4096, 64, 32, 2, 1, "chunked", 128)
+    settings = Settings("m.gguf", "ada-snapkv", {"window": "16"}, "25%", 4096, 64, 32, 2, 1, "portable", "chunked", 128)
     lines: list[str] = []
     monkeypatch.setattr(Screen, "line", lambda _screen, text, style="": lines.append(text))
     config: Any = backend.open_engine(settings, Screen()).config
@@ -125,7 +125,7 @@ def test_settings_become_an_engine_config(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert seen["model"] == "m.gguf" and config.model == tmp_path / "model.gguf"
     assert (config.policy.name, config.policy.window, str(config.budget)) == ("ada-snapkv", 16, "25%")
     assert (config.n_ctx, config.n_batch, config.n_ubatch, config.n_threads) == (4096, 64, 32, 2)
-    assert (config.n_gpu_layers, config.prefill, config.chunk) == (1, "chunked", 128)
+    assert (config.n_gpu_layers, config.kernels, config.prefill, config.chunk) == (1, "portable", "chunked", 128)
 
     seen.clear()
     for wrong in (Settings(policy="nonsense"), Settings(budget="many"), Settings(policy_args={"nonsense": "1"})):

@@ -62,7 +62,7 @@ def test_run_passes_every_short_flag_on(fake: Fake) -> None:
     line = (
         "run my.gguf -p x -c 4096 -n -1 -b 1024 -ub 256 -t 3 -ngl 99 -s 7 --temp 0 --top-k 5 --top-p 0.5 --min-p 0.1"
         " --repeat-penalty 1.1 -sys Short --policy snapkv --policy-arg pool=avg --policy-arg kernel=5 --budget 25%"
-        " --kv-sink 4 --kv-window 16 --prefill chunked --chunk 128"
+        " --kv-sink 4 --kv-window 16 --prefill chunked --chunk 128 --kernels portable"
     )
     assert call(*line.split()).exit_code == 0
     assert fake.settings == Settings(
@@ -75,6 +75,7 @@ def test_run_passes_every_short_flag_on(fake: Fake) -> None:
         n_ubatch=256,
         n_threads=3,
         n_gpu_layers=99,
+        kernels="portable",
         prefill="chunked",
         chunk=128,
     )

@@ -121,6 +121,7 @@ def test_the_other_tables_fit(width: int) -> None:
         },
         "kv": dict.fromkeys(("used_bytes", "full_bytes", "peak_bytes", "query_bytes", "table_bytes"), 2**41),
         **dict.fromkeys(("compute_bytes", "total_bytes", "device_bytes"), 2**41),
+        "pages": [{"device": "CUDA0", "n_layer": 1000, "kernels": "tested on hardware"}],
         **{"free_bytes": 1, "device_free_bytes": 1, "fits": False, "max_context": {"full": 4096, "ladder": None}},
     }
     lines += printed(width, *plan.plan_view(planned, helps=False))

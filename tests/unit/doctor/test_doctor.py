@@ -12,16 +12,17 @@ import pytest
 
 from kvlocal.doctor import installation
 from kvlocal.doctor import report as doctor
-from kvlocal.doctor.installation import Device, Library, find_library, read_system_info, vector_code
+from kvlocal.doctor.installation import Library, find_library
 from kvlocal.doctor.report import ModelInfo, examine
 from kvlocal.doctor.selftest import Comparison
 from kvlocal.errors import KVError
+from kvlocal.native.devices import Device, Placement
 from kvlocal.native.spinning import Spinning
 from kvlocal.native.threads import Cores
 
 BUILD = {"AVX2": "1", "FMA": "1", "F16C": "1", "OPENMP": "1"}
 LIBRARY = Library(path="/lib/libllama.so", folder="/lib", ours=True, kernels="AVX2", system_info={"CPU": BUILD})
-CPU_DEVICE = Device("CPU", "Fast Chip 9", "cpu", "CPU", 1, 2)
+CPU_DEVICE = Device("CPU", "Fast Chip 9", "cpu", "CPU", 1, 2, "tested on hardware")
 MODEL = ModelInfo("m.gguf", "Tiny", "llama 1B", "llama", 8192, 10**6, None, {"f16": None})
 
 
@@ -41,7 +42,8 @@ class Fake:
         on_step("rows")
         return self.tests
 
-    def look(self, _path: Path, _n_gpu_layers: int) -> ModelInfo:
+    def look(self, _path: Path, _n_gpu_layers: int, devices: list[Device], *, portable: bool) -> ModelInfo:
+        assert devices == self.devices
         if isinstance(self.model, KVError):
             raise self.model
         return self.model
@@ -144,11 +146,23 @@ def test_layers_for_a_gpu_that_is_not_there(fake: Fake) -> None:
 
 
 def test_layers_on_a_device_leave_the_kernels(fake: Fake) -> None:
-    fake.model = replace(MODEL, n_layer=16, on_device=9)
+    pages = [Placement("CPU", 7, "tested on hardware"), Placement("CUDA0", 9, "portable path")]
+    fake.model = replace(MODEL, pages=pages)
     (warning,) = examine(Path("m.gguf")).warnings
-    assert warning.startswith("9 of 16 layers keep their pages on an accelerator. The fused page kernels are CPU only")
-    fake.model = replace(MODEL, n_layer=16, on_device=0)
+    assert warning.startswith("9 of 16 layers keep their pages on CUDA0, which has no page kernels: ")
+    assert examine(Path("m.gguf"), kernels="portable").warnings == [], "it was asked for"
+    fake.model = replace(MODEL, pages=pages[:1])
     assert examine(Path("m.gguf")).warnings == []
+
+
+def test_kernels_that_ran_under_emulation_only_are_a_warning(fake: Fake) -> None:
+    fake.model = replace(MODEL, pages=[Placement("Vulkan0", 16, "emulated only")])
+    assert examine(Path("m.gguf")).warnings == [
+        "16 of 16 layers keep their pages on Vulkan0, whose page kernels were tested under emulation only; "
+        "--kernels portable goes without them."
+    ]
+    fake.model = replace(MODEL, pages=[Placement("CPU", 16, "emulated only")])
+    assert examine(Path("m.gguf")).warnings == [], "the self-test ran them"
 
 
 def test_a_model_that_cannot_be_paged_is_a_warning_and_one_that_cannot_be_read_a_failure(fake: Fake) -> None:
@@ -172,22 +186,6 @@ def test_places_follow_the_environment(fake: Fake, tmp_path: Path, monkeypatch: 
 
 
 # --- the library ---------------------------------------------------------------------------------------------------
-
-
-def test_system_info_is_read_per_backend() -> None:
-    text = "CUDA : ARCHS = 800,900 | USE_GRAPHS = 1 | CPU : AVX = 1 | SVE_CNT = 16 | "
-    assert read_system_info(text) == {
-        "CUDA": {"ARCHS": "800,900", "USE_GRAPHS": "1"},
-        "CPU": {"AVX": "1", "SVE_CNT": "16"},
-    }
-    assert read_system_info("") == {}
-
-
-def test_the_vector_code_of_the_kernels() -> None:
-    assert vector_code({"AVX2": "1", "FMA": "1", "F16C": "1", "AVX512": "1"}) == "AVX-512"
-    assert vector_code({"AVX2": "1", "FMA": "1", "F16C": "1"}) == "AVX2"
-    assert vector_code({"AVX2": "1", "FMA": "1"}) == "plain loops"
-    assert vector_code({"NEON": "1"}) == "NEON"
 
 
 def interpreter(folder: Path, code: str) -> str:

@@ -241,6 +241,13 @@ def test_impossible_measurements_are_refused(fields: dict[str, Any], sentence: s
         config(**fields)
 
 
+def test_kernels_reach_the_contexts_of_our_own_cache_alone(world: World) -> None:
+    measure(world, config("full,paged,streaming", kernels="portable"))
+    assert [context.config.portable for context in world.contexts] == [False, True, True]
+    with pytest.raises(UsageError, match="Policy ladder stores tokens in formats other than f16"):
+        config("full,ladder", "25%", kernels="portable")
+
+
 # --- the text ---------------------------------------------------------------------------------------------------
 
 

@@ -132,6 +132,16 @@ def test_where_nothing_is_evicted_the_ladder_is_suggested() -> None:
     assert plan.suggestion == {"budget": "2048", "prefill": "chunked", "policy": "ladder", "storage": "f16"}
 
 
+def test_without_page_kernels_only_f16_and_no_ladder_is_suggested() -> None:
+    def total(config: EngineConfig) -> int:
+        assert config.kernels == "portable"
+        return 10**6 if config.policy.name == "full" else 0
+
+    plan = Imagined(total, 1).plan(make_config("full", "100%", n_ctx=8192, kernels="portable"))
+    assert plan.suggestion == {"budget": "2048", "prefill": "chunked", "policy": "ada-snapkv", "storage": "f16"}
+    assert plan.max_context == {name: 0 if name == "f16" else None for name in STORAGES}
+
+
 def test_last_of_all_is_a_smaller_context_if_no_prompt_was_asked_for() -> None:
     def total(config: EngineConfig) -> int:
         return config.n_ctx * (1 if config.storage.name == "q4" else 4)

@@ -39,6 +39,15 @@ size_t kvl_struct_size(const char * name) {
     return 0;
 }
 
+int32_t kvl_has_kernels(ggml_backend_dev_t device) {
+    if (!device) {
+        return kvl_fail(KVL_ERR_ARGUMENT, "no device");
+    }
+    return guarded([&] {
+        return int32_t(kvl_find_kernels(kvl_device_of(ggml_backend_dev_buffer_type(device))) ? 1 : 0);
+    });
+}
+
 kvl_params kvl_default_params(void) {
     return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20, /*.portable =*/0,
             /*.formats =*/0,   /*.rotate =*/0,     /*.kivi_bits =*/2,          /*.kivi_group =*/32};
@@ -142,12 +151,8 @@ int32_t kvl_get_layer(const llama_context * ctx, int32_t layer, kvl_layer_info *
         return KVL_ERR_ARGUMENT;
     }
     const kvl_layer & l = kv->layers[layer];
-    *out = {int32_t(l.il),
-            int32_t(l.n_head),
-            int32_t(l.n_head_kv),
-            int32_t(l.pool->d_k),
-            int32_t(l.pool->d_v),
-            l.pool->is_host() ? 0 : 1,
-            l.kq_scale};
+    *out = {int32_t(l.il),        int32_t(l.n_head),    int32_t(l.n_head_kv),
+            int32_t(l.pool->d_k), int32_t(l.pool->d_v), l.pool->is_host() ? 0 : 1,
+            l.kernels() ? 1 : 0,  l.kq_scale,           ggml_backend_dev_name(kvl_device_of(l.arena->shape.buft))};
     return KVL_OK;
 }

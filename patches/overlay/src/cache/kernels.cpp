@@ -34,6 +34,11 @@ const kvl_kernels * kvl_find_kernels(ggml_backend_dev_t device) {
     return it->second.get();
 }
 
+std::string kvl_lacks_kernels(ggml_backend_dev_t device) {
+    return std::string(device ? ggml_backend_dev_name(device) : "the device of a layer") +
+           " lacks; keep all layers in main memory (-ngl 0)";
+}
+
 const kvl_row_functions & kvl_find_rows() {
     static const kvl_row_functions rows = [] {
         kvl_row_functions out = {};

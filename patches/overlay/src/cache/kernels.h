@@ -5,6 +5,8 @@
 #include "ggml-backend.h"
 #include "kvl-attn.h"
 
+#include <string>
+
 // The operators of kvl-attn.h; all of them, or none.
 struct kvl_kernels {
     ggml_custom_op_t compute, merge, mass, scores, rotate, append, window, move;
@@ -20,5 +22,7 @@ struct kvl_row_functions {
 ggml_backend_dev_t kvl_device_of(ggml_backend_buffer_type_t buft);
 // Its operators, nullptr if it lacks one.
 const kvl_kernels * kvl_find_kernels(ggml_backend_dev_t device);
+// Of a device without: how a sentence about them goes on after "which", and what to do.
+std::string kvl_lacks_kernels(ggml_backend_dev_t device);
 // The CPU backend's; entries are nullptr where it has none.
 const kvl_row_functions & kvl_find_rows();

@@ -127,8 +127,7 @@ void llama_kv_paged::write_mass(const kvl_layer & layer, kvl_head & head,
 bool llama_kv_paged::set_mass(kvl_mass kind) {
     const bool on = kind != KVL_MASS_NONE;
     if (on && !all_fused()) {
-        kvl_set_error("attention mass needs the page kernels, which the device of a layer lacks; keep the KV cache in "
-                      "main memory");
+        kvl_set_error("attention mass needs the page kernels, which " + without_kernels());
         return false;
     }
     for (const auto & arena : arenas) {

@@ -86,7 +86,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
                                                      params.portable != 0, hparams.no_alloc));
     }
     if ((params.formats != 0 || params.rotate) && !all_fused()) {
-        throw std::runtime_error("storage formats other than f16 need the page kernels, which run on the CPU only");
+        throw std::runtime_error("storage formats other than f16 (--kv) need the page kernels, which " +
+                                 without_kernels());
     }
 
     if (params.n_window > 0) {

@@ -172,6 +172,8 @@ class llama_kv_paged : public llama_memory_i {
     bool no_alloc() const;
     // every layer has page kernels
     bool all_fused() const;
+    // why a layer has none, and what to do: how a sentence about them goes on after "which"; empty: all have
+    std::string without_kernels() const;
     bool has_mass() const { return mass_kind != KVL_MASS_NONE; }
     kvl_mass mass() const { return mass_kind; }
 

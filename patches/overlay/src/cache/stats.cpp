@@ -34,6 +34,18 @@ bool llama_kv_paged::all_fused() const {
     });
 }
 
+std::string llama_kv_paged::without_kernels() const {
+    if (params.portable) {
+        return "a portable context does without; use --kernels auto";
+    }
+    for (const auto & arena : arenas) {
+        if (!arena->kernels) {
+            return kvl_lacks_kernels(kvl_device_of(arena->shape.buft));
+        }
+    }
+    return "";
+}
+
 void llama_kv_paged::note_held(const kvl_layer & layer, kvl_head & head) const {
     head.used_bytes = 0;
     head.page_bytes = 0;

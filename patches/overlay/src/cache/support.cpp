@@ -93,10 +93,10 @@ std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format fo
         if (!hp.has_kv(il) || hp.n_head_kv(il) == 0) {
             continue;
         }
-        const bool host = ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)));
-        why = format == KVL_FORMAT_F16 || host
+        ggml_backend_dev_t device = kvl_device_of(ggml_backend_dev_buffer_type(model.dev_layer(il)));
+        why = format == KVL_FORMAT_F16 || kvl_find_kernels(device)
                   ? kvl_block_refusal(k_row, v_row, hp.n_embd_head_k(il), hp.n_embd_head_v(il))
-                  : "only pages in main memory can be stored in other formats than f16";
+                  : "storage formats other than f16 (--kv) need the page kernels, which " + kvl_lacks_kernels(device);
     }
     return why;
 }
