@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find vendor/fetch.py vendor/CMakeLists.txt vendor/llama.cpp.lock patches -type f)
 
-.PHONY: demo test lint docs check-devices bench clean
+.PHONY: demo test test-device lint docs check-devices bench clean
 
 demo: $(STAMP)
 	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question-file demo/question.txt
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# the native tests on an accelerator that every machine has: Vulkan on the CPU
+test-device: $(STAMP)
+	$(BIN)/python tools/device_tests.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -28,8 +28,17 @@ ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE = -1, -2, -3, -4
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
 
 
+LIB_DIR = "KVLOCAL_LIB_DIR"
+"""The environment's name of the folder with another build of the libraries, of the same source."""
+
+
 def installed(part: str) -> Path:
-    """Where ``part`` ("lib", "binding") of the package is; an editable install keeps it apart from the code."""
+    """Where ``part`` ("lib", "binding") of the package is; an editable install keeps it apart from the code.
+
+    The environment's KVLOCAL_LIB_DIR names another folder of libraries.
+    """
+    if part == "lib" and os.environ.get(LIB_DIR):
+        return Path(os.environ[LIB_DIR]).expanduser().resolve()
     beside = Path(__file__).parents[1] / part
     if beside.exists():
         return beside
@@ -42,6 +51,10 @@ def installed(part: str) -> Path:
 def _import_binding() -> ModuleType:
     """``llama_cpp.llama_cpp`` over our library, whatever else is installed under that name."""
     lib_dir, binding = installed("lib"), installed("binding")
+    if os.environ.get(LIB_DIR) and not any(lib_dir.glob("*llama.*")):
+        raise KVError(
+            f"{LIB_DIR} names {lib_dir}, where no libllama is: correct it, or unset it for the usual library."
+        )
     if not lib_dir.is_dir() or not binding.is_dir():
         raise KVError(f"The native library of kvlocal is not installed (looked in {lib_dir}): {_REINSTALL}.")
     if "llama_cpp" not in sys.modules:

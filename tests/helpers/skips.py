@@ -7,11 +7,13 @@ from collections.abc import Generator
 
 import pytest
 
+NO_KERNELS = "pages on this device have no kernels"
 ALLOWED = (
     "no SIGINT for another process there",
     "elsewhere the system may keep freed pages resident for a while",
+    NO_KERNELS,
 )
-"""Reasons that a complete installation may have: they are about the operating system."""
+"""Reasons that a complete installation may have: they are about the operating system, or the device of --device."""
 
 
 def refuse(report: pytest.TestReport | pytest.CollectReport) -> None:

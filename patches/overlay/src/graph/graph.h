@@ -39,7 +39,8 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
     ggml_tensor * causal = nullptr; // f16 [max n_kv, n_seq_tokens]: order among the new tokens
     ggml_tensor * ring = nullptr;   // i32 [n_ring*n_seqs]: query row of each remembered token
 
-    // stock operators: a part of an input, on the device of the pages, to which the input is copied once
+    // stock operators: an input on the device of a layer's pages, to which it is copied once, and a part of it
+    ggml_tensor * beside(const llm_graph_context & g, const kvl_layer & layer, ggml_tensor * input);
     ggml_tensor * part(const llm_graph_context & g, const kvl_layer & layer, ggml_tensor * input, int64_t ne0,
                        int64_t ne3, int64_t first);
 

@@ -60,14 +60,20 @@ void llm_graph_input_kv_paged::set_rows(uint32_t l, const llama_ubatch * ubatch)
     }
 }
 
+ggml_tensor * llm_graph_input_kv_paged::beside(const llm_graph_context & g, const kvl_layer & layer,
+                                               ggml_tensor * input) {
+    if (layer.arena->is_host()) {
+        return input;
+    }
+    // every view of the input itself would be copied to the device
+    ggml_tensor *& copy = copies[{layer.arena->shape.buft, input}];
+    copy = copy ? copy : ggml_cont(g.ctx0, input);
+    return copy;
+}
+
 ggml_tensor * llm_graph_input_kv_paged::part(const llm_graph_context & g, const kvl_layer & layer, ggml_tensor * input,
                                              int64_t ne0, int64_t ne3, int64_t first) {
-    if (!layer.arena->is_host()) {
-        // a view of an input would be copied to the device by itself
-        ggml_tensor *& copy = copies[{layer.arena->shape.buft, input}];
-        copy = copy ? copy : ggml_cont(g.ctx0, input);
-        input = copy;
-    }
+    input = beside(g, layer, input);
     const size_t size = ggml_type_size(input->type);
     return ggml_view_4d(g.ctx0, input, ne0, 1, 1, ne3, ne0 * size, ne0 * size, ne0 * size, size_t(first) * size);
 }
@@ -129,7 +135,7 @@ ggml_tensor * kvl_build_portable(const llm_graph_context & g, llm_graph_input_kv
     // f16 [n_kv, T, 1, H*S or 1]: 0 where a query sees a slot, -inf elsewhere
     ggml_tensor * mask = inp.part(g, layer, inp.masks, n_kv, in.shape.uniform ? 1 : H * S, in.live);
     if (inp.causal) {
-        ggml_tensor * order = ggml_view_2d(ctx, inp.causal, n_kv, T, inp.causal->nb[1], 0);
+        ggml_tensor * order = ggml_view_2d(ctx, inp.beside(g, layer, inp.causal), n_kv, T, inp.causal->nb[1], 0);
         mask = ggml_add(ctx, ggml_repeat_4d(ctx, mask, n_kv, T, 1, mask->ne[3]), order);
     }
     ggml_tensor * cur = ggml_flash_attn_ext(ctx, q4, kg, vg, mask, kq_scale, 0.0f, layer.soft_cap);
