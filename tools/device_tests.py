@@ -20,6 +20,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "device"
 LIB_DIR = BUILD / "install" / "kvlocal" / "lib"
+SYSTEM_HEADERS = Path("/usr/include")
 PACKAGES = ("cmake", "glslc", "libvulkan-dev", "mesa-vulkan-drivers", "ninja-build", "spirv-headers")
 OLDEST_HEADERS = 309
 """Third number of the oldest version of the Vulkan headers that the backend is known to compile with."""
@@ -64,11 +65,10 @@ def install_packages() -> None:
 
 def headers() -> Path:
     """The folder of Vulkan headers that are new enough: the system's, or those of Debian 13."""
-    system = Path("/usr/include")
-    text = (system / "vulkan" / "vulkan_core.h").read_text("utf-8")
+    text = (SYSTEM_HEADERS / "vulkan" / "vulkan_core.h").read_text("utf-8")
     found = re.search(r"#define VK_HEADER_VERSION (\d+)", text)
     if found and int(found[1]) >= OLDEST_HEADERS:
-        return system
+        return SYSTEM_HEADERS
     folder = BUILD / "headers"
     if not (folder / "usr").is_dir():
         unpack_headers(folder)

@@ -32,6 +32,7 @@ def probabilities(cache: PagedCache, layer: int, n: int) -> np.ndarray:
     return np.array(out)
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("n_ubatch", [1, 7, 300])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_the_last_query_that_gave_a_slot_its_share_is_noted(
@@ -56,6 +57,7 @@ def test_the_last_query_that_gave_a_slot_its_share_is_noted(
         assert (low == high).mean() > 0.95 and len(np.unique(last)) > 20
 
 
+@pytest.mark.needs_kernels
 def test_important_is_relative_to_what_a_query_sees(open_model: OpenModel, open_context: OpenContext) -> None:
     """With half of the slots hidden, those that remain share the attention and the mean is twice as high."""
     model = open_model("llama", **SHAPE)

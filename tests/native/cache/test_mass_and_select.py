@@ -32,6 +32,7 @@ def received(cache: PagedCache, layer: int, n: int, seq: int = 0) -> np.ndarray:
     return np.array(out)
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("n_ubatch", [1, 7, 40, 512])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_mass_is_the_sum_over_all_queries(
@@ -50,6 +51,7 @@ def test_mass_is_the_sum_over_all_queries(
         np.testing.assert_allclose(cache.mass(0, layer), received(cache, layer, 200), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.needs_kernels
 def test_mass_of_two_sequences_in_one_batch(open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama", **SHAPE)
     context = open_context(model, n_window=64, n_seq_max=2)
@@ -61,6 +63,7 @@ def test_mass_of_two_sequences_in_one_batch(open_model: OpenModel, open_context:
         np.testing.assert_allclose(cache.mass(seq, 1), received(cache, 1, n, seq), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.needs_kernels
 def test_the_logits_do_not_change(open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama", **SHAPE)
     tokens = random_tokens(model, 120)
@@ -75,6 +78,7 @@ def test_the_logits_do_not_change(open_model: OpenModel, open_context: OpenConte
         np.testing.assert_allclose(logits[0], other, rtol=0, atol=1e-5 * np.abs(logits[0]).max())
 
 
+@pytest.mark.needs_kernels
 def test_mass_goes_where_its_slot_goes(open_model: OpenModel, open_context: OpenContext) -> None:
     """Eviction, branches and truncation carry it along; writing replaces it; a new slot starts at nothing."""
     model = open_model("llama", **SHAPE)
@@ -102,6 +106,7 @@ def test_mass_goes_where_its_slot_goes(open_model: OpenModel, open_context: Open
     assert not cache.mass(1, 0).any()
 
 
+@pytest.mark.needs_kernels
 def test_mass_is_refused_where_it_is_not_kept(open_model: OpenModel, open_context: OpenContext) -> None:
     model = open_model("llama", **SHAPE)
     with pytest.raises(UsageError, match="needs the page kernels, which a portable context does without; use "):

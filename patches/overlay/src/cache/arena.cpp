@@ -28,6 +28,24 @@ static size_t bytes_of(const std::vector<std::unique_ptr<kvl_pool>> & pools) {
     return place_pools(pools, [](kvl_pool &, size_t) {});
 }
 
+// Stock operators take all f16 pages as one tensor, for which a device may have a limit.
+static void check_size(ggml_backend_dev_t device, ggml_tensor * rows) {
+    ggml_init_params params = {4 * ggml_tensor_overhead(), nullptr, true};
+    ggml_context_ptr ctx(ggml_init(params));
+    if (!ctx) {
+        throw std::bad_alloc();
+    }
+    ggml_tensor * index = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
+    ggml_tensor * row = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, rows->ne[0], 1);
+    for (const ggml_tensor * op : {ggml_get_rows(ctx.get(), rows, index), ggml_set_rows(ctx.get(), rows, row, index)}) {
+        if (!ggml_backend_dev_supports_op(device, op)) {
+            throw std::runtime_error("the KV pages take " + std::to_string(ggml_nbytes(rows) >> 20) + " MiB, which " +
+                                     ggml_backend_dev_name(device) +
+                                     " cannot use as one tensor; use a smaller context (-c), or fewer layers there (-ngl)");
+        }
+    }
+}
+
 kvl_arena::kvl_arena(const kvl_shape & shape, uint32_t n_seqs, std::vector<std::unique_ptr<kvl_pool>> all,
                      bool portable, bool no_alloc)
     : shape(shape), kernels(portable ? nullptr : kvl_find_kernels(kvl_device_of(shape.buft))), pools(std::move(all)),
@@ -50,6 +68,9 @@ kvl_arena::kvl_arena(const kvl_shape & shape, uint32_t n_seqs, std::vector<std::
     ggml_set_name(k_rows, "kvl_k_rows");
     ggml_set_name(v_rows, "kvl_v_rows");
     ggml_set_name(means, "kvl_means");
+    if (!is_host() && !kernels) {
+        check_size(kvl_device_of(shape.buft), k_rows);
+    }
     if (!mem.place(pages, 0) || !mem.place(k_rows, 0) || !mem.place(v_rows, size_t(n_before) * k_rows->nb[1]) ||
         !mean_mem.place(means, 0)) {
         throw std::runtime_error("cannot place the KV pages in a buffer of " +

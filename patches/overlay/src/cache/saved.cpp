@@ -2,54 +2,63 @@
 
 #include "cache/saved.h"
 
-std::vector<kvl_state_pool> kvl_pools_of(const llama_kv_paged & kv, kvl_sequence & seq) {
-    std::vector<kvl_state_pool> out;
+std::vector<kvl_state_group> kvl_groups_of(const llama_kv_paged & kv, kvl_sequence & seq) {
+    std::vector<kvl_state_group> out;
     for (size_t l = 0; l < kv.layers.size(); l++) {
         const std::vector<kvl_pool *> & pools = kv.layers[l].pools;
-        auto first = std::find_if(out.begin(), out.end(), [&](const kvl_state_pool & p) {
-            return p.pool == pools[KVL_FORMAT_F16];
+        auto first = std::find_if(out.begin(), out.end(), [&](const kvl_state_group & g) {
+            return g.pools[0] && g.pools[0]->d_k == pools[KVL_FORMAT_F16]->d_k &&
+                   g.pools[0]->d_v == pools[KVL_FORMAT_F16]->d_v;
         });
         if (first == out.end()) {
             const size_t at = out.size();
-            for (kvl_pool * pool : pools) {
-                out.push_back({pool, {}});
-            }
+            out.resize(at + pools.size());
             first = out.begin() + int64_t(at);
+        }
+        for (size_t f = 0; f < pools.size(); f++) {
+            std::vector<kvl_pool *> & known = first[int64_t(f)].pools;
+            if (std::find(known.begin(), known.end(), pools[f]) == known.end()) {
+                known.push_back(pools[f]);
+            }
         }
         for (kvl_head & head : seq.heads[l]) {
             for (uint32_t & entry : head.pages) {
-                first[kvl_head::page_format(entry)].pages.push_back({&entry, 0});
+                const uint32_t format = kvl_head::page_format(entry);
+                kvl_state_group & g = first[format];
+                const auto pool = std::find(g.pools.begin(), g.pools.end(), pools[format]);
+                g.pages.push_back({&entry, *pool, size_t(pool - g.pools.begin()), 0});
             }
         }
     }
     return out;
 }
 
-void kvl_rank(std::vector<kvl_state_pool> & pools) {
-    for (kvl_state_pool & p : pools) {
-        std::sort(p.pages.begin(), p.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
-            return a.number() < b.number();
+void kvl_rank(std::vector<kvl_state_group> & groups) {
+    for (kvl_state_group & g : groups) {
+        std::sort(g.pages.begin(), g.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
+            return a.order != b.order ? a.order < b.order : a.number() < b.number();
         });
-        for (size_t i = 0; i < p.pages.size(); i++) {
-            p.pages[i].rank = uint32_t(i);
+        for (size_t i = 0; i < g.pages.size(); i++) {
+            g.pages[i].rank = uint32_t(i);
         }
     }
 }
 
-bool kvl_ranks_fit(std::vector<kvl_state_pool> & pools) {
-    for (kvl_state_pool & p : pools) {
-        for (size_t i = 0; p.pool && i < p.pages.size(); i += p.pool->n_together) {
-            for (uint32_t j = 0; j < p.pool->n_together; j++) { // pages of a group come one after the other
-                if (p.pages[i + j].rank != p.pages[i].rank + j || p.pages[i].rank % p.pool->n_together != 0) {
+bool kvl_ranks_fit(std::vector<kvl_state_group> & groups) {
+    for (kvl_state_group & g : groups) {
+        const uint32_t n = g.pages.empty() ? 1 : g.pages[0].pool->n_together;
+        for (size_t i = 0; i < g.pages.size(); i += n) {
+            for (uint32_t j = 0; j < n; j++) { // they come one after the other
+                if (g.pages[i + j].rank != g.pages[i].rank + j || g.pages[i].rank % n != 0) {
                     return false;
                 }
             }
         }
-        std::sort(p.pages.begin(), p.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
+        std::sort(g.pages.begin(), g.pages.end(), [](const kvl_state_page & a, const kvl_state_page & b) {
             return a.rank < b.rank;
         });
-        for (size_t i = 0; i < p.pages.size(); i++) {
-            if (p.pages[i].rank != i) {
+        for (size_t i = 0; i < g.pages.size(); i++) {
+            if (g.pages[i].rank != i) {
                 return false;
             }
         }

@@ -104,11 +104,11 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
         refuse("a paged cache is saved sequence by sequence, whole: use llama_state_seq_get_data without flags");
     }
     kvl_sequence seq = seqs[seq_id];
-    std::vector<kvl_state_pool> pools = kvl_pools_of(*this, seq);
-    kvl_rank(pools);
+    std::vector<kvl_state_group> groups = kvl_groups_of(*this, seq);
+    kvl_rank(groups);
     std::map<const uint32_t *, uint32_t> ranks;
-    for (const kvl_state_pool & p : pools) {
-        for (const kvl_state_page & page : p.pages) {
+    for (const kvl_state_group & g : groups) {
+        for (const kvl_state_page & page : g.pages) {
             ranks[page.entry] = page.rank;
         }
     }
@@ -140,7 +140,7 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
             io.write_tensor(layer.queries, n * size_t(row), n);
         }
     }
-    for_runs(pools, [&](ggml_tensor * t, size_t offset, size_t n) {
+    for_runs(groups, [&](ggml_tensor * t, size_t offset, size_t n) {
         io.write_tensor(t, offset, n);
     });
 }
@@ -201,31 +201,34 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             }
         }
     }
-    std::vector<kvl_state_pool> pools = kvl_pools_of(*this, seq);
-    for (kvl_state_pool & p : pools) {
-        for (kvl_state_page & page : p.pages) {
+    std::vector<kvl_state_group> groups = kvl_groups_of(*this, seq);
+    std::map<const kvl_pool *, uint64_t> need;
+    for (kvl_state_group & g : groups) {
+        for (kvl_state_page & page : g.pages) {
             page.rank = page.number(); // until it has a number here
+            need[page.pool]++;
         }
     }
-    if (!kvl_ranks_fit(pools)) {
+    if (!kvl_ranks_fit(groups)) {
         refuse("the saved sequence is damaged: its pages are not in order");
     }
     truncate(seq_id, 0);
-    for (const kvl_state_pool & p : pools) {
-        if (p.pool && p.pages.size() > p.pool->n_free()) {
-            refuse("the KV pool is full: the saved sequence needs " + std::to_string(p.pages.size()) + " pages, " +
-                   std::to_string(p.pool->n_free()) + " are free; use a larger context (-c)");
+    for (const auto & [pool, n] : need) {
+        if (n > pool->n_free()) {
+            refuse("the KV pool is full: the saved sequence needs " + std::to_string(n) + " pages, " +
+                   std::to_string(pool->n_free()) + " are free; use a larger context (-c)");
         }
     }
     seq.window.assign(size_t(params.n_window), -1);
     for (llama_pos pos = seq.n_seen - llama_pos(n_rows); pos < seq.n_seen; pos++) {
         seq.window[size_t(pos) % size_t(params.n_window)] = pos;
     }
-    for (const kvl_state_pool & p : pools) {
-        for (size_t i = 0; i < p.pages.size(); i += p.pool->n_together) {
-            const uint32_t first = p.pool->take(); // the lowest free one: they are in order here as well
-            for (uint32_t j = 0; j < p.pool->n_together; j++) {
-                uint32_t & entry = *p.pages[i + j].entry;
+    for (const kvl_state_group & g : groups) {
+        for (size_t i = 0; i < g.pages.size();) {
+            kvl_pool & pool = *g.pages[i].pool;
+            const uint32_t first = pool.take(); // the lowest free one: they are in order here as well
+            for (uint32_t j = 0; j < pool.n_together; j++, i++) {
+                uint32_t & entry = *g.pages[i].entry;
                 entry = kvl_head::page_entry(kvl_head::page_format(entry), first + j);
             }
         }
@@ -255,7 +258,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
                 check_finite(reinterpret_cast<const float *>(bytes.data()), n / sizeof(float));
             }
         }
-        for_runs(pools, read_into);
+        for_runs(groups, read_into);
         check_pages(seq_id);
     } catch (...) {
         truncate(seq_id, 0);
