@@ -1,10 +1,10 @@
-"""Counts what the scheduler copies between main memory and an accelerator for one decoded token.
+"""Counts what is copied between main memory and an accelerator for a decoded token and for a batch of a prompt.
 
-    python tools/count_transfers.py [--layers 32] [--tokens 1]
+    python tools/count_transfers.py [--layers 32]
 
-A random model with all layers on Vulkan on the CPU, as `make test-device` builds it, reads 200 tokens, evicts raggedly,
-and decodes. What is counted are the inputs of every part of the graph that runs on another device than the part before:
-each is a copy, with a synchronization of its own.
+A context of a random model, all layers on Vulkan on the CPU as `make test-device` builds it, plans its graphs when it is
+made; nothing is computed. What is counted are the inputs of the parts of a graph that run on another device than the
+part before: each is a copy, with a synchronization of its own.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ import re
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from device_tests import environment
 
 SPLIT = re.compile(r"## SPLIT #(\d+): (\S+) # (\d+) inputs(.*)")
 
 
-def splits(log: str) -> list[tuple[str, list[str]]]:
-    """Device and names of inputs of every part of the last graph in the log."""
-    out: list[tuple[str, list[str]]] = []
+Part = tuple[str, list[str]]
+"""A part of a graph: its device, and the names of its inputs."""
+
+
+def graphs(log: str) -> list[list[Part]]:
+    """The parts of every graph in the log."""
+    out: list[list[Part]] = []
     for number, device, n, names in SPLIT.findall(log):
         if number == "0":
-            out = []
+            out.append([])
         inputs = re.findall(r"\[(.*?) \( *\S+\)\]", names)
         assert len(inputs) == int(n), f"{n} inputs, but {inputs}"
-        out.append((device, inputs))
+        out[-1].append((device, inputs))
     return out
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--layers", type=int, default=32)
-    p.add_argument("--tokens", type=int, default=1, help="decoded in one batch, of one sequence")
     args = p.parse_args()
     os.environ.update(environment(), GGML_SCHED_DEBUG="1")
     # the environment decides which library these find
@@ -55,21 +57,15 @@ def main() -> None:
     shape = Shape("transfers", "llama", args.layers, 256, 4, 2, 64, 256, 300, 10000.0, 4096, tied=True)
     with tempfile.TemporaryDirectory() as folder:
         model = Model(write_random_model(shape, Path(folder) / "model.gguf"), n_gpu_layers=99)
-        with Context(model, ContextConfig(1024, n_threads=1)) as context:
-            tokens = np.random.default_rng(0).integers(3, 300, 200 + args.tokens)
-            context.decode(tokens[:200], 0, 0)
-            assert context.cache is not None
-            for layer in range(args.layers):
-                context.cache.keep(0, layer, [np.arange(100), np.arange(20, 150)])
-            del lines[:]
-            context.decode(tokens[200:], 200, 0)
-            parts = splits("".join(lines))
+        with Context(model, ContextConfig(1024, n_threads=1)):
+            # the last two are those of a token and of the largest batch
+            token, batch = graphs("".join(lines))[-2:]
         model.close()
-    there = [name for device, names in parts if device != "CPU" for name in names]
-    back = [name for device, names in parts if device == "CPU" for name in names]
-    print(f"{args.layers} layers, {args.tokens} tokens: {len(there)} copies to the accelerator, {len(back)} back")
-    print(f"to the accelerator: {', '.join(there)}")
-    print(f"to main memory: {', '.join(back) or 'none'}")
+    for what, parts in (("a token", token), ("a batch of 512 tokens", batch)):
+        there = [name for device, names in parts if device != "CPU" for name in names]
+        back = [name for device, names in parts if device == "CPU" for name in names]
+        print(f"{args.layers} layers, {what}: {len(there)} copies to the accelerator, {len(back)} to main memory")
+        print(f"    {', '.join(there + back)}")
 
 
 if __name__ == "__main__":

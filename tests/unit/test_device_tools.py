@@ -28,11 +28,10 @@ node #  1
 """
 
 
-def test_the_parts_of_the_last_graph_are_counted() -> None:
-    assert count_transfers.splits(LOG) == [
-        ("CPU", []),
-        ("Vulkan0", ["embd", "kvl_rows", "leaf 7 (view)"]),
-        ("CPU", ["Vulkan0#out#0"]),
+def test_the_parts_of_every_graph_are_found() -> None:
+    assert count_transfers.graphs(LOG) == [
+        [("Vulkan0", [])],
+        [("CPU", []), ("Vulkan0", ["embd", "kvl_rows", "leaf 7 (view)"]), ("CPU", ["Vulkan0#out#0"])],
     ]
 
 
