@@ -2,8 +2,8 @@
 
     python tools/count_transfers.py [--layers 32]
 
-A context of a random model, all layers on Vulkan on the CPU as `make test-device` builds it, plans its graphs when it is
-made; nothing is computed. What is counted are the inputs of the parts of a graph that run on another device than the
+A context of a random model, all layers on Vulkan on the CPU as `make test-device` builds it, plans its graphs when it
+is made; nothing is computed. What is counted are the inputs of the parts of a graph that run on another device than the
 part before: each is a copy, with a synchronization of its own.
 """
 

@@ -8,10 +8,12 @@ from collections.abc import Generator
 import pytest
 
 NO_KERNELS = "pages on this device have no kernels"
+TAKEN_WHOLE = "an accelerator's memory is taken whole"
 ALLOWED = (
     "no SIGINT for another process there",
     "elsewhere the system may keep freed pages resident for a while",
     NO_KERNELS,
+    TAKEN_WHOLE,
 )
 """Reasons that a complete installation may have: they are about the operating system, or the device of --device."""
 

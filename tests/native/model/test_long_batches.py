@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from contexts import OpenContext, OpenModel, random_tokens
+from devices import within
 
 from kvlocal.errors import KVError
 
@@ -24,7 +25,7 @@ def test_all_outputs(n_batch: int, paged: bool, open_model: OpenModel, open_cont
         context.decode(tokens, 0, outputs="all")
         assert context.n_seen(0) == N
         logits.append(context.logits(N))
-    np.testing.assert_allclose(logits[1], logits[0], atol=2e-3 * np.abs(logits[0]).max())
+    np.testing.assert_allclose(logits[1], logits[0], atol=within(2e-3) * np.abs(logits[0]).max())
 
 
 @pytest.mark.parametrize("n_batch", [16, 40, 90])
@@ -38,7 +39,7 @@ def test_the_last_output_of_every_sequence(n_batch: int, open_model: OpenModel, 
         context = open_context(model, n_seq_max=2, n_batch=size)
         context.decode(tokens, pos, seq)
         logits.append(context.logits(2))
-    np.testing.assert_allclose(logits[1], logits[0], atol=2e-3 * np.abs(logits[0]).max())
+    np.testing.assert_allclose(logits[1], logits[0], atol=within(2e-3) * np.abs(logits[0]).max())
     assert np.abs(logits[0][0] - logits[0][1]).max() > 1
 
 
@@ -49,7 +50,7 @@ def test_logits_are_those_of_the_last_decode(open_model: OpenModel, open_context
     for one in (context, other):
         one.decode(tokens[:-1], 0)
         one.decode(tokens[-1:], N - 1)
-    np.testing.assert_allclose(context.logits(), other.logits(), atol=2e-3 * np.abs(other.logits()).max())
+    np.testing.assert_allclose(context.logits(), other.logits(), atol=within(2e-3) * np.abs(other.logits()).max())
 
 
 @pytest.mark.parametrize("paged", [True, False])
