@@ -39,9 +39,10 @@ static void check_size(ggml_backend_dev_t device, ggml_tensor * rows) {
     ggml_tensor * row = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, rows->ne[0], 1);
     for (const ggml_tensor * op : {ggml_get_rows(ctx.get(), rows, index), ggml_set_rows(ctx.get(), rows, row, index)}) {
         if (!ggml_backend_dev_supports_op(device, op)) {
-            throw std::runtime_error("the KV pages take " + std::to_string(ggml_nbytes(rows) >> 20) + " MiB, which " +
-                                     ggml_backend_dev_name(device) +
-                                     " cannot use as one tensor; use a smaller context (-c), or fewer layers there (-ngl)");
+            throw std::runtime_error(
+                "the KV pages take " + std::to_string(ggml_nbytes(rows) >> 20) + " MiB, which " +
+                ggml_backend_dev_name(device) +
+                " cannot use as one tensor; use a smaller context (-c), or fewer layers there (-ngl)");
         }
     }
 }
