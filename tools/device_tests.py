@@ -117,7 +117,7 @@ def build() -> None:
     run(
         "cmake", "-S", "vendor", "-B", BUILD, "-G", "Ninja", "-DGGML_VULKAN=ON",
         f"-DVulkan_INCLUDE_DIR={headers()}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DCMAKE_INSTALL_PREFIX={BUILD / 'install'}",
+        f"-DCMAKE_INSTALL_PREFIX={BUILD / 'install'}", "-DCMAKE_INSTALL_MESSAGE=NEVER",
     )  # fmt: skip
     run("cmake", "--build", BUILD, "--target", "llama")
     run("cmake", "--install", BUILD, "--component", "kvlocal")
