@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlocal.doctor.installation import list_devices
 from kvlocal.errors import UsageError
 from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.devices import list_devices
 from kvlocal.native.model import Model
 
 ALL_LAYERS = 99
