@@ -67,12 +67,21 @@ bool llama_kv_paged::pages_fit(const std::vector<llama_ubatch> & ubatches) {
     return true;
 }
 
+// Room for n more entries, so that they can be added without fail; grows as push_back would.
+template <typename T> static void make_room(std::vector<T> & values, size_t n) {
+    if (values.capacity() < values.size() + n) {
+        values.reserve(std::max(values.size() + n, 2 * values.capacity()));
+    }
+}
+
 bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t n) {
     kvl_sequence & seq = seqs[seq_id];
     std::map<const kvl_pool *, uint64_t> need;
+    std::map<kvl_arena *, uint64_t> n_mass;
     for (size_t l = 0; l < layers.size(); l++) {
         for (const kvl_head & head : seq.heads[l]) {
             need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
+            n_mass[layers[l].arena] += kvl_pages_for(head.n() + n) - head.pages.size();
         }
     }
     for (const auto & [pool, n_pages] : need) {
@@ -80,7 +89,24 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
             return false;
         }
     }
-    std::map<const kvl_layer *, std::vector<kvl_row_move>> copies;
+    // what can fail comes first
+    for (const auto & [arena, n_pages] : n_mass) {
+        if (has_mass()) {
+            arena->mass.reserve(n_pages);
+        }
+    }
+    for (std::vector<kvl_head> & heads : seq.heads) {
+        for (kvl_head & head : heads) {
+            make_room(head.pos, n);
+            const uint32_t n_pages = kvl_pages_for(head.n() + n) - uint32_t(head.pages.size());
+            make_room(head.pages, n_pages);
+            make_room(head.live, n_pages);
+            make_room(head.mass, has_mass() ? n_pages : 0);
+        }
+    }
+    if (!own_pages(seq_id, true)) {
+        throw std::runtime_error(kvl_last_error());
+    }
     for (uint32_t done = 0; done < n;) {
         // block by block over all heads: pages of one stretch of text lie together, so what eviction frees is
         // contiguous
@@ -101,8 +127,6 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
                         head.mass.push_back(layers[l].arena->mass.take());
                     }
                     head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();
-                } else if (pool.shared(head.pages.back())) {
-                    head.pages.back() = pool.unshare(head.pages.back(), head.n() % KVL_PAGE_SLOTS, copies[&layers[l]]);
                 }
                 head.pos.insert(head.pos.end(), pos + done, pos + done + step);
                 head.used_bytes += step * pool.slot_bytes();
@@ -110,11 +134,6 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
             }
         }
         done += step;
-    }
-    for (const auto & [layer, moves] : copies) {
-        if (!layer->arena->move(*layer->pool, moves)) {
-            throw std::runtime_error(kvl_last_error());
-        }
     }
     seq.n_seen = pos[n - 1] + 1;
     const uint32_t w = params.n_window;

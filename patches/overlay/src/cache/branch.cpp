@@ -93,6 +93,21 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     truncate(dst, 0);
     kvl_sequence & to = seqs[dst];
     const kvl_sequence & from = seqs[src];
+    // what can fail comes before the first page is shared
+    std::vector<std::vector<kvl_head>> heads = from.heads;
+    std::vector<std::vector<float>> mu = from.mu;
+    std::vector<std::vector<std::vector<std::vector<float>>>> mass(layers.size()); // [layer][KV head]
+    std::map<kvl_arena *, uint64_t> n_mass;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (kvl_head & head : heads[l]) {
+            mass[l].push_back(read_mass(layers[l], head));
+            n_mass[layers[l].arena] += head.mass.size();
+            head.mass.clear(); // it gets its own; the room for their numbers stays
+        }
+    }
+    for (const auto & [arena, n] : n_mass) {
+        arena->mass.reserve(n);
+    }
     for (size_t l = 0; l < layers.size(); l++) {
         for (const kvl_head & head : from.heads[l]) {
             for (const uint32_t entry : head.pages) {
@@ -100,15 +115,14 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
             }
         }
     }
-    to.heads = from.heads;
-    to.mu = from.mu;
-    to.window = from.window;
+    to.heads = std::move(heads);
+    to.mu = std::move(mu);
+    to.window = from.window; // of the same length
     to.n_seen = from.n_seen;
     for (uint32_t l = 0; l < layers.size(); l++) {
         upload_mean(dst, l);
         for (size_t h = 0; h < to.heads[l].size(); h++) {
-            to.heads[l][h].mass.clear();
-            write_mass(layers[l], to.heads[l][h], read_mass(layers[l], from.heads[l][h]));
+            write_mass(layers[l], to.heads[l][h], mass[l][h]);
         }
     }
     if (params.n_window > 0 && !no_alloc()) {
@@ -123,18 +137,27 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     return true;
 }
 
-bool llama_kv_paged::own_pages(llama_seq_id seq_id) {
+bool llama_kv_paged::own_pages(llama_seq_id seq_id, bool tails) {
+    struct copied {
+        kvl_head * head;
+        uint32_t at;
+        kvl_pool * pool;
+        uint32_t number;
+    };
     kvl_sequence & seq = seqs[seq_id];
-    std::map<const kvl_pool *, uint32_t> need;
+    std::vector<copied> copies;
+    std::map<kvl_pool *, uint32_t> need;
     for (size_t l = 0; l < layers.size(); l++) {
-        for (const kvl_head & head : seq.heads[l]) {
-            if (!head.plain()) {
-                kvl_set_error("slots that are not stored in f16 cannot be given other positions");
-                return false;
+        kvl_pool * pool = layers[l].pool;
+        for (kvl_head & head : seq.heads[l]) {
+            const uint32_t n = uint32_t(head.pages.size());
+            const uint32_t last = n - (head.n() % KVL_PAGE_SLOTS != 0 ? 1 : 0);
+            for (uint32_t p = tails ? last : 0; p < n; p++) {
+                if (pool->shared(kvl_head::page_number(head.pages[p]))) {
+                    copies.push_back({&head, p, pool, kvl_pool::NONE});
+                    need[pool]++;
+                }
             }
-            need[layers[l].pool] += uint32_t(std::count_if(head.pages.begin(), head.pages.end(), [&](uint32_t page) {
-                return layers[l].pool->shared(page);
-            }));
         }
     }
     for (const auto & [pool, n] : need) {
@@ -144,21 +167,30 @@ bool llama_kv_paged::own_pages(llama_seq_id seq_id) {
             return false;
         }
     }
-    for (size_t l = 0; l < layers.size(); l++) {
-        std::vector<kvl_row_move> moves;
-        for (kvl_head & head : seq.heads[l]) {
-            for (uint32_t p = 0; p < head.pages.size(); p++) {
-                if (layers[l].pool->shared(head.pages[p])) {
-                    const uint32_t n = std::min<uint32_t>(head.n() - p * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
-                    head.pages[p] = layers[l].pool->unshare(head.pages[p], n, moves);
-                }
-            }
-            note_held(layers[l], head);
-        }
-        if (!layers[l].arena->move(*layers[l].pool, moves)) {
+    // copied first, entered in the page tables then: what fails changes nothing
+    kvl_compaction work;
+    std::map<kvl_pool *, std::vector<kvl_row_move>> moves;
+    for (copied & c : copies) {
+        const uint32_t n = std::min<uint32_t>(c.head->n() - c.at * KVL_PAGE_SLOTS, KVL_PAGE_SLOTS);
+        const uint64_t from = uint64_t(kvl_head::page_number(c.head->pages[c.at])) * KVL_PAGE_SLOTS;
+        std::vector<kvl_row_move> & of_pool = moves[c.pool];
+        of_pool.push_back({0, from, n});
+        work.taken.emplace_back(c.pool, kvl_pool::NONE);
+        c.number = work.taken.back().second = c.pool->take();
+        of_pool.back().to = uint64_t(c.number) * KVL_PAGE_SLOTS;
+    }
+    for (const auto & arena : arenas) {
+        kvl_pool & pool = *arena->pools[KVL_FORMAT_F16];
+        if (moves.count(&pool) > 0 && !arena->move(pool, moves[&pool])) {
             return false;
         }
     }
     note_peak();
+    work.taken.clear();
+    for (const copied & c : copies) {
+        c.pool->drop(kvl_head::page_number(c.head->pages[c.at]));
+        c.head->pages[c.at] = kvl_head::page_entry(KVL_FORMAT_F16, c.number);
+        c.pool->hold(c.number, c.head->held_bits(c.at));
+    }
     return true;
 }

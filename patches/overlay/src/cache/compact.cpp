@@ -123,7 +123,10 @@ kvl_rebuilt llama_kv_paged::compacted(const kvl_layer & layer, const kvl_head & 
     return out;
 }
 
-void llama_kv_paged::carry_out(const kvl_layer & layer, kvl_compaction & work) {
+void llama_kv_paged::carry_out(const kvl_layer & layer, kvl_compaction & work, uint64_t n_mass) {
+    if (has_mass()) {
+        layer.arena->mass.reserve(n_mass);
+    }
     note_peak();
     for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
         if (layer.pools[f] && !layer.arena->move(*layer.pools[f], work.moves[f])) {
@@ -136,42 +139,46 @@ void llama_kv_paged::carry_out(const kvl_layer & layer, kvl_compaction & work) {
     }
 }
 
-void llama_kv_paged::rebuild(const kvl_layer & layer, kvl_head & head, kvl_rebuilt && rebuilt) {
-    std::vector<std::vector<float>> mass = read_mass(layer, head);
-    kvl_head out;
-    out.pages = std::move(rebuilt.pages);
+kvl_renewed llama_kv_paged::renewed(const kvl_layer & layer, const kvl_head & head, kvl_rebuilt && rebuilt) const {
+    kvl_renewed out;
+    out.head.pages = std::move(rebuilt.pages);
     std::vector<uint32_t> seen;
     for (size_t i = 0; i < rebuilt.from.size(); i++) {
         const int32_t from = rebuilt.from[i];
-        out.pos.push_back(from < 0 ? kvl_head::HOLE : head.pos[size_t(from)]);
-        out.n_holes += from < 0 ? 1 : 0;
+        out.head.pos.push_back(from < 0 ? kvl_head::HOLE : head.pos[size_t(from)]);
+        out.head.n_holes += from < 0 ? 1 : 0;
         if (from >= 0 && head.is_live(uint32_t(from))) {
             seen.push_back(uint32_t(i));
         }
     }
-    out.see(seen);
-    for (std::vector<float> & row : mass) {
-        std::vector<float> moved;
+    out.head.see(seen);
+    for (const std::vector<float> & row : read_mass(layer, head)) {
+        std::vector<float> & moved = out.mass.emplace_back();
         for (const int32_t from : rebuilt.from) {
             moved.push_back(from < 0 ? 0.0f : row[size_t(from)]);
         }
-        row = std::move(moved);
     }
-    out.mass = std::move(head.mass);
-    write_mass(layer, out, mass);
-    head = std::move(out);
+    out.head.mass.reserve(std::max(head.mass.size(), out.head.pages.size()));
+    out.head.mass = head.mass;
+    return out;
+}
+
+void llama_kv_paged::replace(const kvl_layer & layer, kvl_head & head, kvl_renewed && by) {
+    head = std::move(by.head);
+    write_mass(layer, head, by.mass);
     note_held(layer, head);
 }
 
 void llama_kv_paged::compact(llama_seq_id seq, uint32_t layer_id, const std::vector<std::vector<uint32_t>> & slots) {
     const kvl_layer & layer = layers[layer_id];
     kvl_compaction work;
-    std::vector<kvl_rebuilt> rebuilt;
+    std::vector<kvl_renewed> heads;
     for (size_t h = 0; h < slots.size(); h++) {
-        rebuilt.push_back(compacted(layer, seqs[seq].heads[layer_id][h], slots[h], work));
+        const kvl_head & head = seqs[seq].heads[layer_id][h];
+        heads.push_back(renewed(layer, head, compacted(layer, head, slots[h], work)));
     }
-    carry_out(layer, work);
+    carry_out(layer, work, 0); // no head has more pages than before
     for (size_t h = 0; h < slots.size(); h++) {
-        rebuild(layer, seqs[seq].heads[layer_id][h], std::move(rebuilt[h]));
+        replace(layer, seqs[seq].heads[layer_id][h], std::move(heads[h]));
     }
 }

@@ -54,19 +54,24 @@ kvl_move plan(const kvl_head & head, uint32_t format, const kvl_pool & pool, con
 }
 
 // Takes the pages; the first one may be there, in part filled.
-void reserve(kvl_arena & arena, kvl_pool & pool, kvl_head & head, uint32_t format, kvl_move & move) {
+void reserve(kvl_arena & arena, kvl_pool & pool, kvl_head & head, uint32_t format, kvl_move & move,
+             kvl_compaction & work) {
     if (move.at > 0 && !move.slots.empty()) {
         uint32_t & last = head.pages[format_end(head, format) - 1];
         if (pool.shared(kvl_head::page_number(last))) {
             std::vector<kvl_row_move> moves;
             last = kvl_head::page_entry(format, pool.unshare(kvl_head::page_number(last), move.at, moves));
-            arena.move(pool, moves);
+            arena.move(pool, moves); // in main memory, where it cannot fail
         }
         move.pages.push_back(kvl_head::page_number(last));
     }
     while (move.pages.size() < move.n_pages()) {
+        for (uint32_t i = 0; i < pool.n_together; i++) {
+            work.taken.emplace_back(&pool, kvl_pool::NONE);
+        }
         const uint32_t first = pool.take();
         for (uint32_t i = 0; i < pool.n_together; i++) {
+            work.taken[work.taken.size() - pool.n_together + i].second = first + i;
             move.pages.push_back(first + i);
         }
     }
@@ -208,33 +213,28 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
                                                 std::to_string(layer.pools[f]->n_free()) + " free");
         }
     }
+    kvl_compaction work; // pages that are taken go back unless it is done
     for (uint32_t h = 0; h < heads.size(); h++) {
-        reserve(*layer.arena, pool, heads[h], format, moves[h]);
+        reserve(*layer.arena, pool, heads[h], format, moves[h], work);
     }
     note_peak();
-    try {
-        kvl_parallel_for(no_alloc() ? 0 : int(heads.size()), n_threads, [&](int h) {
-            encode_slots(seq_id, layer_id, uint32_t(h), pool, moves[size_t(h)]);
-        });
-    } catch (...) {
-        for (const kvl_move & move : moves) {
-            for (size_t i = move.at > 0 ? 1 : 0; i < move.pages.size(); i++) {
-                pool.drop(move.pages[i]);
-            }
-        }
-        throw;
-    }
+    kvl_parallel_for(no_alloc() ? 0 : int(heads.size()), n_threads, [&](int h) {
+        encode_slots(seq_id, layer_id, uint32_t(h), pool, moves[size_t(h)]);
+    });
     int32_t total = 0;
-    kvl_compaction work;
-    std::vector<kvl_rebuilt> rebuilt;
-    for (uint32_t h = 0; h < heads.size(); h++) {
-        rebuilt.push_back(moves[h].slots.empty() ? kvl_rebuilt{} : move_slots(layer, heads[h], format, moves[h], work));
-        total += int32_t(moves[h].slots.size());
-    }
-    carry_out(layer, work);
+    uint64_t n_more = 0;
+    std::vector<kvl_renewed> by(heads.size());
     for (uint32_t h = 0; h < heads.size(); h++) {
         if (!moves[h].slots.empty()) {
-            rebuild(layer, heads[h], std::move(rebuilt[h]));
+            by[h] = renewed(layer, heads[h], move_slots(layer, heads[h], format, moves[h], work));
+            n_more += by[h].head.pages.size(); // at most
+            total += int32_t(moves[h].slots.size());
+        }
+    }
+    carry_out(layer, work, n_more);
+    for (uint32_t h = 0; h < heads.size(); h++) {
+        if (!moves[h].slots.empty()) {
+            replace(layer, heads[h], std::move(by[h]));
         }
     }
     trim();

@@ -8,6 +8,9 @@ void llama_kv_paged::trim() {
     for_pools([](kvl_pool & pool) {
         pool.trim();
     });
+    for (const auto & arena : arenas) {
+        arena->mass.trim();
+    }
 }
 
 // Slots as counted from outside, by position and without holes, to those of the head, ascending.

@@ -4,19 +4,27 @@
 
 #include "cache/memory.h"
 
+#include <algorithm>
+#include <map>
 #include <new>
 #include <stdexcept>
 
-void kvl_mass_pages::prepare() {
-    if (n_pages == 0) {
-        grow();
+void kvl_mass_pages::reserve(uint64_t n) {
+    const uint64_t need = n_used - free.size() + n;
+    if (need > n_pages || n_pages == 0) {
+        uint64_t size = std::max<uint64_t>(n_pages, n_first);
+        while (size < need) {
+            size *= 2;
+        }
+        if (size > INT32_MAX) {
+            throw std::runtime_error("the attention mass needs more pages than an index can address");
+        }
+        grow(uint32_t(size));
     }
+    free.reserve(n_pages); // drop() cannot fail either
 }
 
 uint32_t kvl_mass_pages::take() {
-    if (free.empty() && n_used == n_pages) {
-        grow();
-    }
     uint32_t page;
     if (free.empty()) {
         page = n_used++;
@@ -32,8 +40,23 @@ void kvl_mass_pages::drop(uint32_t page) {
     free.push_back(page);
 }
 
-void kvl_mass_pages::grow() {
-    const uint32_t n = n_pages > 0 ? 2 * n_pages : n_first;
+void kvl_mass_pages::trim() {
+    if (t && free.size() == n_used) {
+        mem->give_back(0, ggml_nbytes(t));
+        n_used = 0;
+        free.clear();
+    }
+}
+
+void kvl_mass_pages::clear() {
+    t = nullptr;
+    mem.reset();
+    ctx.reset();
+    n_pages = n_used = 0;
+    free.clear();
+}
+
+void kvl_mass_pages::grow(uint32_t n) {
     ggml_init_params params = {ggml_tensor_overhead(), nullptr, true};
     ggml_context_ptr new_ctx(ggml_init(params));
     if (!new_ctx) {
@@ -109,6 +132,8 @@ void llama_kv_paged::write_mass(const kvl_layer & layer, kvl_head & head,
         return;
     }
     drop_mass(layer, head, head.pages.size());
+    mass.reserve(head.pages.size() - head.mass.size()); // nothing is left to do where the caller has done it
+    head.mass.reserve(head.pages.size());
     while (head.mass.size() < head.pages.size()) {
         head.mass.push_back(mass.take());
     }
@@ -130,16 +155,27 @@ bool llama_kv_paged::set_mass(kvl_mass kind) {
         kvl_set_error("attention mass needs the page kernels, which " + without_kernels());
         return false;
     }
-    for (const auto & arena : arenas) {
+    mass_kind = KVL_MASS_NONE;
+    std::map<kvl_arena *, uint64_t> n_pages;
+    for (kvl_sequence & seq : seqs) {
+        for (size_t l = 0; l < layers.size(); l++) {
+            for (kvl_head & head : seq.heads[l]) {
+                drop_mass(layers[l], head, 0);
+                n_pages[layers[l].arena] += head.pages.size();
+            }
+        }
+    }
+    for (const auto & [arena, n] : n_pages) {
         if (on) {
-            arena->mass.prepare();
+            arena->mass.reserve(n);
+        } else {
+            arena->mass.clear();
         }
     }
     mass_kind = kind;
     for (kvl_sequence & seq : seqs) {
         for (size_t l = 0; l < layers.size(); l++) {
             for (kvl_head & head : seq.heads[l]) {
-                drop_mass(layers[l], head, 0);
                 const uint32_t group = on ? layers[l].group() : 0;
                 write_mass(layers[l], head, {group, std::vector<float>(head.n(), 0.0f)});
             }

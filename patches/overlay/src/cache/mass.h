@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cache/region.h"
+#include "kvl-attn.h"
 
 #include <cstdint>
 #include <memory>
@@ -15,21 +16,29 @@ class kvl_mass_pages {
     kvl_mass_pages(ggml_backend_buffer_type_t buft, uint32_t group, uint32_t n_pages, bool no_alloc)
         : buft(buft), group(group), n_first(n_pages), no_alloc(no_alloc) {}
 
-    void prepare();  // for the first page
-    uint32_t take(); // all zero; throws when there is no memory
+    // room for n more pages, so that the next n calls of take() cannot fail; throws when there is no memory
+    void reserve(uint64_t n);
+    uint32_t take(); // all zero
     void drop(uint32_t page);
+    // give memory back once no page is taken
+    void trim();
+    // forget everything
+    void clear();
+
+    uint64_t allocated_bytes() const { return (n_used - free.size()) * page_bytes(); }
 
     // values of a query head in a page, from slot `first` on
     void read(uint32_t page, uint32_t g, uint32_t first, uint32_t n, float * out) const;
     void write(uint32_t page, uint32_t g, uint32_t first, uint32_t n, const float * values);
     void clear(uint32_t page, uint32_t first);
 
-    // f32 [32 * group, pages], another one after every change of the version; nullptr before prepare()
+    // f32 [32 * group, pages], another one after every change of the version; nullptr before reserve()
     ggml_tensor * tensor() const { return t; }
+    size_t page_bytes() const { return size_t(KVL_PAGE_SLOTS) * group * sizeof(float); }
     uint32_t version() const { return n_grown; }
 
   private:
-    void grow();
+    void grow(uint32_t n);
     size_t at(uint32_t page, uint32_t g, uint32_t first) const;
 
     ggml_backend_buffer_type_t buft;

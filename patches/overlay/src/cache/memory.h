@@ -30,6 +30,11 @@ struct kvl_rebuilt {
     std::vector<int32_t> from;
 };
 
+struct kvl_renewed {
+    kvl_head head;
+    std::vector<std::vector<float>> mass; // per query head of the group
+};
+
 // What is left to do when heads have been compacted: slots to move, by format, and pages to drop then. Pages that were
 // taken for it go back unless it is done.
 struct kvl_compaction {
@@ -41,7 +46,9 @@ struct kvl_compaction {
     kvl_compaction & operator=(const kvl_compaction &) = delete;
     ~kvl_compaction() {
         for (const auto & [pool, page] : taken) {
-            pool->drop(page);
+            if (page != kvl_pool::NONE) {
+                pool->drop(page);
+            }
         }
     }
 };
@@ -156,8 +163,9 @@ class llama_kv_paged : public llama_memory_i {
     // pages have changed
     std::vector<std::vector<float>> read_mass(const kvl_layer & layer, const kvl_head & head) const;
     void write_mass(const kvl_layer & layer, kvl_head & head, const std::vector<std::vector<float>> & values);
-    // copy the pages that a sequence shares with others; false with the error set, and nothing changed
-    bool own_pages(llama_seq_id seq);
+    // copy the pages that a sequence shares with others, or only those at the end of its heads that new tokens go to;
+    // false with the error set, and nothing changed
+    bool own_pages(llama_seq_id seq, bool tails = false);
     // remembered queries of the newest tokens without a gap: ring rows, oldest first
     std::vector<int32_t> window_rows(llama_seq_id seq) const;
 
@@ -211,10 +219,13 @@ class llama_kv_paged : public llama_memory_i {
     // Some slots of a head, ascending, in as few pages of their formats as they need; head itself stays as it is.
     kvl_rebuilt compacted(const kvl_layer & layer, const kvl_head & head, const std::vector<uint32_t> & slots,
                           kvl_compaction & work) const;
-    // what compacted() has left to do in a layer; throws when a device fails
-    void carry_out(const kvl_layer & layer, kvl_compaction & work);
-    // the head as rebuilt: positions, what is seen and mass go with the slots
-    void rebuild(const kvl_layer & layer, kvl_head & head, kvl_rebuilt && rebuilt);
+    // what compacted() has left to do in a layer, with room for so many more pages of mass; throws when it cannot be
+    // done, and nothing has changed then unless a device failed
+    void carry_out(const kvl_layer & layer, kvl_compaction & work, uint64_t n_mass);
+    // the head as rebuilt: positions, what is seen and mass go with the slots; it takes the place of the old one once
+    // carry_out() has moved them
+    kvl_renewed renewed(const kvl_layer & layer, const kvl_head & head, kvl_rebuilt && rebuilt) const;
+    void replace(const kvl_layer & layer, kvl_head & head, kvl_renewed && by);
     // keep these slots of every head of a layer, ascending, each in its format
     void compact(llama_seq_id seq, uint32_t layer, const std::vector<std::vector<uint32_t>> & slots);
     // pages that compacted() must copy, by format

@@ -92,6 +92,13 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
             }
         }
     }
+    for (const auto & heads : heads_of) {
+        for (const kvl_head & head : heads) {
+            if (!head.plain()) {
+                return kvl_fail(KVL_ERR_ARGUMENT, "slots that are not stored in f16 cannot be given other positions");
+            }
+        }
+    }
     if (!kv.own_pages(seq_id)) {
         return KVL_ERR_MEMORY;
     }
