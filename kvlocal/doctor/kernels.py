@@ -91,9 +91,10 @@ class Pages:
 
     def refs(self) -> npt.NDArray[Any]:
         """The pools as the table names them."""
-        out = np.zeros(len(self.kinds), POOL)
-        out["rows"] = [ROWS.index(k) | ROWS.index(v) << 8 for k, v in self.kinds]
-        out["base"] = [base // POOL_ALIGNMENT for base in self.bases()]
+        out = np.zeros(-(-len(self.kinds) // 2) * 2, POOL)  # what follows begins at 16 bytes
+        n = len(self.kinds)
+        out["rows"][:n] = [ROWS.index(k) | ROWS.index(v) << 8 for k, v in self.kinds]
+        out["base"][:n] = [base // POOL_ALIGNMENT for base in self.bases()]
         return out
 
 

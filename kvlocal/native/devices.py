@@ -24,10 +24,13 @@ class HardwareTest:
 
 
 TESTED: dict[str, HardwareTest | None] = {
-    "CPU": HardwareTest("2026-11-26", "AMD EPYC (Zen 3, AVX2)"),
+    "CPU with AVX2": HardwareTest("2026-11-26", "AMD EPYC (Zen 3)"),
+    "CPU with AVX-512": HardwareTest("2026-11-21", "AMD EPYC"),
     "CPU with NEON": None,
+    "CPU with plain loops": None,
 }
-"""By backend as ggml names it, of the CPU also by vector code; ``None``, or no entry: never."""
+"""By backend as ggml names it, of the CPU by vector code: when the whole suite last passed there; ``None``, or no entry:
+never."""
 
 _DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # ggml_backend_dev_type
 
@@ -63,7 +66,7 @@ class Placement:
 
 def hardware_test(backend: str, vectors: str) -> HardwareTest | None:
     """On which hardware the page kernels of a backend were tested; ``vectors``: see :func:`vector_code`."""
-    return TESTED[named] if (named := f"{backend} with {vectors}") in TESTED else TESTED.get(backend)
+    return TESTED.get(f"CPU with {vectors}" if backend == "CPU" else backend)
 
 
 def kernel_state(backend: str, vectors: str, has_kernels: bool) -> KernelState:

@@ -42,7 +42,7 @@ struct kvl_stream_ref {
     int32_t first;   // its pages in the list of the layer
     int32_t n_pages; // how many: all that hold a slot that is seen, in the order of their slots
     int32_t mean;    // row of `means` that its keys lack in all formats but f16, -1: they lack nothing
-    int32_t number;  // 1-based position of the first new token
+    int32_t number;  // position + 1 of the first new token
     int32_t window;  // first row of its sequence in the tensor of window queries
     int32_t reserved[2];
 };
@@ -58,25 +58,26 @@ struct kvl_page_ref {
 #define KVL_PAGE_NUMBER ((1u << KVL_PAGE_POOL_SHIFT) - 1)
 #define KVL_PAGE_POOLS 32
 
-// The table, i32: for every layer, at op_params' `table`, kvl_pool_ref[n_pools], kvl_stream_ref[n_seqs*n_head_kv], and
-// the pages of all streams, kvl_page_ref[]. One tensor serves all layers of a graph.
-static inline const struct kvl_pool_ref * kvl_table_pools(const void * layer) {
-    return (const struct kvl_pool_ref *)layer;
+// The table, i32: for every layer, at op_params' `table`, kvl_pool_ref[n_pools rounded up to even], then
+// kvl_stream_ref[n_seqs*n_head_kv], then the pages of all streams, kvl_page_ref[]. All of them begin at a multiple of
+// 16 bytes. One tensor serves all layers of a graph.
+static inline struct kvl_pool_ref * kvl_table_pools(void * layer) {
+    return (struct kvl_pool_ref *)layer;
 }
-static inline const struct kvl_stream_ref * kvl_table_streams(const void * layer, int n_pools) {
-    return (const struct kvl_stream_ref *)(kvl_table_pools(layer) + n_pools);
+static inline struct kvl_stream_ref * kvl_table_streams(void * layer, int n_pools) {
+    return (struct kvl_stream_ref *)(kvl_table_pools(layer) + n_pools + n_pools % 2);
 }
-static inline const struct kvl_page_ref * kvl_table_pages(const void * layer, int n_pools, int n_streams) {
-    return (const struct kvl_page_ref *)(kvl_table_streams(layer, n_pools) + n_streams);
+static inline struct kvl_page_ref * kvl_table_pages(void * layer, int n_pools, int n_streams) {
+    return (struct kvl_page_ref *)(kvl_table_streams(layer, n_pools) + n_streams);
 }
 // Its size for a layer, in numbers of 32 bits.
 static inline int64_t kvl_table_size(int64_t n_pools, int64_t n_streams, int64_t n_pages) {
-    return 2 * n_pools + 8 * n_streams + 4 * n_pages;
+    return 2 * (n_pools + n_pools % 2) + 8 * n_streams + 4 * n_pages;
 }
 
 // What a slot is given per query head of its group, a kvl_mass of kvl.h.
 #define KVL_ATTN_MASS_SUM 1
-#define KVL_ATTN_MASS_LAST 2 // number of the last query with p >= 1 / (slots that it saw): its 1-based position
+#define KVL_ATTN_MASS_LAST 2 // position + 1 of the last query with p >= 1 / (slots that it saw)
 
 // Launch scalars, in op_params behind those of GGML_OP_CUSTOM.
 struct kvl_attn_params {
@@ -85,7 +86,8 @@ struct kvl_attn_params {
     int32_t n_seqs;
     int32_t n_head_kv;
     int32_t n_split; // parts into which each stream's pages are cut
-    int32_t n_kv;    // room for slots per stream in what is kept for the mass: pages listed x KVL_PAGE_SLOTS
+    int32_t n_kv;    // room for slots per stream in a result that has one value per slot: at least pages listed x
+                     // KVL_PAGE_SLOTS. kvl_pages_window: queries remembered per sequence
     float scale;
     float soft_cap; // 0: none
     int32_t d_v;
@@ -136,7 +138,7 @@ static inline const void * kvl_get_params(const struct ggml_tensor * op) {
 //     Token t of a sequence is slot n_slots - n_seq_tokens + t of each of its heads, in pool 0, which is f16
 //
 // kvl_pages_window: queries f32 [d_k*n_head, n], q, table; dst is a view of queries. Of every sequence the last n_kv
-//     tokens (all, if they are fewer): number p goes to row window + (p - 1) % n_kv
+//     tokens (all, if they are fewer): position p goes to row window + p % n_kv
 //
 // kvl_pages_move: pages, list i32 [4, n]; dst is a view of pages; kvl_move_params. An item is {base of the pool as in
 //     kvl_pool_ref, row to, row from, rows}; a row is KVL_PAGE_SLOTS * page + slot (unsigned), and neither side of an

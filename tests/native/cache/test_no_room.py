@@ -126,3 +126,69 @@ def test_pages_beyond_64_gib_of_address_space(open_model: OpenModel, open_contex
         context.decode([7], 60, 4)
         logits.append(context.logits()[0])
     np.testing.assert_array_equal(*logits)
+
+
+MASS = """
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from kvlocal.errors import KVError
+from kvlocal.native.context import Context, ContextConfig
+from kvlocal.native.model import Model
+
+# 16 heads x 4 sequences x 3 pages: room for 192 pages of mass at first, which the branches fill
+context = Context(Model(Path(sys.argv[1])), ContextConfig(8192, n_pool_ctx=64, n_seq_max=4, n_threads=1, mass="sum"))
+cache, tokens = context.cache, np.arange(3, 131)
+context.decode(tokens[:64], 0, 0)
+for seq in (1, 2, 3):
+    context.branch(0, seq)
+context.decode(tokens[:64], 64, 0)
+context.decode(tokens[:32], 64, 1)
+context.decode(tokens[:32], 64, 2)
+saved = bytes(context.save(0))
+action = sys.argv[2]
+if action != "decode":
+    context.truncate(3, 0)
+    context.decode(tokens[:64], 96, 1)
+seqs = range(4)
+before = [[bytes(context.save(seq)), context.n_seen(seq)] for seq in seqs]
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (size, hard))
+try:
+    {
+        "decode": lambda: context.decode(tokens[:32], 64, 3),
+        "branch": lambda: context.branch(0, 3),
+        "restore": lambda: context.restore(3, saved),
+    }[action]()
+    print("done")
+except KVError as error:
+    print("refused:", error)
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+for seq in seqs:
+    assert [bytes(context.save(seq)), context.n_seen(seq)] == before[seq], seq
+context.decode(tokens[:1], context.n_seen(3), 3)
+assert np.isfinite(context.logits()).all() and np.isfinite(cache.mass(3, 0)).all()
+for seq in seqs:
+    context.truncate(seq, 0)
+assert context.stats().used_bytes == context.stats().allocated_bytes == context.stats().table_bytes == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("action", ["decode", "branch", "restore"])
+def test_no_memory_for_attention_mass_changes_nothing(action: str, tmp_path: Path) -> None:
+    """Branches share pages but not what their slots receive, so that there can be more of that than pages."""
+    tinygguf.write_model(tmp_path / "m.gguf", "llama", n_layer=2, n_head=8, n_head_kv=8, head_dim=32)
+    done = subprocess.run(
+        [sys.executable, "-c", MASS, str(tmp_path / "m.gguf"), action],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused:" in done.stdout and "address space" in done.stdout

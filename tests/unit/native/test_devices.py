@@ -34,7 +34,9 @@ def layer(device: str, kernels: bool) -> Layer:
     [
         ("Card", "AVX2", True, "tested on hardware"),
         ("Card", "AVX2", False, "portable path"),
-        ("Card", "NEON", True, "emulated only"),
+        ("CPU", "AVX2", True, "tested on hardware"),
+        ("CPU", "NEON", True, "emulated only"),
+        ("CPU", "unheard", True, "emulated only"),
         ("Other", "AVX2", True, "emulated only"),
         ("Other", "AVX2", False, "portable path"),
         ("Unheard", "AVX2", True, "emulated only"),
@@ -44,12 +46,10 @@ def test_the_state_follows_from_the_kernels_and_the_table(
     backend: str, vectors: str, has_kernels: bool, state: KernelState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = HardwareTest("2026-01-31", "Card 7")
-    monkeypatch.setattr(devices, "TESTED", {"Card": card, "Card with NEON": None, "Other": None})
+    monkeypatch.setattr(devices, "TESTED", {"Card": card, "CPU with AVX2": card, "CPU with NEON": None, "Other": None})
     assert kernel_state(backend, vectors, has_kernels) == state
-    assert (
-        hardware_test("Card", "AVX2") == card
-        and hardware_test("Card", "NEON") is hardware_test("Unheard", "AVX2") is None
-    )
+    assert hardware_test("Card", "AVX2") == hardware_test("CPU", "AVX2") == card
+    assert hardware_test("CPU", "NEON") is hardware_test("Unheard", "AVX2") is None
 
 
 def test_layers_are_counted_by_the_device_of_their_pages() -> None:

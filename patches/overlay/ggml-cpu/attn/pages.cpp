@@ -19,7 +19,7 @@ extern "C" void kvl_pages_append(ggml_tensor * dst, int ith, int nth, void *) {
     const int n_head = p.n_head_kv;
     const int n_tokens = int(k->ne[2]) / p.n_seqs;
     const int n_stream = p.n_seqs * n_head;
-    const int32_t * layer = static_cast<const int32_t *>(dst->src[3]->data) + p.table;
+    int32_t * layer = static_cast<int32_t *>(dst->src[3]->data) + p.table;
     const kvl_stream_ref * streams = kvl_table_streams(layer, p.n_pools);
     const kvl_page_ref * list = kvl_table_pages(layer, p.n_pools, n_stream);
     const int d_k = int(k->ne[0]);
@@ -50,7 +50,7 @@ extern "C" void kvl_pages_append(ggml_tensor * dst, int ith, int nth, void *) {
 extern "C" void kvl_pages_window(ggml_tensor * dst, int ith, int nth, void *) {
     const auto & p = *static_cast<const kvl_attn_params *>(kvl_get_params(dst));
     const ggml_tensor * q = dst->src[1];
-    const int32_t * layer = static_cast<const int32_t *>(dst->src[2]->data) + p.table;
+    int32_t * layer = static_cast<int32_t *>(dst->src[2]->data) + p.table;
     const kvl_stream_ref * streams = kvl_table_streams(layer, p.n_pools);
     const int n_tokens = int(q->ne[2]) / p.n_seqs;
     const int n = std::min(p.n_kv, n_tokens);

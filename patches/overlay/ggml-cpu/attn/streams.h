@@ -84,7 +84,7 @@ struct attn {
     // q, table, pages and means are the sources from `first` on
     attn(ggml_tensor * dst, int first) : p(*static_cast<const kvl_attn_params *>(kvl_get_params(dst))), dst(dst) {
         const ggml_tensor * queries = dst->src[first];
-        const int32_t * layer = static_cast<const int32_t *>(dst->src[first + 1]->data) + p.table;
+        int32_t * layer = static_cast<int32_t *>(dst->src[first + 1]->data) + p.table;
         q = static_cast<const float *>(queries->data);
         means = static_cast<const float *>(dst->src[first + 3]->data);
         d_k = int(queries->ne[0]);

@@ -79,6 +79,7 @@ int32_t kvl_set_mass(llama_context * ctx, int32_t kind) {
         return kvl_fail(KVL_ERR_ARGUMENT, "there is no kvl_mass " + std::to_string(kind));
     }
     return guarded([&] {
+        ctx->synchronize();
         return int32_t(kv->set_mass(kvl_mass(kind)) ? KVL_OK : KVL_ERR_UNSUPPORTED);
     });
 }

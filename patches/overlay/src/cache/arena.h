@@ -37,8 +37,8 @@ class kvl_arena {
     int32_t v_part(uint64_t row) const { return page_part(row) + int32_t(row % KVL_PAGE_SLOTS * v_parts); }
 
     // Slots of the f16 pool, by row: read as f32 k[n][d_k], v[n][d_v] (or NULL), their keys written. Slots of any pool:
-    // moved, as if one after the other; only f16 where the pages lie on an accelerator. There each of these is one
-    // graph with one transfer of row numbers, and one of values. False with the error set.
+    // moved; no slot is written before it has been read. Where the pages lie on an accelerator this takes a graph per
+    // 16,384 slots, however they lie. False with the error set.
     bool read(const std::vector<uint64_t> & rows, float * k, float * v);
     bool write_keys(const std::vector<uint64_t> & rows, const float * k);
     bool move(kvl_pool & pool, const std::vector<kvl_row_move> & moves);

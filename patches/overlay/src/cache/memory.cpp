@@ -89,6 +89,9 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         throw std::runtime_error("storage formats other than f16 (--kv) need the page kernels, which " +
                                  without_kernels());
     }
+    if (params.formats != 0 && !all_host()) {
+        throw std::runtime_error(KVL_FORMATS_ON_HOST);
+    }
 
     if (params.n_window > 0) {
         ggml_init_params ip = {(layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};

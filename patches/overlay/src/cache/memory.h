@@ -62,6 +62,10 @@ void kvl_set_threads(ggml_backend_t cpu, int n_threads);
 
 // Row formats of K and V of a page format.
 std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params);
+// The code that stores rows in other formats works in main memory.
+constexpr const char * KVL_FORMATS_ON_HOST =
+    "storage formats other than f16 (--kv) are written in main memory only; keep "
+    "all layers there (-ngl 0)";
 // Why rows cannot be stored in these, empty if they can.
 std::string kvl_block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32_t d_v);
 
@@ -150,6 +154,12 @@ class llama_kv_paged : public llama_memory_i {
     void read_slot(llama_seq_id seq, uint32_t layer, uint32_t head, uint32_t slot, float * k, float * v) const;
     // what kvl_attn_rotate does to a row, and undoes
     void rotate_row(float * x, uint32_t d) const { rows.rotate(x, int(d)); }
+    // row of a head's key mean in its arena's means, -1: there is none
+    int32_t mean_row(llama_seq_id seq, uint32_t layer, uint32_t head) const {
+        const kvl_arena & arena = *layers[layer].arena;
+        return seqs[seq].mu[layer].empty() ? -1
+                                           : int32_t(arena.mean_row(uint32_t(seq), layers[layer].first_head + head));
+    }
     // f(slot, key or value) for some slots of a head
     void for_slots(llama_seq_id seq, uint32_t layer, uint32_t head, const std::vector<uint32_t> & slots, bool keys,
                    const std::function<void(uint32_t, const float *)> & f) const;

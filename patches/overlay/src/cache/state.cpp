@@ -1,6 +1,7 @@
 // Saving a sequence and restoring it, through llama_state_seq_*: its page tables, positions and pages as they are.
 //
-// Everything but the pages comes first and is checked before anything is changed.
+// Page tables, positions and mass come first and are checked before anything is changed. Then the sequence gives up
+// what it held, and is empty if there is no room, or if the queries and pages that follow are damaged.
 
 #include "cache/saved.h"
 #include "llama-io.h"
@@ -217,6 +218,18 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         if (n > pool->n_free()) {
             refuse("the KV pool is full: the saved sequence needs " + std::to_string(n) + " pages, " +
                    std::to_string(pool->n_free()) + " are free; use a larger context (-c)");
+        }
+    }
+    std::map<kvl_arena *, uint64_t> n_mass;
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (kvl_head & head : seq.heads[l]) {
+            n_mass[layers[l].arena] += head.pages.size();
+            head.mass.reserve(has_mass() ? head.pages.size() : 0);
+        }
+    }
+    for (const auto & [arena, n] : n_mass) { // before the first page is taken
+        if (has_mass()) {
+            arena->mass.reserve(n);
         }
     }
     seq.window.assign(size_t(params.n_window), -1);

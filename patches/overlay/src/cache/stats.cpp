@@ -116,8 +116,7 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
                 out.table_bytes += head.pages.size() * 2 * sizeof(uint32_t);
-                out.table_bytes +=
-                    head.n() * (sizeof(llama_pos) + (has_mass() ? layers[l].group() : 0) * sizeof(float));
+                out.table_bytes += head.n() * sizeof(llama_pos) + head.mass.size() * layers[l].arena->mass.page_bytes();
             }
         }
     }
@@ -130,6 +129,12 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() 
             if (pool) { // in main memory it is address space until it is used; a device's buffer is taken whole
                 out[arena->shape.buft] += arena->is_host() ? pool->allocated_bytes() : pool->reserved_bytes();
             }
+        }
+    }
+    for (const auto & arena : arenas) {
+        if (!arena->is_host()) {
+            ggml_tensor * mass = arena->mass.tensor();
+            out[arena->shape.buft] += ggml_nbytes(arena->means) + (mass ? ggml_nbytes(mass) : 0);
         }
     }
     for (const kvl_layer & layer : layers) {

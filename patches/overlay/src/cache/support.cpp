@@ -93,10 +93,15 @@ std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format fo
         if (!hp.has_kv(il) || hp.n_head_kv(il) == 0) {
             continue;
         }
-        ggml_backend_dev_t device = kvl_device_of(ggml_backend_dev_buffer_type(model.dev_layer(il)));
-        why = format == KVL_FORMAT_F16 || kvl_find_kernels(device)
-                  ? kvl_block_refusal(k_row, v_row, hp.n_embd_head_k(il), hp.n_embd_head_v(il))
-                  : "storage formats other than f16 (--kv) need the page kernels, which " + kvl_lacks_kernels(device);
+        ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(model.dev_layer(il));
+        ggml_backend_dev_t device = kvl_device_of(buft);
+        if (format != KVL_FORMAT_F16 && !kvl_find_kernels(device)) {
+            why = "storage formats other than f16 (--kv) need the page kernels, which " + kvl_lacks_kernels(device);
+        } else if (format != KVL_FORMAT_F16 && !ggml_backend_buft_is_host(buft)) {
+            why = KVL_FORMATS_ON_HOST;
+        } else {
+            why = kvl_block_refusal(k_row, v_row, hp.n_embd_head_k(il), hp.n_embd_head_v(il));
+        }
     }
     return why;
 }

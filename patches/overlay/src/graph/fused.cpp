@@ -4,53 +4,46 @@
 
 #include <algorithm>
 
-kvl_pool_ref kvl_ref_of(const kvl_pool * pool) {
-    return pool ? kvl_pool_ref{pool->k_row | pool->v_row << 8, pool->base_ref()} : kvl_pool_ref{};
-}
+static_assert(int(KVL_MASS_SUM) == KVL_ATTN_MASS_SUM && int(KVL_MASS_LAST) == KVL_ATTN_MASS_LAST, "the same kinds");
 
-// Writes the pages of a head, those of which attention sees a slot, or all; returns where the next ones go.
-static kvl_page_ref * fill_pages(const kvl_head & head, kvl_page_ref * to) {
-    const uint32_t n_pages = uint32_t(head.pages.size());
-    for (uint32_t p = 0; p < n_pages; p++) {
-        *to = {head.pages[p], head.live[p], int32_t(p * KVL_PAGE_SLOTS), 0};
-        to += head.live[p] != 0 ? 1 : 0; // one that is not seen is written over
+void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_table_stream> & streams, bool all) {
+    const int n = int(streams.size());
+    kvl_pool_ref * pools = kvl_table_pools(to);
+    kvl_stream_ref * refs = kvl_table_streams(to, KVL_FORMAT_COUNT);
+    kvl_page_ref * pages = kvl_table_pages(to, KVL_FORMAT_COUNT, n);
+    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+        const kvl_pool * pool = layer.pools[f];
+        pools[f] = pool ? kvl_pool_ref{pool->k_row | pool->v_row << 8, pool->base_ref()} : kvl_pool_ref{};
     }
-    return to;
+    kvl_page_ref * next = pages;
+    for (int i = 0; i < n; i++) {
+        const kvl_head & head = *streams[i].head;
+        refs[i] = {int32_t(head.n()), int32_t(next - pages), 0, streams[i].mean,
+                   streams[i].number, streams[i].window,     {}};
+        kvl_page_ref * first = next;
+        for (uint32_t p = 0; p < head.pages.size(); p++) {
+            const uint32_t live = all ? head.all_live(p) : head.live[p];
+            *next = {head.pages[p], live, int32_t(p * KVL_PAGE_SLOTS), 0};
+            next += all || live != 0 ? 1 : 0; // one that is not listed is written over
+        }
+        for (kvl_page_ref * page = first; !head.mass.empty() && page < next; page++) {
+            page->mass = int32_t(head.mass[uint32_t(page->slot) / KVL_PAGE_SLOTS]);
+        }
+        refs[i].n_pages = int32_t(next - first);
+    }
 }
 
 void llm_graph_input_kv_paged::set_table(uint32_t l, const llama_ubatch * ubatch) {
     const llama_kv_paged & kv = *paged->kv;
     const kvl_layer & layer = kv.layers[l];
-    const uint32_t n_stream = layer.n_head_kv * n_seqs;
-    auto * pools = reinterpret_cast<kvl_pool_ref *>(static_cast<int32_t *>(table->data) + layers[l].table);
-    auto * streams = reinterpret_cast<kvl_stream_ref *>(pools + KVL_FORMAT_COUNT);
-    auto * pages = reinterpret_cast<kvl_page_ref *>(streams + n_stream);
-    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-        pools[f] = kvl_ref_of(layer.pools[f]);
-    }
-    kvl_page_ref * next = pages;
-    for (uint32_t i = 0; i < n_stream; i++) {
+    std::vector<kvl_table_stream> streams;
+    for (uint32_t i = 0; i < layer.n_head_kv * n_seqs; i++) {
         const uint32_t token = i / layer.n_head_kv * n_seq_tokens;
         const llama_seq_id seq = ubatch->seq_id[token][0];
-        const uint32_t h = i % layer.n_head_kv;
-        const kvl_head & stream = head(ubatch, l, i);
-        const int32_t first = int32_t(next - pages);
-        kvl_page_ref * end = fill_pages(stream, next);
-        for (kvl_page_ref * page = next; !stream.mass.empty() && page < end; page++) {
-            page->mass = int32_t(stream.mass[uint32_t(page->slot) / KVL_PAGE_SLOTS]);
-        }
-        const bool has_mean = !kv.seqs[seq].mu[l].empty();
-        streams[i] = {
-            /*n_slots =*/int32_t(stream.n()),
-            /*first =*/first,
-            /*n_pages =*/int32_t(end - next),
-            /*mean =*/has_mean ? int32_t(layer.arena->mean_row(uint32_t(seq), layer.first_head + h)) : -1,
-            /*number =*/ubatch->pos[token] + 1,
-            /*window =*/seq * kv.params.n_window,
-            /*reserved =*/{},
-        };
-        next = end;
+        streams.push_back({&head(ubatch, l, i), kv.mean_row(seq, l, i % layer.n_head_kv), ubatch->pos[token] + 1,
+                           seq * kv.params.n_window});
     }
+    kvl_write_table(static_cast<int32_t *>(table->data) + layers[l].table, layer, streams, false);
 }
 
 ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t l, ggml_tensor * q,

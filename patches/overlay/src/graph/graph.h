@@ -66,4 +66,11 @@ template <typename Params> ggml_tensor * kvl_with_params(ggml_tensor * op, const
     return op;
 }
 
-kvl_pool_ref kvl_ref_of(const kvl_pool * pool);
+// A stream of the table: its slots, the row of its key mean (-1: none), position + 1 of its first new token, and the
+// first row of its sequence's window queries.
+struct kvl_table_stream {
+    const kvl_head * head;
+    int32_t mean, number, window;
+};
+// Writes a layer's part of the table; all: pages that attention does not see as well, and every slot held as seen.
+void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_table_stream> & streams, bool all);

@@ -1,4 +1,4 @@
-// Window scores, by the page kernel or with stock operators.
+// Window scores: by the page kernel in main memory, by stock operators over what lies on an accelerator.
 
 #include "graph/scores.h"
 
@@ -117,8 +117,8 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         const kvl_head & head = heads[c.h0 + h];
         for (int64_t i = 0; i < n; i++) {
             const int32_t first = layer.arena->k_part(head.row(uint32_t(std::min<int64_t>(i, head.n() - 1))));
-            for (int64_t c = 0; c < n_parts; c++) {
-                gather_data.push_back(first + int32_t(c));
+            for (int64_t part = 0; part < n_parts; part++) {
+                gather_data.push_back(first + int32_t(part));
             }
         }
         for (int64_t i = 0; i < w; i++) {
@@ -207,24 +207,14 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         const size_t row = layer.queries->nb[1];
         ggml_backend_tensor_get(layer.queries, static_cast<char *>(q->data) + i * q->nb[2], row * query_rows[i], row);
     }
-    auto * pools = static_cast<kvl_pool_ref *>(table->data);
-    auto * streams = reinterpret_cast<kvl_stream_ref *>(pools + KVL_FORMAT_COUNT);
-    auto * page = reinterpret_cast<kvl_page_ref *>(streams + H);
-    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-        pools[f] = kvl_ref_of(layer.pools[f]);
+    std::vector<kvl_table_stream> streams;
+    for (int64_t h = 0; h < H; h++) {
+        streams.push_back({&heads[h], kv.mean_row(seq, layer_id, uint32_t(h)), 0, 0});
     }
+    kvl_write_table(table->data, layer, streams, true);
     auto * v = static_cast<int32_t *>(visible->data);
-    const bool has_mean = !kv.seqs[seq].mu[layer_id].empty();
-    int32_t first = 0;
     for (int64_t h = 0; h < H; h++) {
         const kvl_head & head = heads[h];
-        const int32_t n = int32_t(head.pages.size());
-        const int32_t mean = has_mean ? int32_t(arena.mean_row(uint32_t(seq), layer.first_head + uint32_t(h))) : -1;
-        streams[h] = {int32_t(head.n()), first, n, mean, 0, 0, {}};
-        for (int32_t p = 0; p < n; p++) {
-            *page++ = {head.pages[size_t(p)], head.all_live(uint32_t(p)), p * KVL_PAGE_SLOTS, 0};
-        }
-        first += n;
         // what is not f16 lies before, in no order
         const auto begin = head.pos.begin() + head.f16_begin();
         auto * not_yet = static_cast<int32_t *>(blind->data) + h * n_slots;
@@ -279,7 +269,7 @@ int32_t kvl_compute_window_scores(llama_kv_paged & kv, llama_seq_id seq, uint32_
             return KVL_ERR_ARGUMENT;
         }
     }
-    if (layer.kernels()) {
+    if (layer.kernels() && layer.arena->is_host()) {
         return compute_fused(kv, seq, layer_id, rows, rms, n_threads, out, stride);
     }
     const int64_t G = layer.n_head / layer.n_head_kv;
