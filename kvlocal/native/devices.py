@@ -29,7 +29,7 @@ TESTED: dict[str, HardwareTest | None] = {
     "CPU with NEON": None,
     "CPU with plain loops": None,
 }
-"""By backend as ggml names it, of the CPU by vector code: when the whole suite last passed there; ``None``, or no entry:
+"""By backend as ggml names it, of the CPU by vector code: when the whole suite last passed there; ``None`` or no entry:
 never."""
 
 _DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # ggml_backend_dev_type
