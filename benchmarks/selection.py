@@ -1,6 +1,7 @@
 """What a selection costs: attention that sees 1,024 of 32k slots, beside a cache that holds those 1,024.
 
-Both are branches of one text and take turns; the model is that of compare_builds.py, with random weights.
+Both are branches of one text and take turns, each after tokens that are not timed, since the one before has left its own
+pages and weights in the CPU's caches; the model is that of compare_builds.py, with random weights.
 
     python benchmarks/selection.py --depth 32768 --selected 1024
 """
@@ -20,13 +21,15 @@ from kvlocal.models.random import write_random_model
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 
-N_GEN = 16
+N_GEN, N_WARM = 16, 4
 
 
 def decode_ms(context: Context, seq: int, depth: int) -> float:
     """Milliseconds per token; the tokens are taken back."""
-    start = time.perf_counter()
-    for i in range(N_GEN):
+    start = 0.0
+    for i in range(N_WARM + N_GEN):
+        if i == N_WARM:
+            start = time.perf_counter()
         context.decode([100 + i], depth + i, seq)
         context.logits()
     ms = 1000 * (time.perf_counter() - start) / N_GEN
@@ -59,9 +62,12 @@ def main() -> None:
             for layer, info in enumerate(cache.layers):
                 cache.select(1, layer, [slots] * info.n_head_kv)
                 cache.keep(2, layer, [slots] * info.n_head_kv)
-            times = np.array([[decode_ms(context, seq, args.depth) for seq in (1, 2, 0)] for _ in range(args.rounds)])
-    selected, held, everything = np.median(times[1:], axis=0)
-    ratio = float(np.median(times[1:, 0] / times[1:, 1]))
+            times = np.zeros((args.rounds, 3))
+            for i in range(args.rounds):
+                for seq in np.roll((0, 1, 2), i)[:: 1 - 2 * (i % 2)]:
+                    times[i, seq] = decode_ms(context, int(seq), args.depth)
+    everything, selected, held = np.median(times[1:], axis=0)
+    ratio = float(np.median(times[1:, 1] / times[1:, 2]))
     print(f"{command(p, args, 'selection')} at {commit()}")
     print(
         f"{args.selected} of {args.depth} slots selected: {selected:.2f} ms per token; a cache that holds them: "

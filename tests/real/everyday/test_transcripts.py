@@ -123,6 +123,7 @@ def test_plan_says_what_a_run_takes() -> None:
         "a context of 2,048: a prompt of 1,535 tokens, 512 generated",
     ]
     assert " thread" in lines.pop(2), "how many this machine gives"
+    assert lines.pop(2).startswith("pages of 4 layers on CPU: "), "tested there, or not"
     assert lines[2] == ""
     assert " KV peak             3.0 MiB   1.0 MiB in use at the end; full f16: 4.0 MiB" in lines
     assert [line.split("  ")[0].strip() for line in lines[3:10] if line] == [
