@@ -1,7 +1,7 @@
 """What a selection costs: attention that sees 1,024 of 32k slots, beside a cache that holds those 1,024.
 
-Both are branches of one text and take turns, each after tokens that are not timed, since the one before has left its own
-pages and weights in the CPU's caches; the model is that of compare_builds.py, with random weights.
+Both are branches of one text and take turns, each after tokens that are not timed, since the one before has left its
+own pages and weights in the CPU's caches; the model is that of compare_builds.py, with random weights.
 
     python benchmarks/selection.py --depth 32768 --selected 1024
 """

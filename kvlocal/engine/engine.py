@@ -357,14 +357,14 @@ class Engine:
         n = len(sequence.tokens)
         with self.use():
             if self.cache is None:
-                full = int(self.context.stats().allocated_bytes) * n // self.context.n_cells
-                return {"held_mean": n, "used_bytes": full, "full_bytes": full}
-            stats = self.cache.seq_stats(sequence.seq)
-            full = self.cache.bytes_per_token * n
+                stats, n_all = self.context.stats(), max(sum(len(each.tokens) for each in self.sequences), 1)
+                used, full = int(stats.used_bytes) * n // n_all, int(stats.full_bytes) * n // n_all
+                return {"held_mean": n, "used_bytes": used, "full_bytes": full}
+            held = self.cache.seq_stats(sequence.seq)
             return {
-                "held_mean": stats.n_slots / stats.n_heads,
-                "used_bytes": int(stats.used_bytes),
-                "full_bytes": full,
+                "held_mean": held.n_slots / held.n_heads,
+                "used_bytes": int(held.used_bytes),
+                "full_bytes": int(held.full_bytes) + self.cache.bytes_per_token * sequence.rolled,
             }
 
     def report(self, sequence: Sequence | None = None) -> Report:
@@ -393,7 +393,7 @@ class Engine:
                 policy_args=asdict(self.policy) if is_dataclass(self.policy) and fields(self.policy) else {},
                 budget=Budgeted(budget, min(budget / n_seen, 1.0) if n_seen else 1.0, budget * per_token),
                 tokens=tokens,
-                kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes),
+                kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes, stats.fixed_bytes),
                 rss=self.evictor.rss,
                 timing=replace(timing),
                 finish_reason=self.finish_reason,

@@ -242,12 +242,14 @@ def guided_scores(sequence: Sequence, guide: list[int], *, rms: bool = False) ->
     n, position = len(sequence.tokens), sequence.position
     lengths = [int(heads.max()) for heads in cache.held(seq)]
     n_queries = min(len(guide), sequence.context.config.n_window)
+    sequence.mark(logits=False)
     try:
         append({sequence: guide}, outputs="none")
         return [cache.window_scores(seq, layer, n_queries, rms)[:, :longest] for layer, longest in enumerate(lengths)]
     finally:
-        sequence.context.truncate(seq, position)
-        del sequence.tokens[n:]
+        if sequence.tokens:
+            sequence.context.truncate(seq, position)
+            del sequence.tokens[n:]
 
 
 def whole_groups(keep: np.ndarray, groups: np.ndarray) -> np.ndarray:

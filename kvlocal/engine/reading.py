@@ -54,8 +54,9 @@ class Reader:
         if have == tokens and sequence.last_logits() is not None:
             return [], False
         common = min(n_common(have, tokens), len(tokens) - 1)  # the last token must be computed to have logits
-        reread = common < len(have) and not sequence.reach(common)
-        common = 0 if reread else common
+        reached = sequence.reach(common)
+        reread = common < len(have) and reached == 0
+        common = reached if common < len(have) else common
         if common < len(have):
             self.check(len(tokens) - common, sequence, common, chunked=self.chunks(mode))
             reread |= not sequence.cut(common) and common > 0
@@ -78,6 +79,7 @@ class Reader:
         step = min(config.chunk if chunked else config.n_ubatch, config.n_batch)
         room = self.n_ctx - config.chunk - config.guide
         begin = len(sequence.tokens)
+        sequence.mark(logits=False)  # a sequence that is interrupted goes back to here
         try:
             for i in range(0, len(tokens), step):
                 part = tokens[i : i + step]

@@ -29,12 +29,14 @@ class Tokens:
 
 @dataclass
 class KV:
-    """Bytes: what a full f16 cache would take, what is in use, what is taken from the pools, the most ever taken."""
+    """Bytes: what a full f16 cache would take, what is in use, what is taken from the pools, the most ever taken; and
+    how much of what is in use no budget changes: sliding windows, recurrent states and the marks in them."""
 
     full_bytes: int = 0
     used_bytes: int = 0
     allocated_bytes: int = 0
     peak_bytes: int = 0
+    fixed_bytes: int = 0
 
 
 @dataclass

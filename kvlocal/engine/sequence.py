@@ -98,16 +98,19 @@ class Sequence:
     # change
     #
 
-    def reach(self, n: int) -> bool:
-        """Whether the sequence can be cut to its first ``n`` tokens."""
+    def reach(self, n: int) -> int:
+        """The most tokens up to ``n`` that the sequence can be cut to, 0: all have to be read again."""
         if not self.evicted_at <= n <= len(self.tokens):
-            return False
-        return n == len(self.tokens) or self.context.reaches(self.seq, n - self.rolled)
+            return 0
+        if n == len(self.tokens):
+            return n
+        reached = self.context.reach(self.seq, n - self.rolled) + self.rolled
+        return reached if reached >= max(self.evicted_at, self.rolled + 1) else 0
 
     def cut(self, n: int) -> bool:
-        """Truncate to ``n`` tokens. If something was evicted after token ``n`` that is impossible: the sequence is
-        emptied, ``False`` is returned."""
-        possible = self.reach(n)
+        """Truncate to ``n`` tokens. If something was evicted after token ``n``, or a sliding window or a recurrent
+        state has gone on, that is impossible: the sequence is emptied, ``False`` is returned."""
+        possible = self.reach(n) == n
         self.holder = None
         self.keep_logits(None)
         if possible and self.context.truncate(self.seq, n - self.rolled):
@@ -131,7 +134,9 @@ class Sequence:
         other.keep_logits(self._kept)
 
     def mark(self, *, logits: bool = True) -> Mark:
-        """This place, for :meth:`back`; with its logits, if an answer may begin there again."""
+        """This place, for :meth:`back`; with its logits, if an answer may begin there again. The way back to the two
+        latest is kept where a cache cannot be cut; see :meth:`PagedCache.mark`."""
+        self.context.mark(self.seq)
         return Mark(len(self.tokens), self.last_logits() if logits else None)
 
     def back(self, mark: Mark) -> bool:
@@ -194,7 +199,10 @@ def append(parts: Mapping[Sequence, list[int]], *, outputs: Literal["last", "non
         context.decode(tokens, pos.astype(np.int32), seqs.astype(np.int32), outputs=outputs)
     except BaseException:
         for sequence, part in parts.items():
-            sequence.tokens += part[: max(context.n_seen(sequence.seq) - sequence.position, 0)]
+            n_more = context.n_seen(sequence.seq) - sequence.position
+            if n_more < 0:
+                sequence.release()  # a recurrent state was lost, and all with it
+            sequence.tokens += part[: max(n_more, 0)]
         raise
     for i, (sequence, part) in enumerate(parts.items()):
         sequence.tokens += part

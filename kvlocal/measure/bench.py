@@ -248,6 +248,7 @@ class Lane:
         if self.variant.demotes:
             sequence, every, n_left = self._copies[1], self._config.evict_every, 0
             self._sequence.branch(sequence)
+        way_back = sequence.mark(logits=False)
         seconds = read = 0.0
         for begin in range(0, n, every):
             n_step = min(every, n - begin)
@@ -262,20 +263,17 @@ class Lane:
             if self.variant.demotes and n_step == every:
                 seconds += self._shrink(sequence, evicts=False)
         self._attended = read / n
-        if n_left:
-            sequence.cut(n_left)
-        else:
-            sequence.release()
+        sequence.back(way_back) if n_left else sequence.release()
         return seconds
 
     def _read(self, n: int) -> float:
-        n_seen = len(self._text.tokens)
+        way_back = self._text.mark(logits=False)
         start = self._clock()
         for begin in range(self.pos, self.pos + n, self._config.n_batch):
             end = min(begin + self._config.n_batch, self.pos + n)
             self._run(begin, end, self._text, "last" if end == self.pos + n else "none")
         seconds = self._clock() - start
-        self._text.cut(n_seen)
+        self._text.back(way_back)
         return seconds
 
     def _used_bytes(self, sequence: Sequence) -> int:

@@ -64,12 +64,14 @@ class Layer:
 class PagedCache:
     """Reads and evicts the slots of a context made by ``kvl_init_from_model``.
 
-    Layers are counted among the attention layers. Every method raises :class:`~kvlocal.errors.KVError` with the
-    library's reason when it refuses.
+    Layers are counted among the open ones: attention layers whose cache grows with the text. Every method raises
+    :class:`~kvlocal.errors.KVError` with the library's reason when it refuses.
 
     Attributes:
         formats: those of :data:`FORMATS` that the context can store, f16 first.
         kivi_group: slots that share scales in the storage kivi.
+        fixed_bytes: most that sliding windows and a recurrent state take of a sequence, whatever the budget; without
+            the marks of :meth:`mark`.
     """
 
     def __init__(self, ctx: Any, formats: Sequence[str] = (), kivi_group: int = 32) -> None:
@@ -83,6 +85,7 @@ class PagedCache:
             self._check(self._lib.kvl_get_layer(ctx, i, ctypes.byref(info)))
             shape = (info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale)
             self.layers.append(Layer(*shape, info.device.decode("utf-8", "replace"), bool(info.kernels)))
+        self.fixed_bytes = int(self.seq_stats(0).fixed_limit)
 
     @property
     def _lib(self) -> Any:
@@ -321,8 +324,22 @@ class PagedCache:
         self._check(self._lib.kvl_roll(self._ctx, seq))
 
     def truncate(self, seq: int, n: int) -> None:
-        """Remove the tokens at positions >= n from every head."""
+        """Remove the tokens at positions >= n from every head.
+
+        Raises:
+            KVError: there is no way back to there, see :meth:`reach`; nothing has changed.
+        """
         self._check(self._lib.kvl_truncate(self._ctx, seq, n))
+
+    def reach(self, seq: int, n: int) -> int:
+        """The most tokens up to ``n`` that a sequence can be truncated to: ``n`` itself, unless a sliding window or a
+        recurrent state has gone on; then a place that was marked, or 0."""
+        return int(self._check(self._lib.kvl_reach(self._ctx, seq, n)))
+
+    def mark(self, seq: int) -> None:
+        """Remember the way back to here, of the two latest calls. It takes memory (``fixed_bytes``) where the model has
+        a sliding window or a recurrent state, else nothing."""
+        self._check(self._lib.kvl_mark(self._ctx, seq))
 
     def trim(self) -> None:
         """Give the scratch memory of an eviction back to the operating system."""

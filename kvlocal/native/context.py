@@ -224,7 +224,7 @@ class Context:
 
         Raises:
             KVError: no room in the cache, the computation failed, or this is a forked process; the sequences are as
-                before.
+                before, or empty if a recurrent state cannot be taken back.
         """
         check_process()
         self.n_decoded += 1
@@ -293,10 +293,20 @@ class Context:
         """Tokens of a sequence: its next position."""
         return int(self._llama.llama_memory_seq_pos_max(self._memory, seq)) + 1
 
-    def reaches(self, seq: int, n: int) -> bool:
-        """Whether a sequence can be truncated to ``n`` tokens and go on from there: the stock cache of a sliding window
-        has given back what lies before the window, a recurrent state cannot go back."""
-        if self.cache is not None or n == 0:
+    def reach(self, seq: int, n: int) -> int:
+        """The most tokens up to ``n`` that a sequence can be truncated to and go on from there: a sliding window has
+        given back what lies before it, a recurrent state cannot go back but to a :meth:`mark`."""
+        if self.cache is not None:
+            return self.cache.reach(seq, n)
+        return n if self._stock_reaches(seq, n) else 0
+
+    def mark(self, seq: int) -> None:
+        """Remember the way back to here, as :meth:`PagedCache.mark` does it; the stock cache knows no marks."""
+        if self.cache is not None:
+            self.cache.mark(seq)
+
+    def _stock_reaches(self, seq: int, n: int) -> bool:
+        if n == 0:
             return True
         if self._llama.llama_model_is_recurrent(self.model.handle) or self._llama.llama_model_is_hybrid(
             self.model.handle
@@ -308,6 +318,8 @@ class Context:
     def truncate(self, seq: int, n: int) -> bool:
         """Remove the tokens at positions >= n; ``False`` if the memory cannot, and nothing has changed."""
         if self.cache is not None:
+            if self.n_seen(seq) > n and self.reach(seq, n) != n:
+                return False
             self.cache.truncate(seq, n)
             return True
         return bool(self._llama.llama_memory_seq_rm(self._memory, seq, n, -1))

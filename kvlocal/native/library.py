@@ -22,7 +22,7 @@ from kvlocal.native.fork import check_process, note_loaded
 from kvlocal.native.spinning import short_spins
 from kvlocal.native.structs import KvlBreakdown, KvlLayerInfo, KvlParams, KvlSeqStats, KvlStats
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE = -1, -2, -3, -4
 
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
@@ -109,6 +109,8 @@ def _declare(lib: Any) -> None:
         "kvl_rotate": (i32, [ptr, i32, i32, floats, ints]),
         "kvl_roll": (i32, [ptr, i32]),
         "kvl_truncate": (i32, [ptr, i32, i32]),
+        "kvl_mark": (i32, [ptr, i32]),
+        "kvl_reach": (i32, [ptr, i32, i32]),
         "kvl_get_stats": (
             i32,
             [ptr, ctypes.POINTER(KvlStats), i32, ctypes.POINTER(KvlSeqStats), *[ctypes.POINTER(KvlBreakdown)] * 2],

@@ -28,6 +28,7 @@ class KvlStats(ctypes.Structure):
             "allocated_bytes",
             "peak_bytes",
             "full_bytes",
+            "fixed_bytes",
             "reserved_bytes",
             "table_bytes",
             "query_bytes",
@@ -48,6 +49,8 @@ class KvlSeqStats(ctypes.Structure):
         ("used_bytes", ctypes.c_uint64),
         ("page_bytes", ctypes.c_uint64),
         ("full_bytes", ctypes.c_uint64),
+        ("fixed_bytes", ctypes.c_uint64),
+        ("fixed_limit", ctypes.c_uint64),
     )
 
 

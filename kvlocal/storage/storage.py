@@ -13,7 +13,7 @@ from kvlocal.native.cache import Layer, PagedCache
 from kvlocal.native.formats import BITS, PAGE_SLOTS
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.settings import KV_TAIL, refusal
-from kvlocal.storage.budget import Budget
+from kvlocal.storage.budget import Budget, format_bytes
 from kvlocal.storage.schedule import all_but_ends, all_but_log
 
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
@@ -135,13 +135,21 @@ class Storage:
         return math.ceil(sum(layer.n_head_kv * self.slot_bytes(layer) for layer in cache.layers))
 
     def tokens(self, budget: Budget, n_seen: int, cache: PagedCache, policy: Policy) -> int:
-        """Tokens per KV head and layer that a budget allows.
+        """Tokens per KV head and open layer that a budget allows.
 
-        The f16 bytes of sinks and tail are subtracted first from a budget in bytes.
+        From a budget in bytes are subtracted first: what sliding windows and a recurrent state take; the f16 bytes of
+        sinks and tail.
 
         Raises:
-            UsageError: as :meth:`Budget.tokens`; bytes that sinks and tail alone would take.
+            UsageError: as :meth:`Budget.tokens`; bytes that what comes first alone would take.
         """
+        if budget.unit == "bytes" and cache.fixed_bytes:
+            if int(budget.value) <= cache.fixed_bytes:
+                raise UsageError(
+                    f"A budget of {budget} is too small: sliding windows and recurrent states of this model alone take "
+                    f"{format_bytes(cache.fixed_bytes)}, which no policy changes."
+                )
+            budget = Budget("bytes", int(budget.value) - cache.fixed_bytes)
         if policy.formats:  # it counts pages itself
             return budget.tokens(n_seen, cache.bytes_per_token, policy.min_budget, page_slots=1)
         each, more = self.bytes_per_token(cache), cache.bytes_per_token - self.bytes_per_token(cache)
@@ -159,7 +167,13 @@ class Storage:
         return budget.tokens(n_seen, each, policy.min_budget)
 
     def check(self, budget: Budget, cache: PagedCache, policy: Policy, n_ctx: int, memory_bytes: int | None) -> None:
-        """Refuses an impossible budget, as :meth:`Budget.check` does, with the bytes that this storage takes."""
+        """Refuses an impossible budget, as :meth:`Budget.check` does, with the bytes that this storage takes; and a
+        policy that renumbers what cannot be renumbered."""
+        if policy.rolls and cache.fixed_bytes:
+            raise UsageError(
+                f"The policy {policy.name} with these arguments renumbers the tokens that it keeps, which a model with "
+                "sliding windows or recurrent layers cannot bear; leave out positions=rolled."
+            )
         self.tokens(budget, n_ctx, cache, policy)
         budget.check(policy.min_budget, n_ctx, self.bytes_per_token(cache), memory_bytes)
 

@@ -135,8 +135,11 @@ class FakeContext:
         self.note("logits", 0)
         return np.zeros((n, 100), np.float32)
 
-    def reaches(self, seq: int, n: int) -> bool:
-        return True
+    def reach(self, seq: int, n: int) -> int:
+        return n
+
+    def mark(self, seq: int) -> None:
+        pass
 
     def truncate(self, seq: int, n: int) -> bool:
         self.slots[seq] = [pos for pos in self.slots[seq] if pos < n]
@@ -170,6 +173,7 @@ class FakeCache:
 
     layers = LAYERS
     bytes_per_token = TOKEN_BYTES
+    fixed_bytes = 0
 
     def __init__(self, context: FakeContext) -> None:
         self.context = context

@@ -156,6 +156,7 @@ class FakeEngine:
                     "used_bytes": 6 * MIB,
                     "allocated_bytes": 7 * MIB,
                     "peak_bytes": 25 * MIB,
+                    "fixed_bytes": 0,
                 },
                 "rss": {
                     "before_evict_bytes": 300 * MIB if evicts else None,

@@ -114,7 +114,7 @@ def write_model(
 
 
 def default_grid() -> list[Combo]:
-    """Ten combinations that cover the supported architectures, GQA 1, 3, 4, 8 and head sizes 64, 80, 128, 256."""
+    """Combinations that cover the architectures above, GQA 1, 3, 4, 8 and head sizes 64, 80, 128, 256."""
     return [
         Combo("llama", 4, 4, 64),
         Combo("llama", 6, 2, 80),
@@ -126,12 +126,13 @@ def default_grid() -> list[Combo]:
         Combo("phi3", 4, 1, 80),
         Combo("phi3", 3, 3, 128),
         Combo("gemma", 8, 1, 256),
+        Combo("gemma2", 4, 2, 64),
     ]
 
 
 def refused_archs() -> list[str]:
-    """Architectures a paged cache cannot hold: sliding window, recurrent, MLA, encoder."""
-    return ["gemma2", "mamba", "deepseek2", "bert"]
+    """Architectures a paged cache cannot hold: recurrent, MLA, encoder."""
+    return ["mamba", "deepseek2", "bert"]
 
 
 def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:

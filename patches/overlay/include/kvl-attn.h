@@ -44,7 +44,8 @@ struct kvl_stream_ref {
     int32_t mean;    // row of `means` that its keys lack in all formats but f16, -1: they lack nothing
     int32_t number;  // position + 1 of the first new token
     int32_t window;  // first row of its sequence in the tensor of window queries
-    int32_t reserved[2];
+    int32_t n_swa;   // sliding window, see below; its slots are then those of consecutive positions. 0: none
+    int32_t reserved;
 };
 
 struct kvl_page_ref {
@@ -111,22 +112,24 @@ static inline const void * kvl_get_params(const struct ggml_tensor * op) {
 
 // group = n_head / n_head_kv, n_seq_tokens = (rows of q) / n_seqs; a row is a (token t, query head g of the group)
 // pair, row t*group + g. A slot is seen by token t of its sequence if its number is at most n_slots - n_seq_tokens + t
-// (what is cached lies before the new tokens, which lie in order) and it is live.
+// (what is cached lies before the new tokens, which lie in order) and it is live. With n_swa > 0 a token sees the last
+// n_swa slots up to its own, with n_swa < 0 those from the last position on that is a multiple of -n_swa.
 //
 //     q      f32 [d_k, n_head, n_seq_tokens*n_seqs], contiguous
 //     means  f32 [d_k, n]
 //     mass   f32 [KVL_PAGE_SLOTS * (most query heads of a group), n]: row of a page, 32 values per query head
+//     sinks  f32 [n_head]: a logit that takes part in the softmax of a query head and has no value; may be missing
 //
-// kvl_attn_compute: q, table, pages, means
+// kvl_attn_compute: q, table, pages, means, sinks
 //     up to KVL_ATTN_FEW_ROWS rows, with n_split > 1 or mass: dst f32 parts [d_v + 2, n_rows, n_split, n_stream]
 //     (unnormalized output, maximum, sum); with mass, then logits [n_kv, n_rows, n_stream]
 //     otherwise: dst f32 [d_v, n_head, n_seq_tokens*n_seqs]; with mass, then maximum and sum [2, n_rows, n_stream]
 //
 // kvl_attn_merge: the parts; dst f32 [d_v, n_head, n_seq_tokens*n_seqs]
 //
-// kvl_attn_mass: mass, the result of kvl_attn_compute, q, table, pages, means; dst is a view of mass
+// kvl_attn_mass: mass, the result of kvl_attn_compute, q, table, pages, means, sinks; dst is a view of mass
 //
-// kvl_attn_scores: q, table, pages, means, visible, blind; one sequence
+// kvl_attn_scores: q, table, pages, means, sinks (or NULL), visible, blind; one sequence without a sliding window
 //     visible i32 [n_seq_tokens, n_head_kv], slots seen, never fewer than by the token before; blind i32 [n_kv,
 //     n_head_kv], how many of the first tokens do not see a slot though it is among these; every page is listed.
 //     dst f32 [n_kv, n_head], softmax over the slots seen, mean (or root mean square) over the tokens, 0 beyond

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 8
+#define KVL_ABI_VERSION 9
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -53,10 +53,11 @@ typedef struct kvl_params {
 } kvl_params;
 
 typedef struct kvl_stats {
-    uint64_t used_bytes;      // K and V of the slots held; what branches share counts once
+    uint64_t used_bytes;      // K and V of the slots held, and fixed_bytes; what branches share counts once
     uint64_t allocated_bytes; // pages taken from the pools, page waste included
     uint64_t peak_bytes;      // largest allocated_bytes so far
-    uint64_t full_bytes;      // what a full f16 cache would take for the tokens seen
+    uint64_t full_bytes;      // what llama.cpp's own cache would hold for the tokens seen, in f16
+    uint64_t fixed_bytes;     // part of used_bytes that no budget changes: sliding windows, recurrent states, marks
     uint64_t reserved_bytes;  // address space of the pools (committed only where used)
     uint64_t table_bytes;     // page tables and positions
     uint64_t query_bytes;     // window queries
@@ -66,14 +67,16 @@ typedef struct kvl_stats {
 } kvl_stats;
 
 typedef struct kvl_seq_stats {
-    int64_t n_seen;      // tokens seen: the next token gets this position
-    int64_t n_slots;     // slots held, summed over layers and KV heads
-    int64_t held_min;    // smallest number of slots in a head
-    int64_t held_max;    // largest number of slots in a head
-    int64_t n_heads;     // layers x KV heads
-    uint64_t used_bytes; // K and V of the slots held, shared with other sequences or not
-    uint64_t page_bytes; // of the pages they lie in
-    uint64_t full_bytes; // what a full f16 cache would take for n_seen tokens
+    int64_t n_seen;       // tokens seen: the next token gets this position
+    int64_t n_slots;      // slots held, summed over layers and KV heads
+    int64_t held_min;     // smallest number of slots in a head
+    int64_t held_max;     // largest number of slots in a head
+    int64_t n_heads;      // layers x KV heads
+    uint64_t used_bytes;  // K and V of the slots held, shared with other sequences or not, and fixed_bytes
+    uint64_t page_bytes;  // of the pages they lie in
+    uint64_t full_bytes;  // what llama.cpp's own cache would hold for n_seen tokens, in f16
+    uint64_t fixed_bytes; // what no budget changes: sliding windows, recurrent state, marks
+    uint64_t fixed_limit; // most bytes that they take after a token, without the marks
 } kvl_seq_stats;
 
 typedef struct kvl_layer_info {
@@ -131,7 +134,8 @@ LLAMA_API kvl_params kvl_default_params(void);
 LLAMA_API struct llama_context * kvl_init_from_model(struct llama_model * model, struct llama_context_params params,
                                                      const kvl_params * kvl);
 LLAMA_API bool kvl_is_paged(const struct llama_context * ctx);
-// Number of layers with a cache. Functions count layers among these.
+// Number of open layers: with a cache that grows with the text. Functions count layers among these. What others hold,
+// with a sliding window or a recurrent state, is bounded by itself (fixed_bytes).
 LLAMA_API int32_t kvl_n_layer(const struct llama_context * ctx);
 LLAMA_API int32_t kvl_get_layer(const struct llama_context * ctx, int32_t layer, kvl_layer_info * out);
 
@@ -219,8 +223,15 @@ LLAMA_API int32_t kvl_set_mean(struct llama_context * ctx, llama_seq_id seq, int
 
 // Empty dst, then share all pages of src with it, copy-on-write.
 LLAMA_API int32_t kvl_branch(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst);
-// Remove the tokens at positions >= p0 from every head.
+// Remove the tokens at positions >= p0 from every head. KVL_ERR_UNSUPPORTED, and nothing has changed, if kvl_reach says
+// that there is no way back to p0.
 LLAMA_API int32_t kvl_truncate(struct llama_context * ctx, llama_seq_id seq, llama_pos p0);
+// Remember the way back to here, of the two latest calls: a recurrent state, or a sliding window that has gone on,
+// cannot be cut otherwise. Costs nothing where neither is.
+LLAMA_API int32_t kvl_mark(struct llama_context * ctx, llama_seq_id seq);
+// The largest number of tokens up to p that kvl_truncate can cut the sequence to; p itself if the model has neither a
+// sliding window nor a recurrent state.
+LLAMA_API llama_pos kvl_reach(const struct llama_context * ctx, llama_seq_id seq, llama_pos p);
 // Give slot i of every head position i and turn its key there; the next token comes after the last. All heads must hold
 // the same number of slots, all in f16. Forgets the window queries.
 LLAMA_API int32_t kvl_roll(struct llama_context * ctx, llama_seq_id seq);

@@ -64,7 +64,7 @@ def test_a_truncated_file(n_bytes: int, tmp_path: Path, tiny_path: Path) -> None
     assert str(path) in message and "again" in message
 
 
-@pytest.mark.parametrize("arch", ["gemma2", "mamba"])
+@pytest.mark.parametrize("arch", ["deepseek2", "mamba"])
 def test_an_architecture_that_cannot_be_paged(arch: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     tinygguf.write_model(path, arch)

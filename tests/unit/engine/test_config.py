@@ -13,7 +13,7 @@ from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import STORAGES, Storage
 
-REASON = "The architecture 'gemma3' uses sliding-window attention, which the paged cache does not serve yet"
+REASON = "The architecture 'rwkv7' is recurrent and has no KV cache to page"
 
 
 class Refused:

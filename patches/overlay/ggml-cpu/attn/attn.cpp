@@ -49,7 +49,7 @@ extern "C" void kvl_attn_compute(ggml_tensor * dst, int ith, int nth, void *) {
         [&](int i) {
             const int stream = i / n_split;
             float * part = parts ? out + i * stride : own.data();
-            attend_few(a, stream, begin(i), end(i), w, part,
+            attend_few(a, stream, begin(i), end(i), i % n_split == 0, w, part,
                        logits ? logits + int64_t(stream) * a.n_rows * a.p.n_kv : nullptr);
             for (int r = 0; !parts && r < a.n_rows; r++) {
                 const float * from = part + int64_t(r) * (a.d_v + 2);

@@ -196,6 +196,7 @@ void attend_page(const attn & a, const page_job & job, const Keys & k, const Val
             z[j] = cap(z[j], a.p.soft_cap);
         }
         std::fill(z + n_seen[i], z + PAGE, -INFINITY);
+        std::fill_n(z, std::clamp(a.first_seen(job.stream, r0 + i) - job.page.slot, 0, PAGE), -INFINITY);
         for (int j = 0; job.page.live != UINT32_MAX && j < n_seen[i]; j++) {
             z[j] = job.page.live >> j & 1 ? z[j] : -INFINITY;
         }
@@ -263,7 +264,8 @@ void attend_stored(const attn & a, const page_job & job, few_rows & w, const pag
 
 } // namespace
 
-void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst, float * logits) {
+void attend_few(const attn & a, int stream, int page0, int page1, bool first, few_rows & w, float * dst,
+                float * logits) {
     const int stride = a.d_v + 2;
     const kvl_page_ref * pages = a.pages(stream);
     const float * mean = a.mean(stream);
@@ -276,8 +278,9 @@ void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, 
         w.q[r] = scaled;
         w.o[r] = dst + int64_t(r) * stride;
         std::fill_n(w.o[r], a.d_v, 0.0f);
-        w.m[r] = -INFINITY;
-        w.l[r] = 0.0f;
+        const row_stats stats = first ? a.begin(stream, r, -INFINITY) : row_stats{-INFINITY, 0.0f};
+        w.m[r] = stats.m;
+        w.l[r] = stats.l;
         w.bias[r] = 0.0f;
         for (int c = 0; mean && c < a.d_k; c++) {
             w.bias[r] += scaled[c] * mean[c];

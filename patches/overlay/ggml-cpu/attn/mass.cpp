@@ -152,8 +152,8 @@ extern "C" void kvl_attn_scores(ggml_tensor * dst, int ith, int nth, void *) {
         },
         [&](int h) {
             const int stream = h / a.group;
-            const int32_t * visible = static_cast<const int32_t *>(dst->src[4]->data) + int64_t(stream) * a.n_tokens;
-            t.blind = static_cast<const int32_t *>(dst->src[5]->data) + int64_t(stream) * dst->ne[0];
+            const int32_t * visible = static_cast<const int32_t *>(dst->src[5]->data) + int64_t(stream) * a.n_tokens;
+            t.blind = static_cast<const int32_t *>(dst->src[6]->data) + int64_t(stream) * dst->ne[0];
             float * out = static_cast<float *>(dst->data) + h * dst->ne[0];
             std::fill_n(out, dst->ne[0], 0.0f);
             for (int t0 = 0; t0 < a.n_tokens; t0 += TILE) {

@@ -75,18 +75,20 @@ struct attn {
     ggml_tensor * dst;
     const float * q;
     const float * means;
+    const float * sinks; // per query head, NULL: none
     const kvl_stream_ref * streams;
     const kvl_page_ref * list;
     int d_k, d_v, n_head, n_tokens, group, n_stream;
     int n_rows; // query rows of a stream, row t*group + g
     page_pool pools[KVL_PAGE_POOLS];
 
-    // q, table, pages and means are the sources from `first` on
+    // q, table, pages, means and sinks are the sources from `first` on
     attn(ggml_tensor * dst, int first) : p(*static_cast<const kvl_attn_params *>(kvl_get_params(dst))), dst(dst) {
         const ggml_tensor * queries = dst->src[first];
         int32_t * layer = static_cast<int32_t *>(dst->src[first + 1]->data) + p.table;
         q = static_cast<const float *>(queries->data);
         means = static_cast<const float *>(dst->src[first + 3]->data);
+        sinks = dst->src[first + 4] ? static_cast<const float *>(dst->src[first + 4]->data) : nullptr;
         d_k = int(queries->ne[0]);
         d_v = p.d_v;
         n_head = int(queries->ne[1]);
@@ -131,6 +133,19 @@ struct attn {
     }
     // slots that a row sees: numbers below this
     int visible(int stream, int r) const { return streams[stream].n_slots - n_tokens + r / group + 1; }
+    // and from this on
+    int first_seen(int stream, int r) const {
+        const kvl_stream_ref & s = streams[stream];
+        if (s.n_swa >= 0) {
+            return s.n_swa == 0 ? 0 : std::max(visible(stream, r) - s.n_swa, 0);
+        }
+        const int pos = s.number + r / group - 1;
+        return std::max(visible(stream, r) - 1 - pos % -s.n_swa, 0);
+    }
+    // what a row's maximum and sum begin with
+    row_stats begin(int stream, int r, float nothing) const {
+        return sinks ? row_stats{sinks[stream % p.n_head_kv * group + r % group], 1.0f} : row_stats{nothing, 0.0f};
+    }
     // how many of the slots with numbers below n are live
     int n_live(int stream, int n) const {
         int count = 0;
@@ -192,9 +207,11 @@ struct few_rows {
         : ld_q((d_k + 15) / 16 * 16), scaled(size_t(KVL_ATTN_FEW_ROWS) * ld_q), page(size_t(PAGE) * (d_k + d_v)) {}
 };
 
-// Few queries: rows of one stream over its pages [page0, page1) of those listed. Unnormalized output, maximum and sum
-// of row r are written at dst + r*(d_v + 2), logits (unless NULL) at logits + r*n_kv, -inf where a row does not see.
-void attend_few(const attn & a, int stream, int page0, int page1, few_rows & w, float * dst, float * logits);
+// Few queries: rows of one stream over its pages [page0, page1) of those listed, `first` with the sinks. Unnormalized
+// output, maximum and sum of row r are written at dst + r*(d_v + 2), logits (unless NULL) at logits + r*n_kv, -inf
+// where a row does not see.
+void attend_few(const attn & a, int stream, int page0, int page1, bool first, few_rows & w, float * dst,
+                float * logits);
 
 // Many queries: a tile holds some rows of one stream, first, first + step, ...
 constexpr int TILE = 192; // most rows of a tile; a multiple of every kernel's width
@@ -210,7 +227,7 @@ struct tile_buffers {
     int ld_k, ld_v;
     line_buffer memory;
     float *qt, *k, *v, *s, *o, *m, *l, *c, *bias;
-    int visible[TILE]; // slots that each row sees
+    int first_seen[TILE], visible[TILE]; // slots that each row sees: from, up to
     // per slot of the stream: the first new tokens, so many of them, do not see it either; rows are one head's then
     const int32_t * blind = nullptr;
 

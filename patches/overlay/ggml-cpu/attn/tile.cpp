@@ -86,10 +86,16 @@ void tile_begin(const attn & a, tile_buffers & t, int stream, tile_rows rows) {
         for (int c = 0; c < a.d_k; c++) {
             t.qt[c * TILE + r] = q[c] * a.p.scale;
         }
+        t.first_seen[r] = a.first_seen(stream, row);
         t.visible[r] = a.visible(stream, row);
     }
     std::fill_n(t.m, TILE, -1e30f);
     std::fill_n(t.l, TILE, 0.0f);
+    for (int r = 0; a.sinks && r < rows.n; r++) {
+        const row_stats stats = a.begin(stream, rows.first + r * rows.step, 0.0f);
+        t.m[r] = stats.m;
+        t.l[r] = stats.l;
+    }
     const float * mean = a.mean(stream);
     std::fill_n(t.bias, TILE, 0.0f);
     for (int c = 0; mean && c < a.d_k; c++) {
@@ -148,6 +154,13 @@ void tile_logits(const attn & a, tile_buffers & t, int stream, tile_rows rows, t
             }
             std::fill_n(s + j * TILE, n_blind, -INFINITY);
         }
+        // what has left the window is not seen by the last rows
+        for (int j = 0, r = 0; t.first_seen[rows.n - 1] > slot0 + j && j < n_here; j++) {
+            while (t.first_seen[r] <= slot0 + j) {
+                r++;
+            }
+            std::fill_n(s + j * TILE + r, rows.n - r, -INFINITY);
+        }
         for (int j = 0; t.blind && j < n_here; j++) {
             std::fill_n(s + j * TILE, std::clamp(t.blind[slot0 + j] - rows.first / a.group, 0, rows.n), -INFINITY);
         }
@@ -184,7 +197,11 @@ void attend_tile(const attn & a, tile_buffers & t, int stream, tile_rows rows, f
     std::fill_n(t.o, TILE * t.ld_v, 0.0f);
     std::fill_n(t.v, BLOCK * t.ld_v, 0.0f);
 
-    for (int page = 0; page < a.n_pages(stream); page += BLOCK_PAGES) {
+    int page = 0;
+    while (page + 1 < a.n_pages(stream) && pages[page + 1].slot <= t.first_seen[0]) {
+        page++;
+    }
+    for (; page < a.n_pages(stream); page += BLOCK_PAGES) {
         const tile_block block = block_at(a, t, stream, rows, page, a.n_pages(stream));
         const int n = block.n;
         if (n == 0) {

@@ -24,8 +24,8 @@ llama_kv_paged * kvl_api::memory_of(const llama_context * ctx, llama_seq_id seq)
 
 llama_kv_paged * kvl_api::memory_of(const llama_context * ctx, llama_seq_id seq, int32_t layer) {
     auto * kv = memory_of(ctx, seq);
-    if (kv && (layer < 0 || size_t(layer) >= kv->layers.size())) {
-        kvl_set_error("layer " + std::to_string(layer) + " is not below " + std::to_string(kv->layers.size()));
+    if (kv && (layer < 0 || uint32_t(layer) >= kv->n_open)) {
+        kvl_set_error("layer " + std::to_string(layer) + " is not below " + std::to_string(kv->n_open));
         return nullptr;
     }
     return kv;

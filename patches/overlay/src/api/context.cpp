@@ -142,7 +142,7 @@ bool kvl_is_paged(const llama_context * ctx) {
 
 int32_t kvl_n_layer(const llama_context * ctx) {
     const auto * kv = memory_of(ctx);
-    return kv ? int32_t(kv->layers.size()) : KVL_ERR_ARGUMENT;
+    return kv ? int32_t(kv->n_open) : KVL_ERR_ARGUMENT;
 }
 
 int32_t kvl_get_layer(const llama_context * ctx, int32_t layer, kvl_layer_info * out) {

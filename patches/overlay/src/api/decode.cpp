@@ -79,7 +79,15 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch) {
             return int32_t(KVL_ERR_ARGUMENT);
         }
         kvl_set_error("");
-        const int32_t code = ctx->get_model().hparams.no_alloc ? append(*ctx, batch) : llama_decode(ctx, batch);
+        const bool counts = ctx->get_model().hparams.no_alloc;
+        const int32_t code = counts ? append(*ctx, batch) : llama_decode(ctx, batch);
+        auto * kv = dynamic_cast<llama_kv_paged *>(ctx->get_memory());
+        if (code != 0 && code != 1 && kv && kv->recr) {
+            // a recurrent state cannot be taken back: what it belongs to goes with it
+            for (int32_t i = 0; i < batch.n_tokens; i++) {
+                kv->truncate(batch.seq_id[i][0], 0);
+            }
+        }
         if (code != 0 && *kvl_last_error() == 0) {
             kvl_set_error("llama.cpp could not compute a batch of " + std::to_string(batch.n_tokens) +
                           " tokens (code " + std::to_string(code) + ")");

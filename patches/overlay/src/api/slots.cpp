@@ -281,8 +281,28 @@ int32_t kvl_truncate(llama_context * ctx, llama_seq_id seq, llama_pos p0) {
     }
     return guarded([&] {
         ctx->synchronize();
-        return int32_t(kv->truncate(seq, p0) ? KVL_OK : KVL_ERR_MEMORY);
+        if (kv->truncate(seq, p0)) {
+            return int32_t(KVL_OK);
+        }
+        return int32_t(kv->reach(seq, p0) == p0 ? KVL_ERR_MEMORY : KVL_ERR_UNSUPPORTED);
     });
+}
+
+int32_t kvl_mark(llama_context * ctx, llama_seq_id seq) {
+    auto * kv = memory_of(ctx, seq);
+    if (!kv) {
+        return KVL_ERR_ARGUMENT;
+    }
+    return guarded([&] {
+        ctx->synchronize();
+        kv->mark(seq);
+        return int32_t(KVL_OK);
+    });
+}
+
+llama_pos kvl_reach(const llama_context * ctx, llama_seq_id seq, llama_pos p) {
+    const auto * kv = memory_of(ctx, seq);
+    return kv ? kv->reach(seq, p) : KVL_ERR_ARGUMENT;
 }
 
 int32_t kvl_roll(llama_context * ctx, llama_seq_id seq) {

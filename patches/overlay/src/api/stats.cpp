@@ -19,21 +19,20 @@ using namespace kvl_api;
 
 // The stock cache takes everything at once; what is in use follows from the tokens it has seen.
 static void stock_stats(const llama_context & ctx, kvl_stats & out) {
-    const llama_hparams & hp = ctx.get_model().hparams;
-    uint64_t full = 0;
-    for (uint32_t il = 0; il < hp.n_layer(); il++) {
-        full += hp.has_kv(il) ? (hp.n_embd_k_gqa(il) + hp.n_embd_v_gqa(il)) * sizeof(ggml_fp16_t) : 0;
-    }
+    const llama_model & model = ctx.get_model();
     out = {};
     for (const auto & [buft, size] : ctx.get_memory()->memory_breakdown()) {
         out.allocated_bytes += size;
     }
     uint64_t n_seen = 0;
     for (uint32_t s = 0; s < ctx.n_seq_max(); s++) {
-        n_seen += uint64_t(ctx.get_memory()->seq_pos_max(llama_seq_id(s)) + 1);
+        const auto n = uint64_t(ctx.get_memory()->seq_pos_max(llama_seq_id(s)) + 1);
+        out.full_bytes += kvl_full_bytes(model, n);
+        n_seen += n;
     }
-    out.full_bytes = n_seen * full;
-    out.used_bytes = std::min(out.allocated_bytes, n_seen * (out.allocated_bytes / std::max(ctx.n_ctx(), 1u)));
+    const bool bounded = model.hparams.is_swa_any() || llm_arch_is_hybrid(model.arch);
+    out.used_bytes = bounded ? out.full_bytes : n_seen * (out.allocated_bytes / std::max(ctx.n_ctx(), 1u));
+    out.used_bytes = std::min(out.allocated_bytes, out.used_bytes);
     out.peak_bytes = out.reserved_bytes = out.allocated_bytes;
 }
 

@@ -32,12 +32,12 @@ bool kvl_positions_check::add(int32_t n_seq_id, const llama_seq_id * seq_id, lla
 }
 
 // A page is needed for every 32 new slots of a head, and for a tail that is still shared with a branch.
-static uint32_t pages_needed(const kvl_pool & pool, const kvl_head & head, uint32_t n) {
+uint32_t llama_kv_paged::pages_needed(const kvl_layer & layer, const kvl_head & head, uint32_t n) const {
     uint32_t need = kvl_pages_for(head.n() + n) - uint32_t(head.pages.size());
-    if (n > 0 && head.n() % KVL_PAGE_SLOTS != 0 && pool.shared(head.pages.back())) {
+    if (n > 0 && head.n() % KVL_PAGE_SLOTS != 0 && layer.pool->shared(head.pages.back())) {
         need++;
     }
-    return need;
+    return layer.open() ? need : std::min(need, window_pages(layer)); // more are given up on the way
 }
 
 bool llama_kv_paged::pages_fit(const std::vector<llama_ubatch> & ubatches) {
@@ -51,7 +51,7 @@ bool llama_kv_paged::pages_fit(const std::vector<llama_ubatch> & ubatches) {
     for (const auto & [seq, n] : n_new) {
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[seq].heads[l]) {
-                need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
+                need[layers[l].pool] += pages_needed(layers[l], head, n);
             }
         }
     }
@@ -76,12 +76,13 @@ template <typename T> static void make_room(std::vector<T> & values, size_t n) {
 
 bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t n) {
     kvl_sequence & seq = seqs[seq_id];
+    slide(seq_id, pos[0]);
     std::map<const kvl_pool *, uint64_t> need;
     std::map<kvl_arena *, uint64_t> n_mass;
     for (size_t l = 0; l < layers.size(); l++) {
         for (const kvl_head & head : seq.heads[l]) {
-            need[layers[l].pool] += pages_needed(*layers[l].pool, head, n);
-            n_mass[layers[l].arena] += kvl_pages_for(head.n() + n) - head.pages.size();
+            need[layers[l].pool] += pages_needed(layers[l], head, n);
+            n_mass[layers[l].arena] += has_mass(layers[l]) ? kvl_pages_for(head.n() + n) - head.pages.size() : 0;
         }
     }
     for (const auto & [pool, n_pages] : need) {
@@ -91,17 +92,17 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
     }
     // what can fail comes first
     for (const auto & [arena, n_pages] : n_mass) {
-        if (has_mass()) {
+        if (n_pages > 0) {
             arena->mass.reserve(n_pages);
         }
     }
-    for (std::vector<kvl_head> & heads : seq.heads) {
-        for (kvl_head & head : heads) {
+    for (size_t l = 0; l < layers.size(); l++) {
+        for (kvl_head & head : seq.heads[l]) {
             make_room(head.pos, n);
             const uint32_t n_pages = kvl_pages_for(head.n() + n) - uint32_t(head.pages.size());
             make_room(head.pages, n_pages);
             make_room(head.live, n_pages);
-            make_room(head.mass, has_mass() ? n_pages : 0);
+            make_room(head.mass, has_mass(layers[l]) ? n_pages : 0);
         }
     }
     if (!own_pages(seq_id, true)) {
@@ -123,7 +124,7 @@ bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t
                     head.pages.push_back(pool.take());
                     head.live.push_back(UINT32_MAX);
                     head.n_listed++;
-                    if (has_mass()) {
+                    if (has_mass(layers[l])) {
                         head.mass.push_back(layers[l].arena->mass.take());
                     }
                     head.page_bytes += KVL_PAGE_SLOTS * pool.slot_bytes();

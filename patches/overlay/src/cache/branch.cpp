@@ -1,6 +1,7 @@
 // Sequences that share pages, and the ends that are cut off them.
 
 #include "cache/memory.h"
+#include "llama-memory-recurrent.h"
 
 #include <algorithm>
 #include <map>
@@ -30,6 +31,14 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
     if (p0 >= seq.n_seen) {
         return true;
     }
+    const llama_pos reached = reach(seq_id, p0);
+    if (reached != p0) {
+        kvl_set_error("the sequence cannot go back to token " + std::to_string(p0) + ": layers with a " +
+                      (recr ? "recurrent state" : "sliding window") + " have gone on; it can go back to token " +
+                      std::to_string(reached));
+        return false;
+    }
+    const kvl_marked * mark = find_mark(seq_id, p0);
     const auto rest_of = [&](const kvl_head & head) {
         std::vector<uint32_t> slots;
         for (uint32_t i = 0; i < head.n(); i++) {
@@ -59,7 +68,7 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
             return false;
         }
     }
-    for (uint32_t l = 0; l < layers.size(); l++) {
+    for (uint32_t l = 0; l < (mark ? n_open : layers.size()); l++) {
         std::vector<kvl_head> & heads = seq.heads[l];
         if (!std::all_of(heads.begin(), heads.end(), [](const kvl_head & head) {
                 return head.plain();
@@ -77,6 +86,15 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
         }
     }
     seq.n_seen = p0;
+    if (mark) {
+        go_back(seq_id, *mark);
+    } else if (recr) {
+        recr->seq_rm(seq_id, -1, -1);
+    }
+    while (!seq.marks.empty() && seq.marks.back().pos > p0) {
+        drop_mark(seq.marks.back());
+        seq.marks.pop_back();
+    }
     if (p0 == 0) {
         for (auto & mu : seq.mu) {
             mu.clear();
@@ -119,6 +137,9 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     to.mu = std::move(mu);
     to.window = from.window; // of the same length
     to.n_seen = from.n_seen;
+    if (recr) {
+        recr->seq_cp(src, dst, -1, -1);
+    }
     for (uint32_t l = 0; l < layers.size(); l++) {
         upload_mean(dst, l);
         for (size_t h = 0; h < to.heads[l].size(); h++) {
@@ -127,7 +148,8 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     }
     if (params.n_window > 0 && !no_alloc()) {
         std::vector<uint8_t> tmp;
-        for (const kvl_layer & layer : layers) {
+        for (uint32_t l = 0; l < n_open; l++) {
+            const kvl_layer & layer = layers[l];
             const size_t size = layer.queries->nb[1] * size_t(params.n_window);
             tmp.resize(size);
             ggml_backend_tensor_get(layer.queries, tmp.data(), size * size_t(src), size);

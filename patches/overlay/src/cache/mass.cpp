@@ -107,7 +107,7 @@ void kvl_mass_pages::clear(uint32_t page, uint32_t first) {
 //
 
 std::vector<std::vector<float>> llama_kv_paged::read_mass(const kvl_layer & layer, const kvl_head & head) const {
-    std::vector<std::vector<float>> out(has_mass() ? layer.group() : 0, std::vector<float>(head.n(), 0.0f));
+    std::vector<std::vector<float>> out(has_mass(layer) ? layer.group() : 0, std::vector<float>(head.n(), 0.0f));
     for (uint32_t g = 0; g < out.size(); g++) {
         for (uint32_t p = 0; p < head.pages.size(); p++) {
             const uint32_t first = p * KVL_PAGE_SLOTS;
@@ -161,7 +161,7 @@ bool llama_kv_paged::set_mass(kvl_mass kind) {
         for (size_t l = 0; l < layers.size(); l++) {
             for (kvl_head & head : seq.heads[l]) {
                 drop_mass(layers[l], head, 0);
-                n_pages[layers[l].arena] += head.pages.size();
+                n_pages[layers[l].arena] += layers[l].open() ? head.pages.size() : 0;
             }
         }
     }
@@ -176,7 +176,7 @@ bool llama_kv_paged::set_mass(kvl_mass kind) {
     for (kvl_sequence & seq : seqs) {
         for (size_t l = 0; l < layers.size(); l++) {
             for (kvl_head & head : seq.heads[l]) {
-                const uint32_t group = on ? layers[l].group() : 0;
+                const uint32_t group = has_mass(layers[l]) ? layers[l].group() : 0;
                 write_mass(layers[l], head, {group, std::vector<float>(head.n(), 0.0f)});
             }
         }

@@ -3,6 +3,7 @@
 #include "cache/memory.h"
 
 #include "kvl-hooks.h"
+#include "llama-memory-recurrent.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -22,7 +23,7 @@ static std::vector<std::unique_ptr<kvl_pool>> make_pools(const kvl_shape & shape
     std::vector<std::unique_ptr<kvl_pool>> out(KVL_FORMAT_COUNT);
     for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
         const auto [k_row, v_row] = kvl_rows_of(f, params);
-        if (f != KVL_FORMAT_F16 && !(params.formats >> f & 1)) {
+        if (f != KVL_FORMAT_F16 && (!shape.open || !(params.formats >> f & 1))) {
             continue;
         }
         if (const std::string why = kvl_block_refusal(k_row, v_row, shape.d_k, shape.d_v); !why.empty()) {
@@ -34,19 +35,25 @@ static std::vector<std::unique_ptr<kvl_pool>> make_pools(const kvl_shape & shape
 }
 
 llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params)
-    : hparams(model.hparams), params(params),
-      n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), seqs(cparams.n_seq_max),
-      rows(kvl_find_rows()) {
+    : model(model), hparams(model.hparams), params(params),
+      n_ctx(params.n_pool_ctx > 0 ? uint32_t(params.n_pool_ctx) : cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch),
+      seqs(cparams.n_seq_max), recr(kvl_create_recurrent(model, cparams)), rows(kvl_find_rows()) {
     const uint32_t n_layer = hparams.n_layer();
     layer_of.assign(n_layer, -1);
+    std::vector<uint32_t> with_cache; // open ones first
+    for (const bool open : {true, false}) {
+        for (uint32_t il = 0; il < n_layer; il++) {
+            if (kvl_owns_cache(model, il) && open != hparams.is_swa(il)) {
+                with_cache.push_back(il);
+            }
+        }
+        n_open = open ? uint32_t(with_cache.size()) : n_open;
+    }
 
     // an arena is sized by what its layers can hold, so count the heads of each shape first
     std::vector<kvl_shape> shapes;
     std::vector<size_t> shape_of;
-    for (uint32_t il = 0; il < n_layer; il++) {
-        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
-            continue;
-        }
+    for (const uint32_t il : with_cache) {
         ggml_backend_buffer_type_t buft =
             cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
         const uint32_t d_k = hparams.n_embd_head_k(il);
@@ -55,14 +62,22 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
             return s.is(buft, d_k, d_v);
         });
         if (it == shapes.end()) {
-            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0, 0});
+            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0, 0, 0, false});
         }
         kvl_layer layer = {};
         layer.il = il;
         layer.n_head = hparams.n_head(il);
         layer.n_head_kv = hparams.n_head_kv(il);
+        layer.n_swa = !hparams.is_swa(il)                          ? 0
+                      : hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED ? -int32_t(hparams.n_swa)
+                                                                   : int32_t(hparams.n_swa);
         layer.first_head = it->n_heads;
         it->n_heads += layer.n_head_kv;
+        // of an open head one page beyond the context: an unshared tail; of one with a window also what a batch and the
+        // branches of a sequence may hold beside it
+        const uint64_t n_pages = layer.open() ? kvl_pages_for(n_ctx) + 1 : 4 * uint64_t(window_pages(layer));
+        it->n_pages += layer.n_head_kv * seqs.size() * n_pages;
+        it->open = it->open || layer.open();
         it->group = std::max(it->group, layer.group());
         shape_of.push_back(size_t(it - shapes.begin()));
         layer_of[il] = int32_t(layers.size());
@@ -71,9 +86,14 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
     if (layers.empty()) {
         throw std::runtime_error("the model has no attention layers");
     }
+    // the model's layers that read what another one stores
+    for (uint32_t il = 0; il < n_layer; il++) {
+        if (const int32_t from = kvl_shares_cache(model, il); from >= 0) {
+            layer_of[il] = layer_of[size_t(from)];
+        }
+    }
     for (const kvl_shape & s : shapes) {
-        // one page per head beyond the context: an unshared tail
-        const uint64_t n_pages = uint64_t(s.n_heads) * seqs.size() * (kvl_pages_for(n_ctx) + 1);
+        const uint64_t n_pages = s.n_pages;
         const bool kernels = !params.portable && kvl_find_kernels(kvl_device_of(s.buft));
         const uint64_t n_parts = n_pages * KVL_PAGE_SLOTS * (s.d_k + s.d_v) / std::gcd(s.d_k, s.d_v);
         // stock operators count parts of slots, the kernels pages
@@ -104,7 +124,7 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
             layer.pools.push_back(pool.get());
         }
         layer.pool = layer.pools[KVL_FORMAT_F16];
-        if (params.n_window > 0) {
+        if (params.n_window > 0 && layer.open()) {
             layer.queries = ggml_new_tensor_2d(query_ctx.get(), GGML_TYPE_F32, layer.pool->d_k * layer.n_head,
                                                int64_t(params.n_window) * int64_t(seqs.size()));
             query_mem.push_back(
@@ -130,6 +150,8 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
                    }());
 }
 
+llama_kv_paged::~llama_kv_paged() = default;
+
 //
 // batches
 //
@@ -151,7 +173,7 @@ llama_memory_context_ptr llama_kv_paged::init_batch(llama_batch_allocr & balloc,
         }
         ubatches.push_back(std::move(ubatch));
     }
-    if (balloc.get_n_used() < balloc.get_n_tokens() || !pages_fit(ubatches)) {
+    if (balloc.get_n_used() < balloc.get_n_tokens() || !pages_fit(ubatches) || (recr && !recr->prepare(ubatches))) {
         return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     return std::make_unique<llama_kv_paged_context>(this, std::move(ubatches));
@@ -191,7 +213,9 @@ ggml_backend_t llama_kv_paged::host_backend(int n_threads) {
 //
 
 void llama_kv_paged::clear(bool data) {
-    GGML_UNUSED(data);
+    if (recr) {
+        recr->clear(data);
+    }
     for (size_t s = 0; s < seqs.size(); s++) {
         truncate(llama_seq_id(s), 0);
     }
@@ -287,16 +311,26 @@ llama_pos llama_kv_paged::seq_pos_max(llama_seq_id seq_id) const {
 llama_kv_paged_context::llama_kv_paged_context(llama_memory_status status) : status(status) {}
 
 llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv)
-    : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), worst_case(true) {}
+    : kv(kv), recr(kv->recr ? new llama_memory_recurrent_context(kv->recr.get()) : nullptr),
+      status(LLAMA_MEMORY_STATUS_SUCCESS), worst_case(true) {}
 
-llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches)
-    : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(ubatches)) {}
+llama_kv_paged_context::llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> all)
+    : kv(kv), recr(kv->recr ? new llama_memory_recurrent_context(kv->recr.get(), all) : nullptr),
+      status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(all)) {}
+
+llama_kv_paged_context::~llama_kv_paged_context() = default;
 
 bool llama_kv_paged_context::next() {
+    if (recr) {
+        recr->next();
+    }
     return ++i_cur < ubatches.size();
 }
 
 bool llama_kv_paged_context::apply() {
+    if (recr && !recr->apply()) {
+        return false;
+    }
     if (worst_case || status != LLAMA_MEMORY_STATUS_SUCCESS) {
         return status == LLAMA_MEMORY_STATUS_SUCCESS;
     }
@@ -317,8 +351,11 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_
     // a graph is used again until a head crosses a multiple of this; accelerators want it larger
     const uint32_t pad = layer.arena->is_host() && !fused ? 2 * KVL_PAGE_SLOTS : 256;
     const uint32_t version = kv->has_mass() ? layer.arena->mass.version() : 0;
+    const kvl_mass mass = layer.open() ? kv->mass() : KVL_MASS_NONE;
+    // a window and what is left of its first page; a page more, lest it is another graph whenever a page is given up
+    const uint32_t n_most = layer.most_seen(n_seq_tokens, kv->n_ctx) + (layer.open() ? 0 : 2 * KVL_PAGE_SLOTS);
     if (worst_case) {
-        return {GGML_PAD(std::max(n_seq_tokens, kv->n_ctx / ub.n_seqs), pad), false, kv->mass(), version};
+        return {GGML_PAD(std::max(n_seq_tokens, n_most / ub.n_seqs), pad), false, mass, version};
     }
     bool uniform = !fused;
     uint32_t n_pages = 0;
@@ -331,7 +368,11 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_
                       });
         }
     }
-    return {GGML_PAD(n_pages * KVL_PAGE_SLOTS, pad), uniform, kv->mass(), version};
+    uint32_t n_kv = n_pages * KVL_PAGE_SLOTS;
+    if (!layer.open() && n_kv > uint32_t(std::abs(layer.n_swa))) {
+        n_kv = std::max(n_kv, n_most);
+    }
+    return {GGML_PAD(n_kv, pad), uniform, mass, version};
 }
 
 //

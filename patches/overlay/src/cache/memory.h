@@ -11,7 +11,9 @@
 #include "llama-batch.h"
 #include "llama-memory.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
@@ -22,6 +24,8 @@ struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
 class llama_kv_paged_context;
+class llama_memory_recurrent;
+class llama_memory_recurrent_context;
 struct kvl_move;
 
 // A head's pages to be, and per slot of them the slot that it was, -1: a hole.
@@ -77,14 +81,33 @@ struct kvl_layer {
     uint32_t first_head;             // number of its first KV head among those of the arena
     kvl_pool * pool = nullptr;       // of f16 pages
     std::vector<kvl_pool *> pools;   // by format, nullptr: not asked for
-    ggml_tensor * queries = nullptr; // f32 [d_k*n_head, n_window*n_seq_max], nullptr without a window
+    ggml_tensor * queries = nullptr; // f32 [d_k*n_head, n_window*n_seq_max], nullptr: none are remembered
+    int32_t n_swa = 0;               // sliding window, as in kvl-attn.h; 0: the layer is open
 
     // recorded when the graph is built: window scores must use the same
     float kq_scale = 0.0f;
     float soft_cap = 0.0f;
+    const ggml_tensor * sinks = nullptr;
 
     uint32_t group() const { return n_head / n_head_kv; } // query heads of a KV head
+    bool open() const { return n_swa == 0; }
+    // first position that the token at pos sees
+    llama_pos first_seen(llama_pos pos) const {
+        return n_swa == 0 ? 0 : n_swa > 0 ? std::max(pos - n_swa + 1, 0) : pos - pos % -n_swa;
+    }
+    // most slots that so many new tokens see
+    uint32_t most_seen(uint32_t n_tokens, uint32_t n_ctx) const {
+        const uint32_t n_seen = n_swa == 0 ? n_ctx : std::min(n_ctx, uint32_t(std::abs(n_swa)) + n_tokens);
+        return std::max(n_seen, n_tokens);
+    }
     const kvl_kernels * kernels() const { return arena->kernels; }
+};
+
+// A way back to where a sequence was when it had seen `pos` tokens: what is bounded in it cannot be cut back otherwise.
+struct kvl_marked {
+    llama_pos pos;
+    std::vector<std::vector<kvl_head>> windows; // of the layers with a sliding window; their pages are shared
+    std::vector<uint8_t> state;                 // of the recurrent layers
 };
 
 struct kvl_sequence {
@@ -92,7 +115,16 @@ struct kvl_sequence {
     std::vector<std::vector<kvl_head>> heads; // [layer][KV head]
     std::vector<std::vector<float>> mu;       // [layer] f32 [n_head_kv][d_k], empty: none
     std::vector<llama_pos> window;            // position of each remembered query, -1: none
+    std::vector<kvl_marked> marks;            // by position
 };
+
+// Whether a layer of the model stores keys and values; the layer whose keys and values it reads instead, -1: none.
+bool kvl_owns_cache(const llama_model & model, uint32_t il);
+int32_t kvl_shares_cache(const llama_model & model, uint32_t il);
+// What llama.cpp's own cache holds of a sequence after n_seen tokens, in f16.
+uint64_t kvl_full_bytes(const llama_model & model, uint64_t n_seen);
+// nullptr: the model has no recurrent layers
+std::unique_ptr<llama_memory_recurrent> kvl_create_recurrent(const llama_model & model, const llama_cparams & cparams);
 
 // Positions stay below this, so that sums of two of them are numbers of 32 bits.
 constexpr llama_pos KVL_POS_END = INT32_MAX / 2;
@@ -100,6 +132,7 @@ constexpr llama_pos KVL_POS_END = INT32_MAX / 2;
 class llama_kv_paged : public llama_memory_i {
   public:
     llama_kv_paged(const llama_model & model, const llama_cparams & cparams, const kvl_params & params);
+    ~llama_kv_paged() override;
 
     // the reason why the paged memory cannot serve this model, empty if it can
     static std::string unsupported(const llama_model & model);
@@ -135,7 +168,8 @@ class llama_kv_paged : public llama_memory_i {
     // paged
     //
 
-    // append n positions from p0 to every head; false when a pool is exhausted (nothing is changed then)
+    // append n positions from p0 to every head; false when a pool is exhausted (nothing is changed then). Slots that
+    // have left the sliding window are given up, page by page
     bool append(llama_seq_id seq, const llama_pos * pos, uint32_t n);
     // compact to the given slots; false with the error set, and nothing changed
     bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
@@ -179,6 +213,14 @@ class llama_kv_paged : public llama_memory_i {
     // remembered queries of the newest tokens without a gap: ring rows, oldest first
     std::vector<int32_t> window_rows(llama_seq_id seq) const;
 
+    // the most tokens up to p that a sequence can be cut to and go on from there
+    llama_pos reach(llama_seq_id seq, llama_pos p) const;
+    // remember the way back to here; the oldest of more than MARKS is forgotten
+    void mark(llama_seq_id seq);
+    static constexpr size_t MARKS = 2;
+    // layers whose slots are not chosen from outside, or a recurrent state
+    bool has_bounded() const { return n_open < layers.size() || recr; }
+
     void get_stats(kvl_stats & out) const;
     void get_seq_stats(llama_seq_id seq, kvl_seq_stats & out) const;
     void reset_peak() { peak_bytes = allocated_bytes(); }
@@ -193,14 +235,20 @@ class llama_kv_paged : public llama_memory_i {
     // why a layer has none, and what to do: how a sentence about them goes on after "which"; empty: all have
     std::string without_kernels() const;
     bool has_mass() const { return mass_kind != KVL_MASS_NONE; }
+    bool has_mass(const kvl_layer & layer) const { return has_mass() && layer.open(); }
     kvl_mass mass() const { return mass_kind; }
 
+    const llama_model & model;
     const llama_hparams & hparams;
     const kvl_params params;
-    const uint32_t n_ctx; // tokens per sequence the pool was sized for
+    const uint32_t n_ctx;    // tokens per sequence the pool was sized for
+    const uint32_t n_ubatch; // most tokens that are computed together
 
-    std::vector<kvl_layer> layers;
+    std::vector<kvl_layer> layers; // those that are open, whose slots are chosen from outside, come first
+    uint32_t n_open = 0;
     std::vector<kvl_sequence> seqs;
+
+    const std::unique_ptr<llama_memory_recurrent> recr; // nullptr: the model has no recurrent layers
 
     const kvl_row_functions rows; // of the CPU
     // for what is computed outside the model's graph, made once; nullptr: it cannot be
@@ -256,6 +304,36 @@ class llama_kv_paged : public llama_memory_i {
     // of pages that were shared, what is held now: costs nothing unless an owner has let go
     void recount() const;
     bool pages_fit(const std::vector<llama_ubatch> & ubatches);
+    // pages that a head of a layer needs for n new tokens
+    uint32_t pages_needed(const kvl_layer & layer, const kvl_head & head, uint32_t n) const;
+    // most pages of a head with a sliding window
+    uint32_t window_pages(const kvl_layer & layer) const;
+    // give up what no token from position p0 on sees
+    void slide(llama_seq_id seq, llama_pos p0);
+    // the mark at a position, nullptr: none
+    const kvl_marked * find_mark(llama_seq_id seq, llama_pos p) const;
+    void drop_mark(kvl_marked & mark);
+    // bounded layers as they were at a mark; throws with the sequence in between when it cannot be
+    void go_back(llama_seq_id seq, const kvl_marked & mark);
+    std::vector<uint8_t> read_state(llama_seq_id seq) const;
+    void write_state(llama_seq_id seq, const std::vector<uint8_t> & state);
+    // throws if what was read is no recurrent state after n_seen tokens
+    void check_state(const std::vector<uint8_t> & state, llama_pos n_seen) const;
+    uint64_t state_bytes() const; // of all sequences
+    // what the marks of a sequence hold that it does not hold itself
+    uint64_t mark_bytes(const kvl_sequence & seq) const;
+    // f(layer, head, page) for the pages of its marks
+    template <typename F> void for_marks(const kvl_sequence & seq, F && f) const {
+        for (const kvl_marked & mark : seq.marks) {
+            for (size_t i = 0; i < mark.windows.size(); i++) {
+                for (const kvl_head & head : mark.windows[i]) {
+                    for (uint32_t p = 0; p < head.pages.size(); p++) {
+                        f(layers[n_open + i], head, p);
+                    }
+                }
+            }
+        }
+    }
 
     std::vector<int32_t> layer_of; // model layer -> index in layers, -1: no cache
     std::vector<std::unique_ptr<kvl_arena>> arenas;
@@ -297,6 +375,7 @@ class llama_kv_paged_context : public llama_memory_context_i {
     explicit llama_kv_paged_context(llama_memory_status status);                     // error or no update
     explicit llama_kv_paged_context(llama_kv_paged * kv);                            // worst case
     llama_kv_paged_context(llama_kv_paged * kv, std::vector<llama_ubatch> ubatches); // a batch
+    ~llama_kv_paged_context() override;
 
     bool next() override;
     bool apply() override;
@@ -306,6 +385,7 @@ class llama_kv_paged_context : public llama_memory_context_i {
     kvl_layer_shape shape(uint32_t layer, uint32_t n_seq_tokens, const llama_ubatch & ubatch) const;
 
     llama_kv_paged * kv = nullptr;
+    std::unique_ptr<llama_memory_recurrent_context> recr;
 
   private:
     llama_memory_status status;

@@ -135,6 +135,16 @@ std::string kvl_fault_of(const kvl_layer & layer, kvl_head & head, llama_pos n_s
         }
         n_held = kivi && (p - first + 1) % together != 0 ? n_held : 0;
     }
+    if (!layer.open()) {
+        bool whole = head.pos.empty() ? n_seen == 0 : head.pos.back() == n_seen - 1;
+        whole = whole && (head.pos.empty() || head.pos.front() <= layer.first_seen(n_seen));
+        for (size_t i = 1; i < head.pos.size(); i++) {
+            whole = whole && head.pos[i] == head.pos[i - 1] + 1;
+        }
+        if (!whole || head.f16_begin() != 0) {
+            return "it does not hold its sliding window";
+        }
+    }
     // rows for slots to come are seen
     if (head.n() % KVL_PAGE_SLOTS != 0) {
         head.live.back() |= UINT32_MAX << head.n() % KVL_PAGE_SLOTS;

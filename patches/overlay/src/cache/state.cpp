@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr uint32_t VERSION = 2;
+constexpr uint32_t VERSION = 3;
 
 // What must be the same where a sequence is restored.
 struct kvl_state_header {
@@ -33,6 +33,7 @@ struct kvl_state_layer {
     uint32_t d_k = 0;
     uint32_t d_v = 0;
     uint32_t n_mu = 0;
+    int32_t n_swa = 0;
 };
 
 struct kvl_state_head {
@@ -92,6 +93,7 @@ kvl_state_layer shape_of(const kvl_layer & layer) {
     out.n_head_kv = layer.n_head_kv;
     out.d_k = layer.pool->d_k;
     out.d_v = layer.pool->d_v;
+    out.n_swa = layer.n_swa;
     return out;
 }
 
@@ -135,10 +137,13 @@ void llama_kv_paged::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
             }
         }
     }
-    for (const kvl_layer & layer : layers) {
+    const std::vector<uint8_t> state = read_state(seq_id);
+    write(io, uint64_t(state.size()));
+    write(io, state);
+    for (uint32_t l = 0; l < n_open; l++) {
         for (const int32_t row : rows) {
-            const size_t n = layer.queries->nb[1];
-            io.write_tensor(layer.queries, n * size_t(row), n);
+            const size_t n = layers[l].queries->nb[1];
+            io.write_tensor(layers[l].queries, n * size_t(row), n);
         }
     }
     for_runs(groups, [&](ggml_tensor * t, size_t offset, size_t n) {
@@ -175,7 +180,8 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         read(io, layer);
         const kvl_state_layer ours = shape_of(layers[l]);
         if (layer.n_head != ours.n_head || layer.n_head_kv != ours.n_head_kv || layer.d_k != ours.d_k ||
-            layer.d_v != ours.d_v || (layer.n_mu != 0 && layer.n_mu != ours.n_head_kv * ours.d_k)) {
+            layer.d_v != ours.d_v || layer.n_swa != ours.n_swa ||
+            (layer.n_mu != 0 && layer.n_mu != ours.n_head_kv * ours.d_k)) {
             refuse("the saved sequence is of another model: layer " + std::to_string(l) + " has other shapes");
         }
         read(io, seq.mu.emplace_back(), layer.n_mu);
@@ -185,7 +191,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             kvl_state_head sizes;
             read(io, sizes);
             if (sizes.n_slots > layers[l].pool->size() * KVL_PAGE_SLOTS || sizes.n_pages > layers[l].pool->size() ||
-                sizes.n_mass != (has_mass() ? layers[l].group() : 0)) {
+                sizes.n_mass != (has_mass(layers[l]) ? layers[l].group() : 0)) {
                 refuse("the saved sequence does not fit: layer " + std::to_string(l) + " claims " +
                        std::to_string(sizes.n_slots) + " slots in " + std::to_string(sizes.n_pages) + " pages");
             }
@@ -202,6 +208,14 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             }
         }
     }
+    uint64_t n_state = 0;
+    std::vector<uint8_t> state;
+    read(io, n_state);
+    if (n_state > state_bytes() / std::max<size_t>(seqs.size(), 1) + 4096) { // with what describes it
+        refuse("the saved sequence is damaged: it claims a recurrent state of " + std::to_string(n_state) + " bytes");
+    }
+    read(io, state, n_state);
+    check_state(state, seq.n_seen);
     std::vector<kvl_state_group> groups = kvl_groups_of(*this, seq);
     std::map<const kvl_pool *, uint64_t> need;
     for (kvl_state_group & g : groups) {
@@ -223,12 +237,12 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
     std::map<kvl_arena *, uint64_t> n_mass;
     for (size_t l = 0; l < layers.size(); l++) {
         for (kvl_head & head : seq.heads[l]) {
-            n_mass[layers[l].arena] += head.pages.size();
-            head.mass.reserve(has_mass() ? head.pages.size() : 0);
+            n_mass[layers[l].arena] += has_mass(layers[l]) ? head.pages.size() : 0;
+            head.mass.reserve(has_mass(layers[l]) ? head.pages.size() : 0);
         }
     }
     for (const auto & [arena, n] : n_mass) { // before the first page is taken
-        if (has_mass()) {
+        if (n > 0) {
             arena->mass.reserve(n);
         }
     }
@@ -264,7 +278,9 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             read(io, bytes, n);
             ggml_backend_tensor_set(t, bytes.data(), offset, n);
         };
-        for (const kvl_layer & layer : layers) {
+        write_state(seq_id, state);
+        for (uint32_t l = 0; l < n_open; l++) {
+            const kvl_layer & layer = layers[l];
             for (const int32_t row : window_rows(seq_id)) {
                 const size_t n = layer.queries->nb[1];
                 read_into(layer.queries, n * size_t(row), n);

@@ -2,6 +2,7 @@
 
 #include "cache/memory.h"
 #include "llama-hparams.h"
+#include "llama-memory-recurrent.h"
 
 #include <algorithm>
 #include <bitset>
@@ -11,7 +12,12 @@ uint64_t llama_kv_paged::allocated_bytes() const {
     for_pools([&](const kvl_pool & pool) {
         n += pool.allocated_bytes();
     });
-    return n;
+    for (const kvl_sequence & seq : seqs) {
+        for (const kvl_marked & mark : seq.marks) {
+            n += mark.state.size();
+        }
+    }
+    return n + state_bytes();
 }
 
 void llama_kv_paged::note_peak() {
@@ -74,8 +80,30 @@ void llama_kv_paged::recount() const {
                     }
                 }
             }
+            for_marks(seq, [&](const kvl_layer & layer, const kvl_head & head, uint32_t p) {
+                if (layer.pools[kvl_head::page_format(head.pages[p])] == &pool) {
+                    pool.count(kvl_head::page_number(head.pages[p]), head.held_bits(p));
+                }
+            });
         }
     });
+}
+
+uint64_t llama_kv_paged::mark_bytes(const kvl_sequence & seq) const {
+    uint64_t n = 0;
+    for (const kvl_marked & mark : seq.marks) {
+        n += mark.state.size();
+        for (size_t i = 0; i < mark.windows.size(); i++) {
+            const std::vector<kvl_head> & heads = seq.heads[n_open + i];
+            for (size_t h = 0; h < heads.size(); h++) { // what the sequence itself holds no more
+                const llama_pos first = heads[h].pos.empty() ? 0 : heads[h].pos.front();
+                const std::vector<llama_pos> & pos = mark.windows[i][h].pos;
+                n += uint64_t(std::lower_bound(pos.begin(), pos.end(), first) - pos.begin()) *
+                     layers[n_open + i].pool->slot_bytes();
+            }
+        }
+    }
+    return n;
 }
 
 void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
@@ -83,7 +111,19 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
     out = {};
     out.n_seen = seq.n_seen;
     out.held_min = INT64_MAX;
-    for (size_t l = 0; l < layers.size(); l++) {
+    for (size_t l = n_open; l < layers.size(); l++) {
+        for (const kvl_head & head : seq.heads[l]) {
+            out.fixed_bytes += head.used_bytes;
+        }
+        const uint64_t most = std::min<uint64_t>(uint64_t(std::abs(layers[l].n_swa)) + KVL_PAGE_SLOTS - 1, n_ctx);
+        out.fixed_limit += layers[l].n_head_kv * most * layers[l].pool->slot_bytes();
+    }
+    out.full_bytes = kvl_full_bytes(model, uint64_t(seq.n_seen));
+    const uint64_t state = state_bytes() / seqs.size();
+    out.fixed_bytes += mark_bytes(seq) + (seq.n_seen > 0 ? state : 0);
+    out.fixed_limit += state;
+    out.used_bytes = out.fixed_bytes;
+    for (size_t l = 0; l < n_open; l++) {
         for (const kvl_head & head : seq.heads[l]) {
             out.n_slots += head.held();
             out.n_heads++;
@@ -91,7 +131,6 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
             out.held_max = std::max<int64_t>(out.held_max, head.held());
             out.used_bytes += head.used_bytes;
             out.page_bytes += head.page_bytes;
-            out.full_bytes += uint64_t(seq.n_seen) * layers[l].pool->slot_bytes();
         }
     }
 }
@@ -105,13 +144,18 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
     recount();
     for_pools([&](const kvl_pool & pool) {
         out.used_bytes += pool.used_bytes();
-        out.allocated_bytes += pool.allocated_bytes();
         out.reserved_bytes += pool.reserved_bytes();
     });
+    out.allocated_bytes = allocated_bytes();
     for (size_t s = 0; s < seqs.size(); s++) {
         kvl_seq_stats st;
         get_seq_stats(llama_seq_id(s), st);
         out.full_bytes += st.full_bytes;
+        out.fixed_bytes += st.fixed_bytes;
+        out.used_bytes += st.n_seen > 0 ? state_bytes() / seqs.size() : 0;
+        for (const kvl_marked & mark : seqs[s].marks) {
+            out.used_bytes += mark.state.size();
+        }
         out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
@@ -140,6 +184,11 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_paged::memory_breakdown() 
     for (const kvl_layer & layer : layers) {
         if (layer.queries) {
             out[layer.arena->shape.buft] += ggml_nbytes(layer.queries);
+        }
+    }
+    if (recr) {
+        for (const auto & [buft, bytes] : recr->memory_breakdown()) {
+            out[buft] += bytes;
         }
     }
     return out;

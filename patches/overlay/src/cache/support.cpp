@@ -34,17 +34,11 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return arch + "is recurrent and has no KV cache to page" + instead;
     }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return arch + "mixes attention with recurrent layers, which the paged cache does not serve yet" + instead;
-    }
     if (hp.is_mla()) {
         return arch + "uses multi-head latent attention (MLA), which the paged cache does not serve yet" + instead;
     }
-    if (hp.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return arch + "uses sliding-window attention, which the paged cache does not serve yet" + instead;
-    }
-    if (hp.use_mrope() || hp.n_pos_per_embd() != 1) {
-        return arch + "uses multi-dimensional positions (M-RoPE), which the paged cache does not serve yet" + instead;
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE && llm_arch_is_hybrid(model.arch)) {
+        return arch + "has recurrent layers beside sliding windows, which the paged cache does not serve yet" + instead;
     }
     if (llama_model_has_encoder(&model) || !hp.causal_attn) {
         return arch + "has no causal decoder that the paged cache could serve" + instead;
@@ -52,8 +46,15 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
     if (hp.f_max_alibi_bias > 0.0f) {
         return arch + "uses ALiBi position biases, which the paged cache does not serve yet" + instead;
     }
-    if (hp.n_layer_nextn > 0) {
-        return arch + "carries multi-token-prediction layers, which the paged cache does not serve yet" + instead;
+    if (hp.router_layer >= 0) {
+        return arch + "has a router among its layers, which the paged cache does not serve" + instead;
+    }
+    bool open = false;
+    for (uint32_t il = 0; il < hp.n_layer(); il++) {
+        open = open || (kvl_owns_cache(model, il) && !hp.is_swa(il));
+    }
+    if (!open) {
+        return arch + "has no layer whose cache grows with the text" + instead;
     }
     switch (model.arch) {
         case LLM_ARCH_GROK:   // scales its logits outside the attention operator
@@ -67,6 +68,11 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
         case LLM_ARCH_DEEPSEEK32:
         case LLM_ARCH_MINIMAX_M3:
         case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_QWEN4EXP:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
         case LLM_ARCH_WAVTOKENIZER_DEC:
             return arch + "computes attention in a way of its own, which the paged cache does not serve" + instead;
         default:
@@ -90,7 +96,7 @@ std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format fo
     const auto [k_row, v_row] = kvl_rows_of(format, {});
     std::string why;
     for (uint32_t il = 0; il < hp.n_layer() && why.empty(); il++) {
-        if (!hp.has_kv(il) || hp.n_head_kv(il) == 0) {
+        if (!kvl_owns_cache(model, il) || hp.is_swa(il)) {
             continue;
         }
         ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(model.dev_layer(il));

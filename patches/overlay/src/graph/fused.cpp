@@ -18,8 +18,8 @@ void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_t
     kvl_page_ref * next = pages;
     for (int i = 0; i < n; i++) {
         const kvl_head & head = *streams[i].head;
-        refs[i] = {int32_t(head.n()), int32_t(next - pages), 0, streams[i].mean,
-                   streams[i].number, streams[i].window,     {}};
+        refs[i] = {int32_t(head.n()), int32_t(next - pages), 0,           streams[i].mean,
+                   streams[i].number, streams[i].window,     layer.n_swa, 0};
         kvl_page_ref * first = next;
         for (uint32_t p = 0; p < head.pages.size(); p++) {
             const uint32_t live = all ? head.all_live(p) : head.live[p];
@@ -47,7 +47,7 @@ void llm_graph_input_kv_paged::set_table(uint32_t l, const llama_ubatch * ubatch
 }
 
 ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t l, ggml_tensor * q,
-                              ggml_tensor * k, ggml_tensor * v, float kq_scale) {
+                              ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale) {
     ggml_context * ctx = g.ctx0;
     const llama_kv_paged & kv = *inp.paged->kv;
     const kvl_layer & layer = kv.layers[l];
@@ -77,13 +77,18 @@ ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_pa
         ggml_build_forward_expand(g.gf, kvl_with_params(t, params));
     };
 
-    change(kernels.append, arena.pages, {k, v, inp.table});
-    if (inp.n_ring > 0) {
+    if (k) {
+        change(kernels.append, arena.pages, {k, v, inp.table});
+    }
+    if (k && layer.queries && inp.n_ring > 0) {
         params.n_kv = kv.params.n_window;
         change(kernels.window, layer.queries, {q, inp.table});
         params.n_kv = int32_t(n_kv);
     }
     std::vector<ggml_tensor *> args = {q, inp.table, arena.pages, arena.means};
+    if (sinks) {
+        args.push_back(sinks);
+    }
     if (!in.shape.mass) {
         if (few && n_split > 1) {
             return op(kernels.merge, d_v, Hq, T * S,

@@ -45,7 +45,16 @@ llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, 
             in.append_v = apart ? reserve(n_rows, n_new * arena.v_parts) : in.append_k;
             in.gather_k = reserve(n_rows, n_stream * in.shape.n_kv * arena.k_parts);
             in.gather_v = apart ? reserve(n_rows, n_stream * in.shape.n_kv * arena.v_parts) : in.gather_k;
-            in.live = reserve(n_masks, in.shape.n_kv * (in.shape.uniform ? 1 : n_stream));
+            const int64_t n_mask = mask_streams(layer, in.shape);
+            for (uint32_t i = paged->kv->n_open; i < l && in.owns_mask; i++) {
+                const kvl_layer & before = paged->kv->layers[i];
+                in.owns_mask = before.kernels() || layers[i].shape.n_kv != in.shape.n_kv ||
+                               before.n_swa != layer.n_swa || mask_streams(before, layers[i].shape) != n_mask;
+                in.live = layers[i].live;
+            }
+            if (in.owns_mask) {
+                in.live = reserve(n_masks, in.shape.n_kv * n_mask * (layer.open() ? 1 : n_seq_tokens));
+            }
             n_kv_max = std::max(n_kv_max, in.shape.n_kv);
             any_portable = true;
         }
@@ -114,24 +123,11 @@ bool llm_graph_input_kv_paged::can_reuse(const llm_graph_params & params) {
 }
 
 //
-// hooks
+// the hook of a layer
 //
 
-llm_graph_input_attn_kv * kvl_build_attn_inp(const llm_graph_context & g) {
-    const auto * paged = dynamic_cast<const llama_kv_paged_context *>(g.mctx);
-    if (!paged) {
-        return nullptr;
-    }
-    return static_cast<llm_graph_input_attn_kv *>(
-        g.res->add_input(std::make_unique<llm_graph_input_kv_paged>(g, paged)));
-}
-
-bool kvl_is_paged(const llm_graph_input_attn_kv * inp) {
-    return dynamic_cast<const llm_graph_input_kv_paged *>(inp) != nullptr;
-}
-
 static ggml_tensor * contiguous(ggml_context * ctx, ggml_tensor * t) {
-    return ggml_is_contiguous(t) ? t : ggml_cont(ctx, t);
+    return !t || ggml_is_contiguous(t) ? t : ggml_cont(ctx, t);
 }
 
 ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_kv * inp_base, ggml_tensor * q,
@@ -140,8 +136,8 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
     auto * inp = static_cast<llm_graph_input_kv_paged *>(inp_base);
     llama_kv_paged & kv = *inp->paged->kv;
     const int32_t l = kv.find_layer(il);
-    if (kq_b || sinks || l < 0) {
-        const std::string what = kq_b ? "position biases" : sinks ? "attention sinks" : "a layer without a cache";
+    if (kq_b || l < 0) {
+        const std::string what = kq_b ? "position biases" : "a layer without a cache";
         kvl_set_error("the model uses " + what + " in layer " + std::to_string(il) +
                       ", which the paged cache does not serve; use --policy full");
         throw std::runtime_error(kvl_last_error());
@@ -151,22 +147,25 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
 
     layer.kq_scale = kq_scale;
     layer.soft_cap = g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f;
+    layer.sinks = sinks;
 
     const int64_t n_tokens = int64_t(inp->n_seqs) * inp->n_seq_tokens;
     const int64_t H = layer.n_head_kv;
     const int64_t d_k = layer.pool->d_k;
     const int64_t d_v = layer.pool->d_v;
-    if (v->ne[0] == d_v * H && v->ne[1] == n_tokens) { // some models make all heads' values one row
+    if (v && v->ne[0] == d_v * H && v->ne[1] == n_tokens) { // some models make all heads' values one row
         v = ggml_reshape_3d(ctx, contiguous(ctx, v), d_v, H, n_tokens);
     }
-    if (q->ne[0] != d_k || q->ne[1] != layer.n_head || k->ne[0] != d_k || k->ne[1] != H || v->ne[0] != d_v ||
-        v->ne[1] != H) {
+    const auto is = [](const ggml_tensor * x, int64_t d, int64_t n) {
+        return !x || (x->ne[0] == d && x->ne[1] == n);
+    };
+    if (!is(q, d_k, layer.n_head) || !is(k, d_k, H) || !is(v, d_v, H) || !k != !v) {
         kvl_set_error("the attention of layer " + std::to_string(il) + " has shapes that the model file does not name");
         throw std::runtime_error(kvl_last_error());
     }
 
     const auto rotated = [&](ggml_tensor * x) {
-        if (!kv.params.rotate) {
+        if (!x || !kv.params.rotate || !layer.open()) {
             return x;
         }
         return ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], x->ne[1], x->ne[2], 1, &x, 1, layer.kernels()->rotate,
@@ -176,7 +175,7 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
     k = rotated(contiguous(ctx, k));
     v = rotated(contiguous(ctx, v));
     const auto build = layer.kernels() ? kvl_build_fused : kvl_build_portable;
-    ggml_tensor * cur = build(g, *inp, uint32_t(l), q, k, v, kq_scale);
+    ggml_tensor * cur = build(g, *inp, uint32_t(l), q, k, v, sinks, kq_scale);
     cur = ggml_reshape_2d(ctx, rotated(contiguous(ctx, cur)), d_v * layer.n_head, n_tokens);
     ggml_build_forward_expand(g.gf, cur);
     return cur;

@@ -28,7 +28,10 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
         // stock operators: where the layer's parts of `rows` and `masks` begin
         int64_t append_k = 0, append_v = 0; // rows of the new tokens: [heads of all tokens]
         int64_t gather_k = 0, gather_v = 0; // rows of the slots: new tokens first, then past, padding
-        int64_t live = 0;                   // -inf on padding: [n_kv, 1, 1, n_stream or 1]
+        // -inf on what is not seen: [n_kv, 1, 1, n_stream or 1]; with a sliding window [n_kv, n_seq_tokens, 1, n_stream
+        // or 1], which layers of the same shape share
+        int64_t live = 0;
+        bool owns_mask = true; // the first of those that share it
     };
     std::vector<layer_input> layers;
 
@@ -42,22 +45,28 @@ class llm_graph_input_kv_paged : public llm_graph_input_attn_kv {
     // stock operators: an input on the device of a layer's pages, to which it is copied once, and a part of it
     ggml_tensor * beside(const llm_graph_context & g, const kvl_layer & layer, ggml_tensor * input);
     ggml_tensor * part(const llm_graph_context & g, const kvl_layer & layer, ggml_tensor * input, int64_t ne0,
-                       int64_t ne3, int64_t first);
+                       int64_t ne1, int64_t ne3, int64_t first);
+    // streams of a layer that have a mask of their own
+    int64_t mask_streams(const kvl_layer & layer, const kvl_layer_shape & shape) const;
 
   private:
     const kvl_head & head(const llama_ubatch * ubatch, uint32_t layer, uint32_t stream) const;
     void set_table(uint32_t layer, const llama_ubatch * ubatch);
     void set_rows(uint32_t layer, const llama_ubatch * ubatch);
+    // what the tokens of a stream see of a sliding window, in the order of gather_k
+    void set_window_mask(uint32_t layer, const llama_ubatch * ubatch, uint32_t stream) const;
 
     std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies;
 };
 
 // Attention of one layer; q [d_k, n_head, n_tokens], k and v [d, n_head_kv, n_tokens], contiguous, rotated if they are
-// to be. The new tokens are stored, and their queries remembered. [d_v, n_head, n_tokens]
+// to be, or both nullptr: another layer stores them. The new tokens are stored, and their queries remembered. sinks f32
+// [n_head], nullptr: none. [d_v, n_head, n_tokens]
 ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t layer,
-                              ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale);
+                              ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale);
 ggml_tensor * kvl_build_portable(const llm_graph_context & g, llm_graph_input_kv_paged & inp, uint32_t layer,
-                                 ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale);
+                                 ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks,
+                                 float kq_scale);
 
 // An operator with launch scalars.
 template <typename Params> ggml_tensor * kvl_with_params(ggml_tensor * op, const Params & params) {

@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -32,14 +33,20 @@ static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint3
     ggml_context_ptr owner(ggml_init(ip));
     ggml_context * g = owner.get();
     ggml_tensor * rows = ggml_new_tensor_3d(g, GGML_TYPE_F32, layer.pool->d_k, 1, n);
-    ggml_tensor * at = ggml_new_tensor_1d(g, GGML_TYPE_I32, n);
+    const bool multi = hp.use_mrope();
+    ggml_tensor * at = ggml_new_tensor_1d(g, GGML_TYPE_I32, multi ? 4 * n : n);
     ggml_tensor * factors = model_factors ? ggml_dup_tensor(g, model_factors) : nullptr;
     // YaRN scales what it turns, by this; stored keys have been scaled before
     const float scale = model.get_rope_freq_scale(cp, il);
     const float magnitude = cp.yarn_ext_factor != 0.0f ? 1.0f / (1.0f + 0.1f * logf(1.0f / scale)) : 1.0f;
-    ggml_tensor * turned = ggml_rope_ext(g, rows, at, factors, int(hp.n_rot(layer.il)), hp.rope_type,
-                                         int(cp.n_ctx_orig_yarn), model.get_rope_freq_base(cp, il), scale,
-                                         cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow);
+    const int n_rot = int(hp.n_rot(layer.il));
+    const float base = model.get_rope_freq_base(cp, il);
+    std::array<int, 4> sections = hp.rope_sections;
+    ggml_tensor * turned =
+        multi ? ggml_rope_multi(g, rows, at, factors, n_rot, sections.data(), hp.rope_type, int(cp.n_ctx_orig_yarn),
+                                base, scale, cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow)
+              : ggml_rope_ext(g, rows, at, factors, n_rot, hp.rope_type, int(cp.n_ctx_orig_yarn), base, scale,
+                              cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow);
     if (turns_the_end(model.arch)) {
         turned = ggml_rope_set_offset(turned, int(layer.pool->d_k) - int(hp.n_rot(layer.il)));
     }
@@ -52,7 +59,11 @@ static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint3
         return KVL_ERR_MEMORY;
     }
     std::copy_n(x, n * layer.pool->d_k, static_cast<float *>(rows->data));
-    std::copy_n(pos, n, static_cast<int32_t *>(at->data));
+    // text has the same position in three sections of an M-RoPE and none in the fourth
+    std::fill_n(static_cast<int32_t *>(at->data), ggml_nelements(at), 0);
+    for (int64_t section = 0; section < (multi ? 3 : 1); section++) {
+        std::copy_n(pos, n, static_cast<int32_t *>(at->data) + section * n);
+    }
     if (factors) {
         ggml_backend_tensor_get(model_factors, factors->data, 0, ggml_nbytes(factors));
     }
@@ -81,6 +92,9 @@ int32_t kvl_rotate_rows(const llama_context & ctx, llama_kv_paged & kv, uint32_t
 }
 
 int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_seq_id seq_id) {
+    if (kv.has_bounded()) {
+        return kvl_fail(KVL_ERR_UNSUPPORTED, "a model with sliding windows or recurrent layers cannot be renumbered");
+    }
     auto & heads_of = kv.seqs[seq_id].heads;
     const uint32_t n = heads_of[0][0].held();
     for (size_t l = 0; l < kv.layers.size(); l++) {

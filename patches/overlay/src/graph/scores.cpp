@@ -34,6 +34,12 @@ struct chunk {
     int64_t n_slots;      // longest head
 };
 
+std::vector<float> read_sinks(const kvl_layer & layer) {
+    std::vector<float> out(layer.n_head);
+    ggml_backend_tensor_get(layer.sinks, out.data(), 0, out.size() * sizeof(float));
+    return out;
+}
+
 // Heads that fit the scratch bound together, at least one.
 std::vector<chunk> split_heads(const std::vector<kvl_head> & heads, int64_t bytes_per_slot, int64_t bound) {
     std::vector<chunk> out;
@@ -81,9 +87,11 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     const int64_t n_parts = layer.arena->k_parts;
     ggml_tensor * gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * H * n_parts);
     ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, w);
-    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n, w, 1, H);
+    const int64_t n_col = n + (layer.sinks ? 1 : 0); // a sink takes part in the softmax, as a column of its own
+    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_col, w, 1, H);
     ggml_tensor * mean = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, w, G, H);
-    for (ggml_tensor * t : {gather, rows, mask, mean}) {
+    ggml_tensor * sinks = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, w, G, H);
+    for (ggml_tensor * t : {gather, rows, mask, mean, sinks}) {
         ggml_set_input(t);
     }
 
@@ -98,11 +106,14 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / layer.soft_cap)), layer.soft_cap);
         scale = 1.0f;
     }
+    if (layer.sinks) {
+        kq = ggml_concat(ctx, kq, sinks, 0);
+    }
     ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
     if (rms) {
         p = ggml_sqr_inplace(ctx, p);
     }
-    ggml_tensor * mass = ggml_out_prod(ctx, p, mean); // [n, 1, G, H]: sum over the window
+    ggml_tensor * mass = ggml_out_prod(ctx, p, mean); // [n_col, 1, G, H]: sum over the window
     ggml_set_output(mass);
     ggml_build_forward_expand(gf, mass);
 
@@ -112,7 +123,7 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     }
 
     std::vector<int32_t> gather_data;
-    std::vector<float> mask_data(n * w * H, -INFINITY);
+    std::vector<float> mask_data(n_col * w * H, -INFINITY);
     for (int64_t h = 0; h < H; h++) {
         const kvl_head & head = heads[c.h0 + h];
         for (int64_t i = 0; i < n; i++) {
@@ -124,7 +135,9 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         for (int64_t i = 0; i < w; i++) {
             const llama_pos pos = kv.seqs[seq].n_seen - llama_pos(w - i);
             const auto end = std::upper_bound(head.pos.begin(), head.pos.end(), pos);
-            std::fill_n(mask_data.begin() + (h * w + i) * n, end - head.pos.begin(), 0.0f);
+            const auto row = mask_data.begin() + (h * w + i) * n_col;
+            std::fill_n(row, end - head.pos.begin(), 0.0f);
+            std::fill_n(row + n, n_col - n, 0.0f);
         }
     }
     const std::vector<float> mean_data(w * G * H, 1.0f / float(w));
@@ -132,12 +145,20 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     ggml_backend_tensor_set(rows, query_rows.data(), 0, ggml_nbytes(rows));
     ggml_backend_tensor_set(mask, mask_data.data(), 0, ggml_nbytes(mask));
     ggml_backend_tensor_set(mean, mean_data.data(), 0, ggml_nbytes(mean));
+    if (layer.sinks) {
+        const std::vector<float> logits = read_sinks(layer);
+        std::vector<float> columns;
+        for (int64_t h = 0; h < G * H; h++) {
+            columns.insert(columns.end(), size_t(w), logits[size_t(c.h0 * G + h)] / scale);
+        }
+        ggml_backend_tensor_set(sinks, columns.data(), 0, ggml_nbytes(sinks));
+    }
 
     if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
         kvl_set_error("the graph of the window scores failed in layer " + std::to_string(layer.il));
         return KVL_ERR_COMPUTE;
     }
-    std::vector<float> result(n * G * H);
+    std::vector<float> result(n_col * G * H);
     ggml_backend_tensor_get(mass, result.data(), 0, result.size() * sizeof(float));
     for (float & value : result) {
         value = rms ? std::sqrt(value) : value;
@@ -145,7 +166,7 @@ static int32_t compute_chunk(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
     for (int64_t h = 0; h < G * H; h++) {
         float * row = out + (c.h0 * G + h) * stride;
         const int64_t len = heads[c.h0 + h / G].n();
-        std::copy_n(result.begin() + h * n, len, row);
+        std::copy_n(result.begin() + h * n_col, len, row);
         std::fill(row + len, row + stride, 0.0f);
     }
     return KVL_OK;
@@ -191,8 +212,9 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
                                     layer.soft_cap,
                                     int32_t(layer.pool->d_v),
                                     rms ? KVL_ATTN_RMS : 0};
-    ggml_tensor * args[] = {q, table, arena.pages, arena.means, visible, blind};
-    ggml_tensor * scores = kvl_with_params(ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 6,
+    ggml_tensor * sinks = layer.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, layer.n_head) : nullptr;
+    ggml_tensor * args[] = {q, table, arena.pages, arena.means, sinks, visible, blind};
+    ggml_tensor * scores = kvl_with_params(ggml_custom_4d(ctx, GGML_TYPE_F32, n_slots, layer.n_head, 1, 1, args, 7,
                                                           arena.kernels->scores, GGML_N_TASKS_MAX, nullptr),
                                            params);
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, n_nodes, false);
@@ -212,6 +234,9 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         streams.push_back({&heads[h], kv.mean_row(seq, layer_id, uint32_t(h)), 0, 0});
     }
     kvl_write_table(table->data, layer, streams, true);
+    if (sinks) {
+        std::copy_n(read_sinks(layer).data(), layer.n_head, static_cast<float *>(sinks->data));
+    }
     auto * v = static_cast<int32_t *>(visible->data);
     for (int64_t h = 0; h < H; h++) {
         const kvl_head & head = heads[h];
