@@ -27,9 +27,9 @@ extern "C" {
 
 #define KVL_PAGE_SLOTS 32
 
-// A page is KVL_PAGE_SLOTS rows of K, then as many of V. Pages whose slots share scales (kivi groups of 64: two pages)
-// lie in one unit: the rows of K of all of them, then those of V. Units of one format are a pool; all pools of a shape
-// of heads on a device lie in one tensor, `pages`: i8 [bytes].
+// A page is KVL_PAGE_SLOTS rows of K, then as many of V (none where V is KVL_ROW_OF_K). Pages whose slots share scales
+// (kivi groups of 64: two pages) lie in one unit: the rows of K of all of them, then those of V. Units of one format
+// are a pool; all pools of a shape of heads on a device lie in one tensor, `pages`: i8 [bytes].
 struct kvl_pool_ref {
     int32_t rows;  // kvl_row of K, kvl_row of V << 8
     uint32_t base; // where page 0 begins, in units of KVL_POOL_ALIGNMENT bytes
@@ -137,7 +137,7 @@ static inline const void * kvl_get_params(const struct ggml_tensor * op) {
 // kvl_attn_rotate: f32 [d, n], contiguous; dst f32 of the same shape: every row as by kvl_row_rotate
 //
 // kvl_pages_append: pages, k f32 [d_k, n_head_kv, n_seq_tokens*n_seqs], v f32 [d_v, ...], table; dst is a view of
-// pages.
+//     pages. Where V is KVL_ROW_OF_K, v is k and not read.
 //     Token t of a sequence is slot n_slots - n_seq_tokens + t of each of its heads, in pool 0, which is f16
 //
 // kvl_pages_window: queries f32 [d_k*n_head, n], q, table; dst is a view of queries. Of every sequence the last n_kv

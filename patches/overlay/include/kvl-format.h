@@ -30,7 +30,8 @@ typedef enum kvl_row {
     KVL_ROW_KIVI2_64_K = 11,
     KVL_ROW_KIVI4_32_K = 12,
     KVL_ROW_KIVI4_64_K = 13,
-    KVL_ROW_COUNT = 14,
+    KVL_ROW_OF_K = 14, // of V: nothing is stored, a value is the key of its slot (multi-head latent attention)
+    KVL_ROW_COUNT = 15,
 } kvl_row;
 
 // kv3 and kv2 are for values that are about normal, such as rotated ones. Element i of a block has its two low bits
@@ -52,7 +53,7 @@ struct kvl_block_kv3 {
 // Codes of b bits are packed in runs of 32. Element i of a run is in byte i % (4b), at bit b * (i / 4b).
 
 static inline int kvl_row_is_kivi(kvl_row row) {
-    return row >= KVL_ROW_KIVI2_32;
+    return row >= KVL_ROW_KIVI2_32 && row <= KVL_ROW_KIVI4_64_K;
 }
 static inline int kvl_kivi_bits(kvl_row row) {
     return (row - KVL_ROW_KIVI2_32) & 2 ? 4 : 2;
@@ -66,7 +67,7 @@ static inline kvl_row kvl_kivi_row(int bits, int group, int keys) {
 
 // Slots that are stored together, from a multiple of their number on: 1 unless they share scales.
 static inline int kvl_row_slots(kvl_row row) {
-    return row >= KVL_ROW_KIVI2_32_K ? kvl_kivi_group(row) : 1;
+    return kvl_row_is_kivi(row) && row >= KVL_ROW_KIVI2_32_K ? kvl_kivi_group(row) : 1;
 }
 
 // Values per block; a row's length is a multiple of it.
@@ -74,7 +75,7 @@ static inline int kvl_row_block(kvl_row row) {
     if (kvl_row_is_kivi(row)) {
         return row >= KVL_ROW_KIVI2_32_K ? 32 : kvl_kivi_group(row);
     }
-    return row == KVL_ROW_F16 ? 1 : row <= KVL_ROW_Q4 ? 32 : 64;
+    return row == KVL_ROW_F16 || row == KVL_ROW_OF_K ? 1 : row <= KVL_ROW_Q4 ? 32 : 64;
 }
 
 // Bytes of a row of d values, with its share of what a group has in common.
@@ -82,6 +83,9 @@ static inline size_t kvl_row_bytes(kvl_row row, int d) {
     const int block_bytes[KVL_ROW_KIVI2_32] = {2, 34, 18, 26, 18, 19};
     if (kvl_row_is_kivi(row)) {
         return (size_t)(4 * d / kvl_kivi_group(row) + d * kvl_kivi_bits(row) / 8);
+    }
+    if (row == KVL_ROW_OF_K) {
+        return 0;
     }
     return (size_t)(d / kvl_row_block(row)) * (size_t)block_bytes[row];
 }

@@ -84,7 +84,7 @@ typedef struct kvl_layer_info {
     int32_t n_head;      // query heads
     int32_t n_head_kv;   // KV heads
     int32_t d_k;         // key size per head
-    int32_t d_v;         // value size per head
+    int32_t d_v;         // value size per head; 0: values lie in the keys (multi-head latent attention)
     int32_t on_device;   // 1: the pages live on an accelerator
     int32_t kernels;     // 1: page kernels read them, 0: stock operators
     float kq_scale;      // what attention logits are multiplied with

@@ -241,6 +241,9 @@ void attend_stored(const attn & a, const page_job & job, few_rows & w, const pag
         case KVL_ROW_Q4:
             return attend_rows(a, job, w, block_rows<block_q4_0>(k), block_rows<block_q4_0>(v));
         case KVL_ROW_KV3:
+            if (v.row == KVL_ROW_KV3) {
+                return attend_rows(a, job, w, block_rows<kvl_block_kv3>(k), block_rows<kvl_block_kv3>(v));
+            }
             return attend_rows(a, job, w, block_rows<kvl_block_kv3>(k), block_rows<kvl_block_kv2>(v));
         case KVL_ROW_KV2:
             return attend_rows(a, job, w, block_rows<kvl_block_kv2>(k), block_rows<kvl_block_kv2>(v));

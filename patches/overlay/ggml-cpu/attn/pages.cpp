@@ -42,7 +42,9 @@ extern "C" void kvl_pages_append(ggml_tensor * dst, int ith, int nth, void *) {
             const auto * keys = static_cast<const float *>(k->data) + row * d_k;
             const auto * values = static_cast<const float *>(v->data) + row * d_v;
             store_f16(keys, d_k, pool.unit(number) + j * pool.k_bytes);
-            store_f16(values, d_v, pool.unit(number) + kvl::PAGE * pool.k_bytes + j * pool.v_bytes);
+            if (pool.v_row != KVL_ROW_OF_K) {
+                store_f16(values, d_v, pool.unit(number) + kvl::PAGE * pool.k_bytes + j * pool.v_bytes);
+            }
         }
     }
 }

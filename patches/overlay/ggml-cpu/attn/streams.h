@@ -65,6 +65,9 @@ struct page_pool {
     char * unit(int page) const { return base + page / n_together * (n_together * PAGE * (k_bytes + v_bytes)); }
     page_rows keys(int page) const { return {k_row, d_k, page % n_together * PAGE, unit(page)}; }
     page_rows values(int page) const {
+        if (v_row == KVL_ROW_OF_K) {
+            return keys(page);
+        }
         return {v_row, d_v, 0, unit(page) + PAGE * (n_together * k_bytes + page % n_together * v_bytes)};
     }
 };

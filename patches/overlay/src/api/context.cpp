@@ -151,8 +151,14 @@ int32_t kvl_get_layer(const llama_context * ctx, int32_t layer, kvl_layer_info *
         return KVL_ERR_ARGUMENT;
     }
     const kvl_layer & l = kv->layers[layer];
-    *out = {int32_t(l.il),        int32_t(l.n_head),    int32_t(l.n_head_kv),
-            int32_t(l.pool->d_k), int32_t(l.pool->d_v), l.pool->is_host() ? 0 : 1,
-            l.kernels() ? 1 : 0,  l.kq_scale,           ggml_backend_dev_name(kvl_device_of(l.arena->shape.buft))};
+    *out = {int32_t(l.il),
+            int32_t(l.n_head),
+            int32_t(l.n_head_kv),
+            int32_t(l.pool->d_k),
+            l.latent() ? 0 : int32_t(l.pool->d_v),
+            l.pool->is_host() ? 0 : 1,
+            l.kernels() ? 1 : 0,
+            l.kq_scale,
+            ggml_backend_dev_name(kvl_device_of(l.arena->shape.buft))};
     return KVL_OK;
 }

@@ -145,7 +145,7 @@ int32_t kvl_read_kv(llama_context * ctx, llama_seq_id seq, int32_t layer, int32_
         if (k) {
             read(true, kv->layers[layer].pool->d_k, k);
         }
-        if (v) {
+        if (v && !kv->layers[layer].latent()) {
             read(false, kv->layers[layer].pool->d_v, v);
         }
         return int32_t(KVL_OK);

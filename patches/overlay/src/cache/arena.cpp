@@ -59,8 +59,8 @@ kvl_arena::kvl_arena(const kvl_shape & shape, uint32_t n_seqs, std::vector<std::
         throw std::bad_alloc();
     }
     const kvl_pool & f16 = *pools[KVL_FORMAT_F16];
-    const int64_t n_rows = int64_t(f16.size()) * KVL_PAGE_SLOTS * (k_parts + v_parts);
-    const int64_t n_before = int64_t(KVL_PAGE_SLOTS) * k_parts; // parts of page 0 before its values
+    const int64_t n_rows = int64_t(f16.size()) * KVL_PAGE_SLOTS * slot_parts();
+    const int64_t n_before = shape.latent ? 0 : int64_t(KVL_PAGE_SLOTS) * k_parts; // parts of page 0 before its values
     pages = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, int64_t(bytes_of(pools)));
     k_rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, row_size, n_rows);
     v_rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, row_size, n_rows - n_before);
@@ -266,6 +266,9 @@ bool kvl_arena::move_by_stock(const std::vector<kvl_row_move> & moves) {
         // all are read before the first is written: no slot is overwritten before it has moved, so this is the same
         std::vector<int32_t> index[4];
         for (const bool keys : {true, false}) {
+            if (!keys && shape.latent) {
+                continue;
+            }
             std::vector<int32_t> & source = index[keys ? 0 : 1] = parts(some(from), keys);
             std::vector<int32_t> & target = index[keys ? 2 : 3] = parts(some(to), keys);
             ggml_tensor * rows = keys ? k_rows : v_rows;

@@ -12,6 +12,7 @@
 struct kvl_shape {
     ggml_backend_buffer_type_t buft;
     uint32_t d_k, d_v;
+    bool latent;      // values lie in the keys: multi-head latent attention
     uint32_t n_heads; // KV heads of all layers of this shape
     uint32_t group;   // most query heads of a KV head
     uint64_t n_pages; // that these heads can hold, of every format
@@ -37,6 +38,8 @@ class kvl_arena {
     // first part of a slot's key in k_rows, and of its value in v_rows
     int32_t k_part(uint64_t row) const { return page_part(row) + int32_t(row % KVL_PAGE_SLOTS * k_parts); }
     int32_t v_part(uint64_t row) const { return page_part(row) + int32_t(row % KVL_PAGE_SLOTS * v_parts); }
+    // parts of a slot that are stored
+    uint32_t slot_parts() const { return k_parts + (shape.latent ? 0 : v_parts); }
 
     // Slots of the f16 pool, by row: read as f32 k[n][d_k], v[n][d_v] (or NULL), their keys written. Slots of any pool:
     // moved; no slot is written before it has been read. Where the pages lie on an accelerator this takes a graph per
@@ -54,15 +57,13 @@ class kvl_arena {
     ggml_tensor * means = nullptr; // f32 [d_k, n_seqs * n_heads]
 
     // The f16 pool for stock operators, in rows of row_size values: a key is k_parts of them, a value v_parts. v_rows
-    // begins at the first value of page 0.
+    // begins at the first value of page 0, or key where values lie in the keys.
     const uint32_t row_size, k_parts, v_parts;
     ggml_tensor * k_rows = nullptr;
     ggml_tensor * v_rows = nullptr;
 
   private:
-    int32_t page_part(uint64_t row) const {
-        return int32_t(row / KVL_PAGE_SLOTS * KVL_PAGE_SLOTS * (k_parts + v_parts));
-    }
+    int32_t page_part(uint64_t row) const { return int32_t(row / KVL_PAGE_SLOTS * KVL_PAGE_SLOTS * slot_parts()); }
     std::vector<int32_t> parts(const std::vector<uint64_t> & rows, bool keys) const;
     // on an accelerator
     bool move_by_kernel(const kvl_pool & pool, const std::vector<kvl_row_move> & moves);

@@ -92,7 +92,7 @@ void llama_kv_paged::read_slot(llama_seq_id seq, uint32_t layer_id, uint32_t h, 
         }
     };
     decode(pool.k_at(row - row % uint64_t(kvl_row_slots(pool.k_row))), pool.k_row, pool.d_k, k);
-    decode(pool.v_at(row), pool.v_row, pool.d_v, v);
+    decode(pool.v_at(row), pool.v_row == KVL_ROW_OF_K ? pool.k_row : pool.v_row, pool.d_v, v);
     const std::vector<float> & mu = seqs[seq].mu[layer_id];
     const bool centred = k && head.format(slot) != KVL_FORMAT_F16 && !mu.empty();
     for (uint32_t c = 0; centred && c < pool.d_k; c++) {
@@ -117,6 +117,10 @@ void llama_kv_paged::encode_slots(llama_seq_id seq, uint32_t layer, uint32_t h, 
         }
         const uint64_t row = uint64_t(move.pages[at / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + at % KVL_PAGE_SLOTS;
         rows.encode(pool.k_row, move.k.data(), int(n), int(pool.d_k), pool.host_at(pool.k_at(row)));
+        if (pool.v_row == KVL_ROW_OF_K) {
+            i += n;
+            continue;
+        }
         rows.encode(pool.v_row, move.v.data(), int(n), int(pool.d_v), pool.host_at(pool.v_at(row)));
         i += n;
     }

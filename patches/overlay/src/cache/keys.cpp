@@ -34,6 +34,9 @@ void llama_kv_paged::for_slots(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
 }
 
 int32_t llama_kv_paged::set_mu(llama_seq_id seq_id, uint32_t layer_id, const float * mu) {
+    if (layers[layer_id].latent()) {
+        return kvl_fail(KVL_ERR_UNSUPPORTED, "keys that hold the values (MLA) are stored with their mean");
+    }
     for (const kvl_head & head : seqs[seq_id].heads[layer_id]) {
         if (!head.plain()) {
             return kvl_fail(KVL_ERR_ARGUMENT,
@@ -73,7 +76,7 @@ int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos
     const uint32_t d_k = layers[layer_id].pool->d_k;
     std::vector<float> mean(heads.size() * d_k, 0.0f);
     std::vector<int32_t> counts(heads.size(), 0);
-    if (!seq.mu[layer_id].empty()) {
+    if (!seq.mu[layer_id].empty() || layers[layer_id].latent()) {
         return n_least;
     }
     kvl_parallel_for(int(heads.size()), layers[layer_id].arena->is_host() ? n_threads : 1, [&](int h) {
@@ -120,7 +123,7 @@ void llama_kv_paged::value_norms(llama_seq_id seq_id, uint32_t layer_id, int n_t
         float * next = to[h];
         for_slots(seq_id, layer_id, h, heads[h].order(), false, [&](uint32_t, const float * value) {
             float sum = 0.0f;
-            for (uint32_t c = 0; c < d_v; c++) {
+            for (uint32_t c = 0; c < layers[layer_id].d_value; c++) {
                 sum += value[c] * value[c];
             }
             *next++ = sqrtf(sum);

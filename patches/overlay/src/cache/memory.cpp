@@ -22,7 +22,7 @@ static std::vector<std::unique_ptr<kvl_pool>> make_pools(const kvl_shape & shape
                                                          const kvl_params & params) {
     std::vector<std::unique_ptr<kvl_pool>> out(KVL_FORMAT_COUNT);
     for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-        const auto [k_row, v_row] = kvl_rows_of(f, params);
+        const auto [k_row, v_row] = kvl_rows_of(f, params, shape.latent);
         if (f != KVL_FORMAT_F16 && (!shape.open || !(params.formats >> f & 1))) {
             continue;
         }
@@ -57,16 +57,18 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         ggml_backend_buffer_type_t buft =
             cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
         const uint32_t d_k = hparams.n_embd_head_k(il);
-        const uint32_t d_v = hparams.n_embd_head_v(il);
+        const bool latent = hparams.is_mla();
+        const uint32_t d_v = latent ? d_k : hparams.n_embd_head_v(il);
         auto it = std::find_if(shapes.begin(), shapes.end(), [&](const kvl_shape & s) {
             return s.is(buft, d_k, d_v);
         });
         if (it == shapes.end()) {
-            it = shapes.insert(shapes.end(), {buft, d_k, d_v, 0, 0, 0, false});
+            it = shapes.insert(shapes.end(), {buft, d_k, d_v, latent, 0, 0, 0, false});
         }
         kvl_layer layer = {};
         layer.il = il;
         layer.n_head = hparams.n_head(il);
+        layer.d_value = hparams.n_embd_head_v(il);
         layer.n_head_kv = hparams.n_head_kv(il);
         layer.n_swa = !hparams.is_swa(il)                          ? 0
                       : hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED ? -int32_t(hparams.n_swa)
@@ -95,7 +97,7 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
     for (const kvl_shape & s : shapes) {
         const uint64_t n_pages = s.n_pages;
         const bool kernels = !params.portable && kvl_find_kernels(kvl_device_of(s.buft));
-        const uint64_t n_parts = n_pages * KVL_PAGE_SLOTS * (s.d_k + s.d_v) / std::gcd(s.d_k, s.d_v);
+        const uint64_t n_parts = n_pages * KVL_PAGE_SLOTS * (s.d_k + (s.latent ? 0 : s.d_v)) / std::gcd(s.d_k, s.d_v);
         // stock operators count parts of slots, the kernels pages
         if (n_pages > KVL_PAGE_NUMBER || (!kernels && n_parts > INT32_MAX)) {
             throw std::runtime_error("a context of " + std::to_string(n_ctx) + " tokens x " +

@@ -64,8 +64,8 @@ inline uint32_t kvl_pages_for(uint32_t n_slots) {
 
 void kvl_set_threads(ggml_backend_t cpu, int n_threads);
 
-// Row formats of K and V of a page format.
-std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params);
+// Row formats of K and V of a page format; latent: of multi-head latent attention, whose values lie in its keys.
+std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params, bool latent);
 // The code that stores rows in other formats works in main memory.
 constexpr const char * KVL_FORMATS_ON_HOST =
     "storage formats other than f16 (--kv) are written in main memory only; keep "
@@ -83,6 +83,7 @@ struct kvl_layer {
     std::vector<kvl_pool *> pools;   // by format, nullptr: not asked for
     ggml_tensor * queries = nullptr; // f32 [d_k*n_head, n_window*n_seq_max], nullptr: none are remembered
     int32_t n_swa = 0;               // sliding window, as in kvl-attn.h; 0: the layer is open
+    uint32_t d_value = 0;            // first values of a row of V that are a value: all, unless they lie in K
 
     // recorded when the graph is built: window scores must use the same
     float kq_scale = 0.0f;
@@ -91,6 +92,7 @@ struct kvl_layer {
 
     uint32_t group() const { return n_head / n_head_kv; } // query heads of a KV head
     bool open() const { return n_swa == 0; }
+    bool latent() const { return pool->v_row == KVL_ROW_OF_K; }
     // first position that the token at pos sees
     llama_pos first_seen(llama_pos pos) const {
         return n_swa == 0 ? 0 : n_swa > 0 ? std::max(pos - n_swa + 1, 0) : pos - pos % -n_swa;

@@ -59,7 +59,9 @@ class kvl_pool {
     uint32_t base_ref() const { return uint32_t(begin / KVL_POOL_ALIGNMENT); }
     size_t unit_at(uint32_t page) const { return begin + page / n_together * unit_bytes(); }
     size_t k_at(uint64_t row) const { return unit_of(row) + row % unit_slots() * k_bytes; }
-    size_t v_at(uint64_t row) const { return unit_of(row) + unit_slots() * k_bytes + row % unit_slots() * v_bytes; }
+    size_t v_at(uint64_t row) const {
+        return v_row == KVL_ROW_OF_K ? k_at(row) : unit_of(row) + unit_slots() * k_bytes + row % unit_slots() * v_bytes;
+    }
     // the same in main memory
     char * host_at(size_t at) const { return static_cast<char *>(pages->data) + at; }
 

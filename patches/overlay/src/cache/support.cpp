@@ -7,7 +7,10 @@
 #include <string>
 #include <utility>
 
-std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params) {
+std::pair<kvl_row, kvl_row> kvl_rows_of(uint32_t format, const kvl_params & params, bool latent) {
+    if (latent) {
+        return {kvl_rows_of(format, params, false).first, KVL_ROW_OF_K};
+    }
     switch (format) {
         case KVL_FORMAT_Q8:
             return {KVL_ROW_Q8, KVL_ROW_Q8};
@@ -33,9 +36,6 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
     const std::string arch = "the architecture '" + model.arch_name() + "' ";
     if (llm_arch_is_recurrent(model.arch)) {
         return arch + "is recurrent and has no KV cache to page" + instead;
-    }
-    if (hp.is_mla()) {
-        return arch + "uses multi-head latent attention (MLA), which the paged cache does not serve yet" + instead;
     }
     if (hp.swa_type != LLAMA_SWA_TYPE_NONE && llm_arch_is_hybrid(model.arch)) {
         return arch + "has recurrent layers beside sliding windows, which the paged cache does not serve yet" + instead;
@@ -81,8 +81,12 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
 }
 
 std::string kvl_block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32_t d_v) {
+    if (v_row == KVL_ROW_OF_K && kvl_row_is_kivi(k_row)) {
+        return "kivi stores keys and values in two ways, and those of latent attention (MLA) are the same rows; use "
+               "another storage (--kv)";
+    }
     const int k_block = kvl_row_block(k_row);
-    const int v_block = kvl_row_block(v_row);
+    const int v_block = v_row == KVL_ROW_OF_K ? k_block : kvl_row_block(v_row);
     if (d_k % uint32_t(k_block) == 0 && d_v % uint32_t(v_block) == 0) {
         return "";
     }
@@ -93,7 +97,7 @@ std::string kvl_block_refusal(kvl_row k_row, kvl_row v_row, uint32_t d_k, uint32
 
 std::string llama_kv_paged::unsupported(const llama_model & model, kvl_format format) {
     const llama_hparams & hp = model.hparams;
-    const auto [k_row, v_row] = kvl_rows_of(format, {});
+    const auto [k_row, v_row] = kvl_rows_of(format, {}, hp.is_mla());
     std::string why;
     for (uint32_t il = 0; il < hp.n_layer() && why.empty(); il++) {
         if (!kvl_owns_cache(model, il) || hp.is_swa(il)) {

@@ -78,7 +78,7 @@ ggml_tensor * kvl_build_fused(const llm_graph_context & g, llm_graph_input_kv_pa
     };
 
     if (k) {
-        change(kernels.append, arena.pages, {k, v, inp.table});
+        change(kernels.append, arena.pages, {k, v ? v : k, inp.table});
     }
     if (k && layer.queries && inp.n_ring > 0) {
         params.n_kv = kv.params.n_window;

@@ -159,7 +159,7 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
     const auto is = [](const ggml_tensor * x, int64_t d, int64_t n) {
         return !x || (x->ne[0] == d && x->ne[1] == n);
     };
-    if (!is(q, d_k, layer.n_head) || !is(k, d_k, H) || !is(v, d_v, H) || !k != !v) {
+    if (!is(q, d_k, layer.n_head) || !is(k, d_k, H) || !is(v, d_v, H) || (!v && k && !layer.latent())) {
         kvl_set_error("the attention of layer " + std::to_string(il) + " has shapes that the model file does not name");
         throw std::runtime_error(kvl_last_error());
     }
@@ -177,6 +177,23 @@ ggml_tensor * kvl_build_attn(const llm_graph_context & g, llm_graph_input_attn_k
     const auto build = layer.kernels() ? kvl_build_fused : kvl_build_portable;
     ggml_tensor * cur = build(g, *inp, uint32_t(l), q, k, v, sinks, kq_scale);
     cur = ggml_reshape_2d(ctx, rotated(contiguous(ctx, cur)), d_v * layer.n_head, n_tokens);
+    ggml_build_forward_expand(g.gf, cur);
+    return cur;
+}
+
+ggml_tensor * kvl_build_attn_mla(const llm_graph_context & g, llm_graph_input_attn_kv * inp, ggml_tensor * q,
+                                 ggml_tensor * k, ggml_tensor * v_mla, ggml_tensor * kq_b, ggml_tensor * sinks,
+                                 float kq_scale, int il) {
+    ggml_context * ctx = g.ctx0;
+    const int64_t n_head = q->ne[1];
+    const int64_t n_tokens = q->ne[2];
+    ggml_tensor * cur = kvl_build_attn(g, inp, q, k, nullptr, kq_b, sinks, kq_scale, il);
+    cur = ggml_reshape_3d(ctx, cur, cur->ne[0] / n_head, n_head, n_tokens);
+    // what was added up of the keys begins with the values
+    cur = ggml_view_3d(ctx, cur, v_mla->ne[0], n_head, n_tokens, cur->nb[1], cur->nb[2], 0);
+    cur = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, cur, 0, 2, 1, 3));
+    cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+    cur = ggml_reshape_2d(ctx, cur, cur->ne[0] * n_head, n_tokens);
     ggml_build_forward_expand(g.gf, cur);
     return cur;
 }

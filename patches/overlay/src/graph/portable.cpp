@@ -153,8 +153,10 @@ ggml_tensor * kvl_build_portable(const llm_graph_context & g, llm_graph_input_kv
     const int64_t n_new = H * T * S;
     if (k) {
         k = ggml_reshape_2d(ctx, k, arena.row_size, n_new * arena.k_parts);
-        v = ggml_reshape_2d(ctx, v, arena.row_size, n_new * arena.v_parts);
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, arena.k_rows, k, rows(n_new * arena.k_parts, in.append_k)));
+    }
+    if (v) {
+        v = ggml_reshape_2d(ctx, v, arena.row_size, n_new * arena.v_parts);
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, arena.v_rows, v, rows(n_new * arena.v_parts, in.append_v)));
     }
     if (inp.ring && layer.queries && k) {

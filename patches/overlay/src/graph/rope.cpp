@@ -47,7 +47,7 @@ static int32_t rotate_some(const llama_context & ctx, llama_kv_paged & kv, uint3
                                 base, scale, cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow)
               : ggml_rope_ext(g, rows, at, factors, n_rot, hp.rope_type, int(cp.n_ctx_orig_yarn), base, scale,
                               cp.yarn_ext_factor, magnitude, cp.yarn_beta_fast, cp.yarn_beta_slow);
-    if (turns_the_end(model.arch)) {
+    if (turns_the_end(model.arch) || hp.is_mla()) {
         turned = ggml_rope_set_offset(turned, int(layer.pool->d_k) - int(hp.n_rot(layer.il)));
     }
     ggml_cgraph * gf = ggml_new_graph_custom(g, n_nodes, false);
