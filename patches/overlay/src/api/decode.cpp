@@ -88,6 +88,9 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch) {
                 kv->truncate(batch.seq_id[i][0], 0);
             }
         }
+        for (int32_t i = 0; kv && code == 0 && i < batch.n_tokens; i++) {
+            kv->slide(batch.seq_id[i][0]); // what a long batch saw of a window is not held until the next one
+        }
         if (code != 0 && *kvl_last_error() == 0) {
             kvl_set_error("llama.cpp could not compute a batch of " + std::to_string(batch.n_tokens) +
                           " tokens (code " + std::to_string(code) + ")");

@@ -76,7 +76,7 @@ template <typename T> static void make_room(std::vector<T> & values, size_t n) {
 
 bool llama_kv_paged::append(llama_seq_id seq_id, const llama_pos * pos, uint32_t n) {
     kvl_sequence & seq = seqs[seq_id];
-    slide(seq_id, pos[0]);
+    slide(seq_id);
     std::map<const kvl_pool *, uint64_t> need;
     std::map<kvl_arena *, uint64_t> n_mass;
     for (size_t l = 0; l < layers.size(); l++) {

@@ -74,9 +74,9 @@ uint32_t llama_kv_paged::window_pages(const kvl_layer & layer) const {
     return kvl_pages_for(layer.most_seen(n_ubatch, n_ctx) + KVL_PAGE_SLOTS - 1) + 1;
 }
 
-void llama_kv_paged::slide(llama_seq_id seq_id, llama_pos p0) {
+void llama_kv_paged::slide(llama_seq_id seq_id) {
     for (size_t l = n_open; l < layers.size(); l++) {
-        const llama_pos first = layers[l].first_seen(p0);
+        const llama_pos first = layers[l].first_seen(seqs[seq_id].n_seen);
         for (kvl_head & head : seqs[seq_id].heads[l]) {
             const size_t n = size_t(std::lower_bound(head.pos.begin(), head.pos.end(), first) - head.pos.begin());
             const auto n_pages = int64_t(n / KVL_PAGE_SLOTS);

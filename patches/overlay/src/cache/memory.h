@@ -170,8 +170,7 @@ class llama_kv_paged : public llama_memory_i {
     // paged
     //
 
-    // append n positions from p0 to every head; false when a pool is exhausted (nothing is changed then). Slots that
-    // have left the sliding window are given up, page by page
+    // append n positions from p0 to every head, windows slide before; false when a pool is exhausted (nothing is added)
     bool append(llama_seq_id seq, const llama_pos * pos, uint32_t n);
     // compact to the given slots; false with the error set, and nothing changed
     bool keep(llama_seq_id seq, uint32_t layer, const int32_t * n_keep, const int32_t * slots);
@@ -215,6 +214,8 @@ class llama_kv_paged : public llama_memory_i {
     // remembered queries of the newest tokens without a gap: ring rows, oldest first
     std::vector<int32_t> window_rows(llama_seq_id seq) const;
 
+    // give up what the next token does not see of a sliding window, page by page
+    void slide(llama_seq_id seq);
     // the most tokens up to p that a sequence can be cut to and go on from there
     llama_pos reach(llama_seq_id seq, llama_pos p) const;
     // remember the way back to here; the oldest of more than MARKS is forgotten
@@ -310,8 +311,6 @@ class llama_kv_paged : public llama_memory_i {
     uint32_t pages_needed(const kvl_layer & layer, const kvl_head & head, uint32_t n) const;
     // most pages of a head with a sliding window
     uint32_t window_pages(const kvl_layer & layer) const;
-    // give up what no token from position p0 on sees
-    void slide(llama_seq_id seq, llama_pos p0);
     // the mark at a position, nullptr: none
     const kvl_marked * find_mark(llama_seq_id seq, llama_pos p) const;
     void drop_mark(kvl_marked & mark);
