@@ -1,13 +1,15 @@
-"""Writes docs/reference, a page for every command from what `--help` says, and the table of docs/configuration.md.
+"""Writes docs/reference, a page for every command from what `--help` says, the table of docs/configuration.md, and
+docs/architectures.md from the table that the tests of all architectures go by.
 
     python tools/reference.py
 
-Tests compare the pages with the commands, the table with the settings. MkDocs loads this file as well, so that its
+Tests compare the pages with what they are written from. MkDocs loads this file as well, so that its
 navigation has all pages.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,53 @@ def configuration(text: str) -> str:
     return f"{text[:before]}\n\n{table()}\n\n{text[after:]}"
 
 
+def architectures() -> str:
+    """Which architectures are served, by their kind of memory."""
+    sys.path.insert(0, str(DOCS.parent / "tests" / "helpers"))
+    from arch_table import GROUPS, SERVED, TABLE
+
+    def rows(group: str) -> list[str]:
+        known: dict[str, list[str]] = {}
+        for arch in TABLE:
+            if arch.group == group:
+                known.setdefault(arch.name, []).extend([arch.known] if arch.known else [])
+        return [f"| `{name}` | {', '.join(models)} |" for name, models in sorted(known.items())]
+
+    def section(group: str) -> str:
+        return "\n".join(
+            [f"### {group}", "", f"{GROUPS[group]}.", "", "| architecture | models |", "|---|---|", *rows(group)]
+        )
+
+    n_all = len({arch.name for arch in TABLE})
+    n_served = len({arch.name for arch in TABLE if arch.served})
+    n_made = len({arch.name for arch in TABLE if arch.served and arch.made})
+    others = "\n\n".join(section(group) for group in GROUPS if group not in SERVED)
+    return f"""<!-- Written by `{COMMAND}` from tests/helpers/arch_table.py; do not edit. -->
+
+# Which models are served
+
+A GGUF file names its architecture. llama.cpp knows {n_all}; the paged cache serves {n_served}. For {n_made} a tiny
+random model is made by the tests, and the logits of the paged cache are compared with those of llama.cpp's own, with
+page kernels and with stock operators, for one token at a time and for batches shorter and longer than the window
+(`python -m pytest tests/native/model/test_architectures.py`).
+
+What a budget bounds are the *open* layers: those whose cache grows with the text. Sliding windows and recurrent
+states do not grow; their bytes are shown apart (`kv.fixed_bytes`), and come first in a budget in bytes. They cannot be
+cut back at will: `/undo` and `/regen` return to the last two places that were marked, an edit further back reads the
+text again. Policies that renumber tokens (`positions=rolled`) are refused there. Images and drafts (MTP) are not used.
+
+## Served
+
+{chr(10).join(chr(10) + section(group) for group in SERVED).strip()}
+
+## Refused by name
+
+`--policy full` runs those that are decoders of text on llama.cpp's own cache.
+
+{others}
+"""
+
+
 def on_config(config: Any) -> Any:
     """MkDocs: the pages of all commands below the entry of the navigation that names the first of them."""
     names = sorted(path.name for path in (DOCS / FOLDER).glob("*.md"))
@@ -85,6 +134,7 @@ def main() -> None:
             path.unlink()
     for name, text in wanted.items():
         (folder / name).write_text(text, "utf-8")
+    (DOCS / "architectures.md").write_text(architectures(), "utf-8")
     page = DOCS / "configuration.md"
     page.write_text(configuration(page.read_text("utf-8")), "utf-8")
 

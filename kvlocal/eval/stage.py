@@ -163,7 +163,8 @@ class Stage:
         stats = cache.seq_stats(seq)
         out.held_mean = stats.n_slots / stats.n_heads
         out.used_bytes = int(stats.used_bytes)
-        out.full_bytes = cache.bytes_per_token * len(tokens)
+        # what renumbering took away was read as well
+        out.full_bytes = int(stats.full_bytes) + cache.bytes_per_token * (len(tokens) - int(stats.n_seen))
         return out
 
     def _n_cells(self) -> int:

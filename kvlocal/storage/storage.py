@@ -144,12 +144,16 @@ class Storage:
             UsageError: as :meth:`Budget.tokens`; bytes that what comes first alone would take.
         """
         if budget.unit == "bytes" and cache.fixed_bytes:
+            fixed = f"sliding windows and recurrent states of this model take {format_bytes(cache.fixed_bytes)} of it"
             if int(budget.value) <= cache.fixed_bytes:
-                raise UsageError(
-                    f"A budget of {budget} is too small: sliding windows and recurrent states of this model alone take "
-                    f"{format_bytes(cache.fixed_bytes)}, which no policy changes."
-                )
-            budget = Budget("bytes", int(budget.value) - cache.fixed_bytes)
+                raise UsageError(f"A budget of {budget} is too small: {fixed}, which no policy changes.")
+            try:
+                return self._tokens(Budget("bytes", int(budget.value) - cache.fixed_bytes), n_seen, cache, policy)
+            except UsageError as error:
+                raise UsageError(f"Of a budget of {budget}, {fixed}. {error}") from None
+        return self._tokens(budget, n_seen, cache, policy)
+
+    def _tokens(self, budget: Budget, n_seen: int, cache: PagedCache, policy: Policy) -> int:
         if policy.formats:  # it counts pages itself
             return budget.tokens(n_seen, cache.bytes_per_token, policy.min_budget, page_slots=1)
         each, more = self.bytes_per_token(cache), cache.bytes_per_token - self.bytes_per_token(cache)

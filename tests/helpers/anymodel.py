@@ -53,7 +53,7 @@ def write_metadata(arch: Arch, path: Path) -> None:
     writer = GGUFWriter(path, arch.name)
     writer.add_uint32(f"{arch.name}.vocab_size", N_VOCAB)
     for key, value in (common_metadata() | arch.metadata).items():
-        name = f"{arch.name}.{key}"
+        name = key if key.startswith("xielu.") else f"{arch.name}.{key}"
         if value is None:
             continue
         if isinstance(value, bool):

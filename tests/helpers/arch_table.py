@@ -110,6 +110,8 @@ TABLE: list[Arch] = [
     *_all("plain", "glm4 bitnet", bound=1e-5),
     Arch("cogvlm", "plain", bound=1e-5),
     Arch("exaone4", "plain", "EXAONE 4 1.2B"),
+    Arch("apertus", "plain", "Apertus", {"xielu.alpha_n": [1.0] * 4, "xielu.alpha_p": [1.0] * 4,
+                                         "xielu.beta": [1.0] * 4, "xielu.eps": [1e-7] * 4}),
     *_all("plain", "olmoe", metadata=_ALL_HEADS),
     Arch("dots1", "plain", "dots.llm1", _ALL_HEADS | {"attention.key_length": 32, "attention.value_length": 32}),
     Arch("deepseek2-ocr", "plain", "DeepSeek-OCR", _ALL_HEADS | {f"attention.{k}_length": 32 for k in ("key", "value")}
@@ -200,7 +202,6 @@ TABLE: list[Arch] = [
     *_all("other", "eagle3 dflash gemma4-assistant", why_not="a draft of another model"),
     *_all("other", "wavtokenizer-dec qwen3tts pockettts", why_not="audio"),
     *_all("other", "clip chameleon gptj graniteswitch", why_not="no text model that llama.cpp runs by itself"),
-    Arch("apertus", "plain", "Apertus", why_not="its activations have parameters that no random file describes"),
 ]  # fmt: skip
 
 

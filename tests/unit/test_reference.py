@@ -38,3 +38,8 @@ def test_the_navigation_has_every_page(reference: ModuleType) -> None:
     first, *others = config.nav[1]["Commands"]
     assert first == "reference/index.md" and {"run": "reference/run.md"} in others
     assert len(others) == len(main.commands)
+
+
+def test_the_page_of_architectures_is_what_its_table_says(reference: ModuleType) -> None:
+    page = (REPO / "docs" / "architectures.md").read_text("utf-8")
+    assert page == reference.architectures(), f"run `{reference.COMMAND}`"

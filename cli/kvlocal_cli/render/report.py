@@ -35,6 +35,7 @@ def figures(report: ReportDict) -> str:
     parts = [
         f"KV {size(kv['used_bytes'])} in use / {size(kv['full_bytes'])} a full cache would take"
         f" / {size(kv['peak_bytes'])} peak",
+        *([f"{size(kv['fixed_bytes'])} of it windows and states"] if kv["fixed_bytes"] else []),
         held,
         f"prefill {rate(timing['prefill_tps'])}, decode {rate(timing['decode_tps'])}",
     ]
@@ -68,6 +69,7 @@ def stats_table(report: ReportDict) -> Table:
             ("KV in use", size(kv["used_bytes"])),
             ("KV allocated", size(kv["allocated_bytes"])),
             ("KV peak", size(kv["peak_bytes"])),
+            *([("of it windows and states", size(kv["fixed_bytes"]))] if kv["fixed_bytes"] else []),
             ("a full f16 cache would take", size(kv["full_bytes"])),
         ],
         [

@@ -31,7 +31,13 @@ CONTRACT: dict[str, Any] = {
     },
     "budget": {"tokens": COUNT, "fraction": float, "bytes": BYTES},
     "tokens": {"prompt": COUNT, "generated": COUNT, "held_mean": NUMBER, "held_min": COUNT, "held_max": COUNT},
-    "kv": {"full_bytes": BYTES, "used_bytes": BYTES, "allocated_bytes": BYTES, "peak_bytes": BYTES},
+    "kv": {
+        "full_bytes": BYTES,
+        "used_bytes": BYTES,
+        "allocated_bytes": BYTES,
+        "peak_bytes": BYTES,
+        "fixed_bytes": BYTES,
+    },
     "rss": {"before_evict_bytes": BYTES, "after_evict_bytes": BYTES, "peak_bytes": BYTES},
     "timing": {
         "load_s": SECONDS,

@@ -62,6 +62,7 @@ def test_run_as_json() -> None:
             "used_bytes": 112 * 2048,
             "allocated_bytes": 128 * 2048,
             "peak_bytes": 320 * 2048,
+            "fixed_bytes": 0,
         },
         "finish_reason": "stop",
     }

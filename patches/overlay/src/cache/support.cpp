@@ -57,6 +57,18 @@ std::string llama_kv_paged::unsupported(const llama_model & model) {
         return arch + "has no layer whose cache grows with the text" + instead;
     }
     switch (model.arch) {
+        case LLM_ARCH_BERT: // encoders, whatever their files say
+        case LLM_ARCH_MODERN_BERT:
+        case LLM_ARCH_NOMIC_BERT:
+        case LLM_ARCH_NOMIC_BERT_MOE:
+        case LLM_ARCH_NEO_BERT:
+        case LLM_ARCH_JINA_BERT_V2:
+        case LLM_ARCH_JINA_BERT_V3:
+        case LLM_ARCH_EUROBERT:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_LLAMA_EMBED:
+        case LLM_ARCH_QWEN3TTS: // audio
+        case LLM_ARCH_POCKETTTS:
         case LLM_ARCH_GROK:   // scales its logits outside the attention operator
         case LLM_ARCH_EAGLE3: // drafts, not models
         case LLM_ARCH_DFLASH:
