@@ -122,3 +122,9 @@ def make(arch: Arch, path: Path) -> AnyModel:
     if not handle:
         raise ValueError("; ".join(line for line in native.log if "error" in line)[:300] or "no model")
     return AnyModel(handle, path)
+
+
+def save_file(model: AnyModel, path: Path) -> Path:
+    """A file of a model that can be loaded as any other; its vocabulary is for tests of tokens."""
+    model.llama.llama_model_save_to_file(model.handle, str(path).encode())
+    return path
