@@ -1,4 +1,4 @@
-"""The engine on models with sliding windows, recurrent states and latent attention: ways back, sessions, budgets, plans."""
+"""The engine on models with windows, recurrent states and latent attention: ways back, sessions, budgets, plans."""
 
 from __future__ import annotations
 
