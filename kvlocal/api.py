@@ -55,6 +55,7 @@ def load(
     budget: str | int | Budget = settings.BUDGET.default,
     kv: str | Storage = settings.KV.default,
     kv_tail: int = settings.KV_TAIL.default,
+    kv_swa: Literal["f16", "q8"] = settings.KV_SWA.default,
     n_ctx: int = settings.N_CTX.default,
     n_batch: int = settings.N_BATCH.default,
     n_ubatch: int = settings.N_UBATCH.default,
@@ -76,6 +77,7 @@ def load(
         budget: how much is kept: tokens per head (1024, "1024"), a share ("25%") or bytes ("512MiB").
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
         kv_tail: latest tokens that ``kv`` leaves in f16.
+        kv_swa: how sliding windows are stored.
         n_ctx, n_batch, n_ubatch, n_threads, n_gpu_layers, kernels: as of
             :class:`kvlocal.engine.config.EngineConfig`.
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
@@ -109,6 +111,7 @@ def load(
         n_ubatch=n_ubatch,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
+        kv_swa=kv_swa,
         kernels=kernels,
         prefill=prefill,
         chunk=chunk,

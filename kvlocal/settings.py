@@ -270,6 +270,14 @@ KV = Setting(
     "kv",
 )
 KV_TAIL = Whole("storage_tail", ("--kv-tail",), "KV cache", 128, "Latest tokens --kv leaves in f16.", keyword="kv_tail")
+KV_SWA = Choice(
+    "kv_swa",
+    ("--kv-swa",),
+    "KV cache",
+    "f16",
+    "How sliding windows are stored (Gemma 2 to 4, gpt-oss, others), which no budget changes.",
+    choices=("f16", "q8"),
+)
 KV_SINK = Whole(
     "kv_sink",
     ("--kv-sink",),
@@ -377,7 +385,7 @@ SYSTEM = Setting("system", ("-sys", "--system-prompt"), "Prompt", None, "System 
 
 SETTINGS: tuple[Setting, ...] = (
     *(MODEL, HF, N_CTX, N_BATCH, N_UBATCH, N_THREADS, N_GPU_LAYERS, KERNELS),
-    *(POLICY, POLICY_ARGS, BUDGET, KV, KV_TAIL, KV_SINK, KV_WINDOW, PREFILL, CHUNK, GUIDE, EVICT_EVERY),
+    *(POLICY, POLICY_ARGS, BUDGET, KV, KV_TAIL, KV_SWA, KV_SINK, KV_WINDOW, PREFILL, CHUNK, GUIDE, EVICT_EVERY),
     *(TEMP, TOP_K, TOP_P, MIN_P, REPEAT_PENALTY, SEED, IGNORE_EOS),
     *(N_PREDICT, RAW, SYSTEM),
 )

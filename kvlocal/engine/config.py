@@ -33,6 +33,7 @@ class EngineConfig:
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
         n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
         n_gpu_layers: layers on the accelerator.
+        kv_swa: how sliding windows are stored.
         kernels: what computes attention over our cache; see :data:`kvlocal.settings.KERNELS`.
         prefill: ``exact`` evicts once, at the end of the prompt; ``chunked`` after every ``chunk`` tokens, so that
             memory stays below budget + chunk whatever the length.
@@ -55,6 +56,7 @@ class EngineConfig:
     n_ubatch: int = settings.N_UBATCH.default
     n_threads: int = settings.N_THREADS.default
     n_gpu_layers: int = settings.N_GPU_LAYERS.default
+    kv_swa: Literal["f16", "q8"] = settings.KV_SWA.default
     kernels: Literal["auto", "portable"] = settings.KERNELS.default
     prefill: Literal["exact", "chunked"] = settings.PREFILL.default
     chunk: int = settings.CHUNK.default
@@ -118,6 +120,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         kivi_group=storage.group,
         n_window=max(policy.n_window, config.guide),  # all of a guide looks
         mass=policy.mass,
+        window_format=config.kv_swa if paged else "f16",
         portable=paged and config.kernels == "portable",
     )
 

@@ -45,6 +45,7 @@ class ContextConfig:
         rotate: keys and values are rotated before they are stored: q4, kv3 and kv2 need it (paged).
         kivi_bits: bits per code of the storage kivi, 2 or 4; kivi_group: how many slots (of keys) and channels (of
             values) share a scale there, 32 or 64 (paged).
+        window_format: storage of sliding windows, f16 or q8 (paged).
         portable: attention with stock operators even where a page kernel exists (paged; the reference in tests).
     """
 
@@ -64,6 +65,7 @@ class ContextConfig:
     kivi_group: int = 32
     type_kv: Literal["f16", "f32", "q8", "q4"] = "f16"
     flash_attn: bool = True
+    window_format: Literal["f16", "q8"] = "f16"
     portable: bool = False
 
     def serves(self, other: ContextConfig) -> bool:
@@ -118,7 +120,7 @@ class Context:
             formats = sum(1 << FORMATS.index(name) for name in config.formats)
             kvl = KvlParams(
                 config.n_window, config.n_pool_ctx, 64 << 20, config.portable, formats, config.rotate,
-                config.kivi_bits, config.kivi_group,
+                config.kivi_bits, config.kivi_group, FORMATS.index(config.window_format),
             )  # fmt: skip
         else:
             params.type_k = params.type_v = _GGML_TYPES[config.type_kv]

@@ -15,6 +15,7 @@ class KvlParams(ctypes.Structure):
         ("rotate", ctypes.c_int32),
         ("kivi_bits", ctypes.c_int32),
         ("kivi_group", ctypes.c_int32),
+        ("window_format", ctypes.c_int32),
     )
 
 

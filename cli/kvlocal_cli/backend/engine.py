@@ -48,6 +48,7 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
         n_ubatch=settings.n_ubatch,
         n_threads=settings.n_threads,
         n_gpu_layers=settings.n_gpu_layers,
+        kv_swa=settings.kv_swa,
         kernels=settings.kernels,
         prefill=settings.prefill,
         chunk=settings.chunk,

@@ -41,6 +41,7 @@ class Settings:
     guide: int = settings.GUIDE.default
     storage: str = settings.KV.default
     storage_tail: int = settings.KV_TAIL.default
+    kv_swa: Literal["f16", "q8"] = settings.KV_SWA.default
     evict_every: int = settings.EVICT_EVERY.default
     policy_typed: bool = field(default=False, compare=False)
 
@@ -69,7 +70,7 @@ _CACHE = stack(
     _POLICY_ARG,
     declared(settings.BUDGET, shell_complete=completers.budgets),
     declared(settings.KV, shell_complete=completers.storages),
-    *map(declared, (settings.KV_TAIL, settings.KV_SINK, settings.KV_WINDOW)),
+    *map(declared, (settings.KV_TAIL, settings.KV_SWA, settings.KV_SINK, settings.KV_WINDOW)),
     *map(declared, (settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY)),
 )
 _ENGINE = stack(declared(settings.N_CTX), _BATCH, _COMPUTE, _CACHE)

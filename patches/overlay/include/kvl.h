@@ -50,6 +50,8 @@ typedef struct kvl_params {
     int32_t rotate;      // 1: K and V are rotated before they are stored, so that their values are about normal
     int32_t kivi_bits;   // per code of KVL_FORMAT_KIVI: 2 or 4 (0: 2)
     int32_t kivi_group;  // slots (of K) and channels (of V) that share a scale there: 32 or 64 (0: 32)
+    int32_t
+        window_format; // how whole pages of layers with a sliding window are stored: KVL_FORMAT_F16 or KVL_FORMAT_Q8
 } kvl_params;
 
 typedef struct kvl_stats {

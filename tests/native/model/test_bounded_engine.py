@@ -13,7 +13,7 @@ from arch_table import TABLE
 from kvlocal.engine.config import EngineConfig
 from kvlocal.engine.engine import Engine
 from kvlocal.engine.session import Session, load, save
-from kvlocal.errors import UsageError
+from kvlocal.errors import KVError, UsageError
 from kvlocal.measure.plan import Planner
 from kvlocal.policies import make_policy
 from kvlocal.storage.budget import Budget
@@ -166,3 +166,30 @@ def test_a_plan_is_what_the_run_takes(name: str, policy: str, budget: str, files
         kv = engine.report().kv
     assert need.kv.peak_bytes == pytest.approx(kv.peak_bytes, rel=0.03)
     assert need.kv.full_bytes == pytest.approx(kv.full_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "cohere2"])
+def test_windows_in_q8(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+    whole = {"budget": "100%"}
+    with Engine(config(files[name], **whole)) as engine, Engine(config(files[name], kv_swa="q8", **whole)) as small:
+        for each in (engine, small):
+            each.prefill(TEXT[:300])
+            mark = each.sequences[0].mark()
+            each.prefill(TEXT[300:400])
+            assert each.sequences[0].back(mark)
+            save(tmp_path / each.config.kv_swa, each, Session())
+            for token in TEXT[400:440]:
+                each.prefill([token], mode="whole")
+        assert engine.cache is not None and small.cache is not None
+        # windows of 32 and what is left of a page in f16 are as much as they are themselves
+        assert small.report().kv.fixed_bytes < 0.85 * engine.report().kv.fixed_bytes
+        assert small.cache.seq_stats(0).fixed_bytes <= small.cache.fixed_bytes * 3
+        want, got = engine.context.logits()[0], small.context.logits()[0]
+        assert 0 < ((got - want) ** 2).sum() / (want**2).sum() < 1e-3
+        small.sequences[0].release()
+        load(tmp_path / "q8", small)
+        for token in TEXT[400:440]:
+            small.prefill([token], mode="whole")
+        np.testing.assert_allclose(small.context.logits()[0], got, atol=1e-4)
+        with pytest.raises(KVError, match="other settings"):
+            small.context.restore(0, engine.context.save(0))

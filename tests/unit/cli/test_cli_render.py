@@ -48,7 +48,7 @@ def test_rates_and_shares() -> None:
 def test_figures_without_eviction_or_measurement() -> None:
     line = figures(
         {
-            "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": None},
+            "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": None, "fixed_bytes": 0},
             "tokens": {"held_mean": 12.0, "held_min": 12, "held_max": 12},
             "timing": {"prefill_tps": 100.0, "decode_tps": None},
             "finish_reason": "stop",

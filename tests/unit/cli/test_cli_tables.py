@@ -35,7 +35,7 @@ REPORT: dict[str, Any] = {
     "policy_args": {"window": 32, "a_long_parameter": "of_a_long_value"},
     "budget": {"tokens": 32_768, "fraction": 0.99987, "bytes": 45_678_901_234},
     "tokens": {"prompt": 131_072, "generated": 1024, "held_mean": 32_768.4, "held_min": 1, "held_max": 131_072},
-    "kv": dict.fromkeys(("used_bytes", "peak_bytes", "full_bytes", "allocated_bytes"), 45_678_901_234),
+    "kv": dict.fromkeys(("used_bytes", "peak_bytes", "full_bytes", "allocated_bytes", "fixed_bytes"), 45_678_901_234),
     "rss": dict.fromkeys(("before_evict_bytes", "after_evict_bytes", "peak_bytes"), 345_678_901_234),
     "timing": {
         **dict.fromkeys(("load_s", "prefill_s", "ttft_s", "evict_s", "decode_s"), 12_345.6),

@@ -49,8 +49,15 @@ int32_t kvl_has_kernels(ggml_backend_dev_t device) {
 }
 
 kvl_params kvl_default_params(void) {
-    return {/*.n_window =*/32, /*.n_pool_ctx =*/0, /*.score_bytes =*/64 << 20, /*.portable =*/0,
-            /*.formats =*/0,   /*.rotate =*/0,     /*.kivi_bits =*/2,          /*.kivi_group =*/32};
+    return {/*.n_window =*/32,
+            /*.n_pool_ctx =*/0,
+            /*.score_bytes =*/64 << 20,
+            /*.portable =*/0,
+            /*.formats =*/0,
+            /*.rotate =*/0,
+            /*.kivi_bits =*/2,
+            /*.kivi_group =*/32,
+            /*.window_format =*/KVL_FORMAT_F16};
 }
 
 // Sizes that upstream asserts on, casts to int, or refuses in its log only.
@@ -77,6 +84,10 @@ static bool check_params(const kvl_params & p) {
     }
     if (p.formats < 0 || p.formats >> KVL_FORMAT_COUNT != 0) {
         kvl_set_error("formats has bits beyond 1 << " + std::to_string(KVL_FORMAT_COUNT - 1));
+        return false;
+    }
+    if (p.window_format != KVL_FORMAT_F16 && p.window_format != KVL_FORMAT_Q8) {
+        kvl_set_error("sliding windows are stored in f16 or q8, not in kvl_format " + std::to_string(p.window_format));
         return false;
     }
     if ((p.kivi_bits != 2 && p.kivi_bits != 4) || (p.kivi_group != 32 && p.kivi_group != 64)) {

@@ -89,7 +89,9 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch) {
             }
         }
         for (int32_t i = 0; kv && code == 0 && i < batch.n_tokens; i++) {
-            kv->slide(batch.seq_id[i][0]); // what a long batch saw of a window is not held until the next one
+            // what a long batch saw of a window is not held until the next one
+            kv->slide(batch.seq_id[i][0]);
+            kv->store_windows(batch.seq_id[i][0], int(ctx->n_threads_batch()));
         }
         if (code != 0 && *kvl_last_error() == 0) {
             kvl_set_error("llama.cpp could not compute a batch of " + std::to_string(batch.n_tokens) +

@@ -16,7 +16,8 @@ struct kvl_shape {
     uint32_t n_heads; // KV heads of all layers of this shape
     uint32_t group;   // most query heads of a KV head
     uint64_t n_pages; // that these heads can hold, of every format
-    bool open;        // some of these layers are, so that their slots may be stored in other formats
+    bool open;        // some of these layers are: their slots may be stored in other formats
+    bool windows;     // some have a sliding window
 
     bool is(ggml_backend_buffer_type_t b, uint32_t k, uint32_t v) const { return buft == b && d_k == k && d_v == v; }
 };

@@ -10,6 +10,7 @@
 #include "llama-model.h"
 
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 //
@@ -95,6 +96,22 @@ void llama_kv_paged::slide(llama_seq_id seq_id) {
     }
 }
 
+void llama_kv_paged::store_windows(llama_seq_id seq_id, int n_threads) {
+    for (uint32_t l = n_open; l < layers.size() && params.window_format != KVL_FORMAT_F16; l++) {
+        std::vector<std::vector<uint32_t>> slots;
+        size_t n = 0;
+        for (const kvl_head & head : seqs[seq_id].heads[l]) {
+            const uint32_t begin = head.f16_begin();
+            slots.emplace_back((head.n() - begin) / KVL_PAGE_SLOTS * KVL_PAGE_SLOTS);
+            std::iota(slots.back().begin(), slots.back().end(), begin);
+            n += slots.back().size();
+        }
+        if (n > 0) {
+            demote(seq_id, l, uint32_t(params.window_format), slots, n_threads);
+        }
+    }
+}
+
 //
 // ways back
 //
@@ -116,7 +133,10 @@ llama_pos llama_kv_paged::reach(llama_seq_id seq_id, llama_pos p) const {
     bool windows = !recr;
     for (size_t l = n_open; l < layers.size() && windows; l++) {
         for (const kvl_head & head : seq.heads[l]) {
-            windows = windows && !head.pos.empty() && head.pos.front() <= layers[l].first_seen(p);
+            // pages in another format stay whole: slot numbers are those of consecutive positions
+            const uint32_t f16 = head.f16_begin();
+            windows = windows && !head.pos.empty() && head.pos.front() <= layers[l].first_seen(p) &&
+                      (f16 == 0 || p > head.pos[f16 - 1]);
         }
     }
     if (windows) {
@@ -172,7 +192,9 @@ void llama_kv_paged::go_back(llama_seq_id seq_id, const kvl_marked & mark) {
             for (const uint32_t entry : heads[i][h].pages) {
                 layer.pools[kvl_head::page_format(entry)]->share(kvl_head::page_number(entry));
             }
-            cut(layer, seq.heads[n_open + i][h], 0);
+            for (const uint32_t entry : seq.heads[n_open + i][h].pages) {
+                layer.pools[kvl_head::page_format(entry)]->drop(kvl_head::page_number(entry));
+            }
             seq.heads[n_open + i][h] = std::move(heads[i][h]);
             note_held(layer, seq.heads[n_open + i][h]);
         }

@@ -2,6 +2,8 @@
 
 #include "cache/kernels.h"
 
+#include "cache/memory.h"
+
 #include <map>
 #include <memory>
 #include <mutex>
@@ -50,4 +52,23 @@ const kvl_row_functions & kvl_find_rows() {
         return out;
     }();
     return rows;
+}
+
+void kvl_set_threads(ggml_backend_t cpu, int n_threads) {
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    if (set) {
+        set(cpu, n_threads);
+    }
+}
+
+ggml_backend_t llama_kv_paged::host_backend(int n_threads) {
+    if (!host) {
+        host.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    }
+    if (host) {
+        kvl_set_threads(host.get(), n_threads);
+    }
+    return host.get();
 }

@@ -23,7 +23,9 @@ static std::vector<std::unique_ptr<kvl_pool>> make_pools(const kvl_shape & shape
     std::vector<std::unique_ptr<kvl_pool>> out(KVL_FORMAT_COUNT);
     for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
         const auto [k_row, v_row] = kvl_rows_of(f, params, shape.latent);
-        if (f != KVL_FORMAT_F16 && (!shape.open || !(params.formats >> f & 1))) {
+        const bool wanted =
+            (shape.open && (params.formats >> f & 1)) || (shape.windows && int(f) == params.window_format);
+        if (f != KVL_FORMAT_F16 && !wanted) {
             continue;
         }
         if (const std::string why = kvl_block_refusal(k_row, v_row, shape.d_k, shape.d_v); !why.empty()) {
@@ -63,7 +65,7 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
             return s.is(buft, d_k, d_v);
         });
         if (it == shapes.end()) {
-            it = shapes.insert(shapes.end(), {buft, d_k, d_v, latent, 0, 0, 0, false});
+            it = shapes.insert(shapes.end(), {buft, d_k, d_v, latent, 0, 0, 0, false, false});
         }
         kvl_layer layer = {};
         layer.il = il;
@@ -80,6 +82,7 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         const uint64_t n_pages = layer.open() ? kvl_pages_for(n_ctx) + 1 : 4 * uint64_t(window_pages(layer));
         it->n_pages += layer.n_head_kv * seqs.size() * n_pages;
         it->open = it->open || layer.open();
+        it->windows = it->windows || !layer.open();
         it->group = std::max(it->group, layer.group());
         shape_of.push_back(size_t(it - shapes.begin()));
         layer_of[il] = int32_t(layers.size());
@@ -107,11 +110,12 @@ llama_kv_paged::llama_kv_paged(const llama_model & model, const llama_cparams & 
         arenas.push_back(std::make_unique<kvl_arena>(s, uint32_t(seqs.size()), make_pools(s, n_pages, params),
                                                      params.portable != 0, hparams.no_alloc));
     }
-    if ((params.formats != 0 || params.rotate) && !all_fused()) {
+    const bool stores = params.formats != 0 || params.window_format != KVL_FORMAT_F16;
+    if ((stores || params.rotate) && !all_fused()) {
         throw std::runtime_error("storage formats other than f16 (--kv) need the page kernels, which " +
                                  without_kernels());
     }
-    if (params.formats != 0 && !all_host()) {
+    if (stores && !all_host()) {
         throw std::runtime_error(KVL_FORMATS_ON_HOST);
     }
 
@@ -189,25 +193,6 @@ llama_memory_context_ptr llama_kv_paged::init_update(llama_context * lctx, bool 
     GGML_UNUSED(lctx);
     GGML_UNUSED(optimize);
     return std::make_unique<llama_kv_paged_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
-}
-
-void kvl_set_threads(ggml_backend_t cpu, int n_threads) {
-    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
-    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(
-        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
-    if (set) {
-        set(cpu, n_threads);
-    }
-}
-
-ggml_backend_t llama_kv_paged::host_backend(int n_threads) {
-    if (!host) {
-        host.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    }
-    if (host) {
-        kvl_set_threads(host.get(), n_threads);
-    }
-    return host.get();
 }
 
 //

@@ -125,7 +125,6 @@ bool kvl_owns_cache(const llama_model & model, uint32_t il);
 int32_t kvl_shares_cache(const llama_model & model, uint32_t il);
 // What llama.cpp's own cache holds of a sequence after n_seen tokens, in f16.
 uint64_t kvl_full_bytes(const llama_model & model, uint64_t n_seen);
-// nullptr: the model has no recurrent layers
 std::unique_ptr<llama_memory_recurrent> kvl_create_recurrent(const llama_model & model, const llama_cparams & cparams);
 
 // Positions stay below this, so that sums of two of them are numbers of 32 bits.
@@ -216,6 +215,8 @@ class llama_kv_paged : public llama_memory_i {
 
     // give up what the next token does not see of a sliding window, page by page
     void slide(llama_seq_id seq);
+    // store whole pages of sliding windows in kvl_params.window_format; where it cannot be nothing changes
+    void store_windows(llama_seq_id seq, int n_threads);
     // the most tokens up to p that a sequence can be cut to and go on from there
     llama_pos reach(llama_seq_id seq, llama_pos p) const;
     // remember the way back to here; the oldest of more than MARKS is forgotten

@@ -141,7 +141,7 @@ std::string kvl_fault_of(const kvl_layer & layer, kvl_head & head, llama_pos n_s
         for (size_t i = 1; i < head.pos.size(); i++) {
             whole = whole && head.pos[i] == head.pos[i - 1] + 1;
         }
-        if (!whole || head.f16_begin() != 0) {
+        if (!whole || head.n_holes > 0) {
             return "it does not hold its sliding window";
         }
     }

@@ -25,6 +25,7 @@ struct kvl_state_header {
     uint32_t kivi_bits = 0;
     uint32_t kivi_group = 0;
     uint32_t mass = 0;
+    uint32_t window_format = 0;
 };
 
 struct kvl_state_layer {
@@ -84,6 +85,7 @@ kvl_state_header header_of(const llama_kv_paged & kv) {
     out.kivi_bits = uint32_t(kv.params.kivi_bits);
     out.kivi_group = uint32_t(kv.params.kivi_group);
     out.mass = uint32_t(kv.mass());
+    out.window_format = uint32_t(kv.params.window_format);
     return out;
 }
 
@@ -166,7 +168,8 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
     read(io, n_rows);
     const kvl_state_header want = header_of(*this);
     if (header.version != want.version || header.n_layers != want.n_layers || header.rotate != want.rotate ||
-        header.kivi_bits != want.kivi_bits || header.kivi_group != want.kivi_group || header.mass != want.mass) {
+        header.kivi_bits != want.kivi_bits || header.kivi_group != want.kivi_group || header.mass != want.mass ||
+        header.window_format != want.window_format) {
         refuse("the saved sequence is of a cache with other settings");
     }
     if (seq.n_seen < 0 || seq.n_seen > KVL_POS_END || n_rows > uint32_t(params.n_window) ||

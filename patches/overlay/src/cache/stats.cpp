@@ -116,7 +116,9 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
             out.fixed_bytes += head.used_bytes;
         }
         const uint64_t most = std::min<uint64_t>(uint64_t(std::abs(layers[l].n_swa)) + KVL_PAGE_SLOTS - 1, n_ctx);
-        out.fixed_limit += layers[l].n_head_kv * most * layers[l].pool->slot_bytes();
+        const uint64_t f16 = layers[l].pool->slot_bytes();
+        const uint64_t stored = layers[l].pools[size_t(params.window_format)]->slot_bytes();
+        out.fixed_limit += layers[l].n_head_kv * (most * stored + KVL_PAGE_SLOTS * (f16 - stored));
     }
     out.full_bytes = kvl_full_bytes(model, uint64_t(seq.n_seen));
     const uint64_t state = state_bytes() / seqs.size();
