@@ -100,7 +100,8 @@ page kernels and with stock operators, for one token at a time and for batches s
 What a budget bounds are the *open* layers: those whose cache grows with the text. Sliding windows and recurrent
 states do not grow; their bytes are shown apart (`kv.fixed_bytes`), and come first in a budget in bytes. `--kv-swa q8`
 stores windows in about half the bytes. They cannot be cut back at will: `/undo` and `/regen` return to the last two
-places that were marked, an edit further back reads the text again. Policies that renumber tokens (`positions=rolled`) are refused there. Images and drafts (MTP) are not used.
+places that were marked, an edit further back reads the text again. Policies that renumber tokens (`positions=rolled`)
+are refused there. Images and drafts (MTP) are not used.
 
 ## Served
 
