@@ -125,6 +125,7 @@ class Context:
         else:
             params.type_k = params.type_v = _GGML_TYPES[config.type_kv]
             params.flash_attn_type = 1 if config.flash_attn else 0
+            params.swa_full = False  # a window takes no more than it sees, as in llama.cpp's own programs
         at = ctypes.byref(kvl) if kvl is not None else None
         handle = self._native.lib.kvl_init_from_model(model.handle, params, at)
         if not handle:

@@ -59,13 +59,13 @@ def test_an_edit_of_a_text_that_is_there(common: int, path: Path) -> None:
         np.testing.assert_allclose(engine.context.logits()[0], fresh(path, other), atol=2e-2)
 
 
-def test_what_was_saved_reaches_back_to_its_window(path: Path, tmp_path: Path) -> None:
+def test_what_is_held_and_what_was_saved_reach_back_to_the_window(path: Path, tmp_path: Path) -> None:
     with open_engine(path) as engine:
         engine.prefill(random_tokens(engine.model, 400).tolist())
-        assert engine.sequences[0].reach(20), "while it runs, the cache holds all"
+        assert engine.sequences[0].reach(400) == 400 and engine.sequences[0].reach(20) == 0
         save(tmp_path / "s", engine, Session())
     with open_engine(path) as engine:
         load(tmp_path / "s", engine)
         sequence = engine.sequences[0]
-        assert sequence.reach(400) and not sequence.reach(20)
+        assert sequence.reach(400) == 400 and sequence.reach(20) == 0
         assert not sequence.cut(20) and sequence.tokens == []
