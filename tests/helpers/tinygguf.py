@@ -131,8 +131,8 @@ def default_grid() -> list[Combo]:
 
 
 def refused_archs() -> list[str]:
-    """Architectures a paged cache cannot hold: recurrent, MLA, encoder."""
-    return ["mamba", "deepseek2", "bert"]
+    """Architectures a paged cache cannot hold: recurrent, encoder."""
+    return ["mamba", "bert"]
 
 
 def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:

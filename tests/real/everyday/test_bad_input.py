@@ -64,12 +64,11 @@ def test_a_truncated_file(n_bytes: int, tmp_path: Path, tiny_path: Path) -> None
     assert str(path) in message and "again" in message
 
 
-@pytest.mark.parametrize("arch", ["deepseek2", "mamba"])
-def test_an_architecture_that_cannot_be_paged(arch: str, tmp_path: Path) -> None:
+def test_an_architecture_that_cannot_be_paged(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    tinygguf.write_model(path, arch)
+    tinygguf.write_model(path, "mamba")
     message = refused(USAGE, "run", path)
-    assert f"'{arch}'" in message and "--policy full" in message
+    assert "'mamba'" in message and "--policy full" in message
 
 
 #
