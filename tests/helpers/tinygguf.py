@@ -72,7 +72,7 @@ def write_model(
     `qkv_bias`: standard deviation of the QKV biases, 0 for none; None means 0.5 for qwen2 and none elsewhere.
     `attn_std`: standard deviation of the attention logits. "f16" keeps vectors in f32. `add_eos`: the tokenizer wants
     EOS at the end of texts. `markers`: user-defined tokens, the last ones.
-    deepseek2 (MLA), mamba and bert read only those parameters that mean something for them.
+    mamba and bert read only those parameters that mean something for them.
     Raises ValueError for an unknown architecture and for sizes that it cannot have.
     """
     if arch not in LAYERS:
@@ -155,13 +155,6 @@ def _write_metadata(writer: GGUFWriter, spec: TinySpec) -> None:
         ints |= {"feed_forward_length": 0, "attention.head_count": 0, "attention.head_count_kv": 0}
         ints |= {"ssm.conv_kernel": SSM_CONV, "ssm.inner_size": 2 * spec.n_embd, "ssm.state_size": SSM_STATE}
         ints |= {"ssm.time_step_rank": dt_rank(spec)}
-    elif spec.arch == "deepseek2":
-        rope, latent = spec.head_dim // 2, kv_rank(spec)
-        ints |= {"attention.head_count_kv": 1, "attention.key_length": latent + rope, "attention.value_length": latent}
-        ints |= {"attention.key_length_mla": spec.head_dim, "attention.value_length_mla": spec.head_dim}
-        ints |= {"attention.q_lora_rank": 0, "attention.kv_lora_rank": latent, "rope.dimension_count": rope}
-        # All layers dense: what is tested is the latent cache, not the experts.
-        ints |= {"leading_dense_block_count": spec.n_layer, "expert_feed_forward_length": 0, "expert_shared_count": 0}
     elif spec.arch == "plm":
         ints |= {"attention.kv_lora_rank": kv_rank(spec), "rope.dimension_count": spec.head_dim // 2}
     elif spec.arch == "bert":

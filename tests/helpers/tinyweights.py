@@ -167,21 +167,6 @@ def kv_rank(spec: TinySpec) -> int:
     return spec.head_dim
 
 
-def _deepseek2(spec: TinySpec, prefix: str) -> Tensors:
-    rank, rope = kv_rank(spec), spec.head_dim // 2
-    nope, width = spec.head_dim - rope, spec.n_head * spec.head_dim
-    yield spec.norm(f"{prefix}attn_norm.weight", spec.n_embd)
-    yield spec.linear(f"{prefix}attn_q.weight", spec.n_embd, width, spec.qk_gain)
-    yield spec.linear(f"{prefix}attn_kv_a_mqa.weight", spec.n_embd, rank + rope, spec.qk_gain)
-    yield spec.norm(f"{prefix}attn_kv_a_norm.weight", rank)
-    k_std, v_std = spec.qk_gain / math.sqrt(rank), 1 / math.sqrt(rank)
-    yield f"{prefix}attn_k_b.weight", spec.normal(f"{prefix}attn_k_b.weight", (spec.n_head, rank, nope), k_std)
-    yield f"{prefix}attn_v_b.weight", spec.normal(f"{prefix}attn_v_b.weight", (spec.n_head, spec.head_dim, rank), v_std)
-    yield _attention_output(spec, prefix)
-    yield spec.norm(f"{prefix}ffn_norm.weight", spec.n_embd)
-    yield from _ffn(spec, prefix)
-
-
 def _plm(spec: TinySpec, prefix: str) -> Tensors:
     """Keys and values come from a latent, and are cached whole; all heads share the turned half of a key, its last."""
     rank, rope = kv_rank(spec), spec.head_dim // 2
@@ -212,7 +197,6 @@ LAYERS: dict[str, Callable[[TinySpec, str], Tensors]] = {
     "gemma": _plain,
     "gemma2": _gemma2,
     "mamba": _mamba,
-    "deepseek2": _deepseek2,
     "plm": _plm,
     "bert": _bert,
 }
