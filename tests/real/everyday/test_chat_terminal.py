@@ -46,9 +46,10 @@ class Terminal:
         self.child.close()
 
     def wait_for(self, text: str) -> str:
-        """Everything up to the text, which may be broken up by control sequences that move nothing."""
+        """Everything up to the text, which may be broken up by control sequences that move nothing and be wrapped."""
         between = r"(?:\x1b\[[0-9;?]*[a-zA-Z])*"
-        self.child.expect(between.join(map(re.escape, text)))
+        space = r"(?:\x1b\[[0-9;?]*[a-zA-Z]|\s)+"
+        self.child.expect(between.join(space if letter == " " else re.escape(letter) for letter in text))
         return SEQUENCES.sub("", str(self.child.before))
 
 
