@@ -28,6 +28,7 @@ from kvlocal.native.sampling import Sampling
 from kvlocal.native.text import check_text
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.policy import Policy
+from kvlocal.retrieval import Retriever, make_retriever
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -56,6 +57,9 @@ def load(
     kv: str | Storage = settings.KV.default,
     kv_tail: int = settings.KV_TAIL.default,
     kv_swa: Literal["f16", "q8"] = settings.KV_SWA.default,
+    retrieve: str | Retriever | None = settings.RETRIEVE.default,
+    retrieve_args: Mapping[str, Any] | None = settings.RETRIEVE_ARGS.default,
+    retrieve_budget: int = settings.RETRIEVE_BUDGET.default,
     n_ctx: int = settings.N_CTX.default,
     n_batch: int = settings.N_BATCH.default,
     n_ubatch: int = settings.N_UBATCH.default,
@@ -78,6 +82,8 @@ def load(
         kv: how what is kept is stored; others than f16 not with a policy that says so itself.
         kv_tail: latest tokens that ``kv`` leaves in f16.
         kv_swa: how sliding windows are stored.
+        retrieve: which part of what is kept a token reads: a name, with ``retrieve_args`` and ``retrieve_budget``
+            (tokens per head), or a retriever; ``None``: all.
         n_ctx, n_batch, n_ubatch, n_threads, n_gpu_layers, kernels: as of
             :class:`kvlocal.engine.config.EngineConfig`.
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
@@ -101,11 +107,20 @@ def load(
         raise settings.refusal("policy", policy, "a name or a policy")
     elif policy_args:
         raise UsageError("policy_args belong to the name of a policy; set them on the policy that was given.")
+    settings.RETRIEVE_ARGS.check(retrieve_args)
+    budget_read = settings.RETRIEVE_BUDGET.check(retrieve_budget)
+    if isinstance(retrieve, str):
+        retrieve = make_retriever(retrieve, {"budget": budget_read, **(retrieve_args or {})})
+    elif retrieve is not None and not isinstance(retrieve, Retriever):
+        raise settings.refusal("retrieve", retrieve, "a name or a retriever")
+    elif retrieve_args:
+        raise UsageError("retrieve_args belong to the name of a retriever; give its name in retrieve.")
     config = EngineConfig(
         model=Path(),
         policy=policy,
         budget=budget if isinstance(budget, Budget) else Budget.parse(str(settings.BUDGET.check(budget))),
         storage=storage,
+        retriever=retrieve,
         n_ctx=n_ctx,
         n_batch=n_batch,
         n_ubatch=n_ubatch,

@@ -279,12 +279,7 @@ KV_SWA = Choice(
     choices=("f16", "q8"),
 )
 KV_SINK = Whole(
-    "kv_sink",
-    ("--kv-sink",),
-    "KV cache",
-    None,
-    "First tokens that always stay: the policy's `sink`.",
-    taker="command",
+    "kv_sink", ("--kv-sink",), "KV cache", None, "First tokens that always stay: the policy's `sink`.", taker="command"
 )
 KV_WINDOW = Whole(
     "kv_window",
@@ -293,6 +288,15 @@ KV_WINDOW = Whole(
     None,
     "Latest tokens that always stay: the policy's `window`.",
     taker="command",
+)
+RETRIEVE = Setting(
+    "retrieve", ("--retrieve",), "KV cache", None, "Read a part of what is kept: sentencekv, quest or recent.", "NAME"
+)
+RETRIEVE_ARGS = Pairs(
+    "retrieve_args", ("--retrieve-arg",), "KV cache", None, "Set a parameter of the retriever; may be repeated."
+)
+RETRIEVE_BUDGET = Whole(
+    "retrieve_budget", ("--retrieve-budget",), "KV cache", 1024, "Tokens per head that a token reads.", low=1
 )
 PREFILL = Choice(
     "prefill",
@@ -385,7 +389,8 @@ SYSTEM = Setting("system", ("-sys", "--system-prompt"), "Prompt", None, "System 
 
 SETTINGS: tuple[Setting, ...] = (
     *(MODEL, HF, N_CTX, N_BATCH, N_UBATCH, N_THREADS, N_GPU_LAYERS, KERNELS),
-    *(POLICY, POLICY_ARGS, BUDGET, KV, KV_TAIL, KV_SWA, KV_SINK, KV_WINDOW, PREFILL, CHUNK, GUIDE, EVICT_EVERY),
+    *(POLICY, POLICY_ARGS, BUDGET, KV, KV_TAIL, KV_SWA, KV_SINK, KV_WINDOW),
+    *(RETRIEVE, RETRIEVE_ARGS, RETRIEVE_BUDGET, PREFILL, CHUNK, GUIDE, EVICT_EVERY),
     *(TEMP, TOP_K, TOP_P, MIN_P, REPEAT_PENALTY, SEED, IGNORE_EOS),
     *(N_PREDICT, RAW, SYSTEM),
 )

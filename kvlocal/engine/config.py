@@ -11,6 +11,7 @@ from kvlocal.errors import UsageError
 from kvlocal.native.context import ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies.parts.policy import Policy
+from kvlocal.retrieval.retriever import Retriever
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -29,6 +30,7 @@ class EngineConfig:
         model: path of a GGUF file.
         policy: which tokens are kept; one with ``evicts = False`` runs on llama.cpp's own cache.
         budget: how many.
+        retriever: which of those a token reads, ``None``: all. Runs on our cache, whatever the policy.
         n_ctx: tokens the cache has room for (0: what the model was trained for, or less if memory is short).
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
         n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
@@ -66,6 +68,7 @@ class EngineConfig:
     n_seq_max: int = 1
     n_pool: int = 0
     n_outputs: int = 0
+    retriever: Retriever | None = None
 
     def __post_init__(self) -> None:
         for setting in CHECKED:
@@ -91,6 +94,11 @@ class EngineConfig:
                 f"Policy {self.policy.name} says itself how tokens are stored; leave out the storage "
                 f"{self.storage.name}, or give the policy its rungs."
             )
+        if self.policy.rolls and self.retriever:
+            raise UsageError(
+                f"Policy {self.policy.name} renumbers what it keeps, so that no part of it can be retrieved; leave out "
+                f"--retrieve {self.retriever.name}, or positions=rolled."
+            )
         check_kernels(self.kernels, self.policy, self.storage)
 
 
@@ -101,7 +109,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         UsageError: the paged cache cannot serve the model's architecture.
     """
     policy, storage = config.policy, config.storage
-    paged = policy.evicts or storage.demotes
+    paged = policy.evicts or storage.demotes or config.retriever is not None
     formats = storage.formats
     if paged:
         check_paged(model, policy, storage)
@@ -118,7 +126,8 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         rotate=bool(formats) and (bool(policy.formats) or storage.rotates),
         kivi_bits=storage.bits,
         kivi_group=storage.group,
-        n_window=max(policy.n_window, config.guide),  # all of a guide looks
+        # all of a guide looks, and all of an open unit asks
+        n_window=max(policy.n_window, config.guide, config.retriever.n_queries if config.retriever else 0),
         mass=policy.mass,
         window_format=config.kv_swa if paged else "f16",
         portable=paged and config.kernels == "portable",

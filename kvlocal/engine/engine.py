@@ -87,7 +87,7 @@ class Engine:
         return Evictor(self.context, self._bounds(config))
 
     def _bounds(self, config: EngineConfig) -> Bounds:
-        return Bounds(config.policy, config.budget, config.storage, self.n_ctx, config.evict_every)
+        return Bounds(config.policy, config.budget, config.storage, self.n_ctx, config.evict_every, config.retriever)
 
     def _unload(self) -> None:
         self.model.close()
@@ -351,8 +351,7 @@ class Engine:
             return self.cache.held((sequence or self.sequences[0]).seq) if self.cache is not None else []
 
     def kv(self, sequence: Sequence | None = None) -> dict[str, float]:
-        """What one sequence holds: ``held_mean`` tokens per layer and KV head, ``used_bytes``, and ``full_bytes`` of a
-        full f16 cache."""
+        """What one sequence holds, ``full_bytes``: in a full f16 cache; ``held_mean``: tokens per layer and KV head."""
         sequence = sequence or self.sequences[0]
         n = len(sequence.tokens)
         with self.use():
@@ -394,6 +393,7 @@ class Engine:
                 budget=Budgeted(budget, min(budget / n_seen, 1.0) if n_seen else 1.0, budget * per_token),
                 tokens=tokens,
                 kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes, stats.fixed_bytes),
+                reads=self.evictor.retrieving.report() if self.evictor.retrieving else None,
                 rss=self.evictor.rss,
                 timing=replace(timing),
                 finish_reason=self.finish_reason,

@@ -1,4 +1,4 @@
-"""The only place that decides when sequences are evicted and demoted, and how far."""
+"""The only place that decides when sequences are evicted and demoted, and how far; what is left is then chosen from."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from kvlocal.engine.report import RSS, rss_bytes
+from kvlocal.engine.retrieving import Retrieving
 from kvlocal.engine.sequence import Sequence, append
 from kvlocal.engine.view import cache_view
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.formats import PAGE_SLOTS
 from kvlocal.policies.parts.policy import Policy
+from kvlocal.retrieval.retriever import Retriever
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -32,6 +34,7 @@ class Bounds:
 
     Attributes:
         policy: which tokens stay; budget: how many; storage: how those are stored.
+        retriever: which of those a token reads, ``None``: all.
         n_ctx: tokens per head that the cache has room for.
         evict_every: tokens per head that a growing sequence goes over its budget until it is evicted again.
     """
@@ -41,6 +44,7 @@ class Bounds:
     storage: Storage = field(default_factory=Storage)
     n_ctx: int = 2**31 - 1
     evict_every: int = 32
+    retriever: Retriever | None = None
 
     @property
     def evicts(self) -> bool:
@@ -56,16 +60,20 @@ class Evictor:
 
     Attributes:
         evict_s: seconds spent on evictions and demotions so far.
+        retrieving: what chooses the tokens that are read, ``None``: all are.
         rss: resident memory around the first eviction.
     """
 
     def __init__(self, context: Context, bounds: Bounds) -> None:
         self.context = context
         self.bounds = bounds
+        self.retrieving = Retrieving(context, bounds.retriever) if bounds.retriever else None
         self.reset()
 
     def reset(self) -> None:
         """Forget what was measured."""
+        if self.retrieving:
+            self.retrieving.reset()
         self.evict_s = 0.0
         self.rss = RSS()
 
@@ -87,7 +95,7 @@ class Evictor:
         return len(sequence.tokens) if cache is None else math.ceil(size(cache, sequence.seq, self.bounds.policy))
 
     def after(self, sequence: Sequence, event: Event, *, room: int | None = None, guide: Iterable[int] = ()) -> bool:
-        """Evict and demote what is due now that tokens of a sequence were decoded.
+        """Evict and demote what is due now that tokens of a sequence were decoded, and choose what the next one reads.
 
         Args:
             sequence: which one.
@@ -105,9 +113,23 @@ class Evictor:
         cache = self.context.cache
         if cache is None:
             return False
+        due = event != "step" or (sequence.look_at is not None and len(sequence.tokens) > sequence.look_at)
+        evicted = due and self._shrink(cache, sequence, event, room, guide)
+        if event != "chunk":
+            self.choose(sequence)
+        return evicted
+
+    def choose(self, sequence: Sequence) -> None:
+        """Choose what the next token reads, if not all."""
+        if self.retrieving:
+            self.retrieving.choose(sequence)
+
+    def _shrink(
+        self, cache: PagedCache, sequence: Sequence, event: Event, room: int | None, guide: Iterable[int]
+    ) -> bool:
+        if self.retrieving:
+            self.retrieving.index(sequence)
         step = event == "step"
-        if step and (sequence.look_at is None or len(sequence.tokens) <= sequence.look_at):
-            return False
         start = time.perf_counter()
         evicted = self.evicts and self._evict(cache, sequence, room, list(guide), step=step)
         n_pages = int(step)
@@ -249,7 +271,7 @@ def guided_scores(sequence: Sequence, guide: list[int], *, rms: bool = False) ->
     finally:
         if sequence.tokens:
             sequence.context.truncate(seq, position)
-            del sequence.tokens[n:]
+            sequence.forget_after(n)
 
 
 def whole_groups(keep: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -79,6 +79,7 @@ class Reader:
         step = min(config.chunk if chunked else config.n_ubatch, config.n_batch)
         room = self.n_ctx - config.chunk - config.guide
         begin = len(sequence.tokens)
+        sequence.read_all()
         sequence.mark(logits=False)  # a sequence that is interrupted goes back to here
         try:
             for i in range(0, len(tokens), step):

@@ -40,6 +40,19 @@ class KV:
 
 
 @dataclass
+class Reads:
+    """What a retriever let tokens read: its name with its parameters; tokens per head and layer that a step read, mean
+    over the steps; the share of those chosen that had been read in the step before; bytes of what stands for units, and
+    seconds of choosing."""
+
+    retriever: str
+    tokens: float = 0.0
+    kept: float = 0.0
+    index_bytes: int = 0
+    choose_s: float = 0.0
+
+
+@dataclass
 class RSS:
     """Resident memory around the first eviction (``None`` if nothing was evicted) and at its peak, bytes."""
 
@@ -70,6 +83,7 @@ class Report:
     budget: Budgeted = field(default_factory=Budgeted)
     tokens: Tokens = field(default_factory=Tokens)
     kv: KV = field(default_factory=KV)
+    reads: Reads | None = None
     rss: RSS = field(default_factory=RSS)
     timing: Timing = field(default_factory=Timing)
     finish_reason: str | None = None

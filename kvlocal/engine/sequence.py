@@ -12,6 +12,9 @@ import numpy as np
 from kvlocal.errors import KVError
 from kvlocal.native.context import Context
 
+FEW_TOKENS = 8
+"""More tokens at once are read as a prompt is, which sees everything that is held, whatever a retriever has chosen."""
+
 
 def n_common(a: Tokens[int], b: Tokens[int]) -> int:
     """How many tokens two texts begin with in common."""
@@ -38,6 +41,8 @@ class Sequence:
             ``None``: any number.
         owner: whose text it holds, for those who share an engine.
         holder: what reads or answers now; another object once somebody else has changed the sequence.
+        units: how many tokens come before the end of each closed unit of a retriever that the cache knows of.
+        narrowed: the next tokens read only what a retriever has chosen.
     """
 
     def __init__(self, context: Context, seq: int) -> None:
@@ -58,6 +63,8 @@ class Sequence:
         self.tokens: list[int] = []
         self.rolled = self.evicted_at = 0
         self.look_at: int | None = None
+        self.units: list[int] = []
+        self.narrowed = False
         self.keep_logits(None)
 
     @property
@@ -114,10 +121,22 @@ class Sequence:
         self.holder = None
         self.keep_logits(None)
         if possible and self.context.truncate(self.seq, n - self.rolled):
-            del self.tokens[n:]
+            self.forget_after(n)
             return True
         self.release()
         return False
+
+    def forget_after(self, n: int) -> None:
+        """The cache was cut to ``n`` tokens: so is what is known of them. A unit that ended there is open again."""
+        del self.tokens[n:]
+        while self.units and self.units[-1] >= n:
+            self.units.pop()
+
+    def read_all(self) -> None:
+        """Let the next tokens read everything that is held, until a retriever chooses again."""
+        if self.narrowed and self.context.cache is not None:
+            self.context.cache.read_all(self.seq)
+        self.narrowed = False
 
     def release(self) -> None:
         """Empty the sequence and give its memory back."""
@@ -131,6 +150,7 @@ class Sequence:
         other.holder = None
         other.tokens = list(self.tokens)
         other.rolled, other.evicted_at, other.look_at = self.rolled, self.evicted_at, self.look_at
+        other.units, other.narrowed = list(self.units), self.narrowed
         other.keep_logits(self._kept)
 
     def mark(self, *, logits: bool = True) -> Mark:
@@ -174,6 +194,8 @@ class Sequence:
         self._forget()
         self.holder = None
         self.tokens, self.rolled, self.evicted_at = tokens, rolled, evicted_at
+        self.narrowed = True  # as it may have been when it was saved
+        self.read_all()
         self.keep_logits(logits)
 
 
@@ -193,8 +215,10 @@ def append(parts: Mapping[Sequence, list[int]], *, outputs: Literal["last", "non
     tokens = [token for part in parts.values() for token in part]
     pos = np.concatenate([np.arange(s.position, s.position + len(part)) for s, part in parts.items()])
     seqs = np.repeat([s.seq for s in parts], [len(part) for part in parts.values()])
-    for sequence in parts:
+    for sequence, part in parts.items():
         sequence.keep_logits(None)
+        if len(part) > FEW_TOKENS:
+            sequence.read_all()
     try:
         context.decode(tokens, pos.astype(np.int32), seqs.astype(np.int32), outputs=outputs)
     except BaseException:

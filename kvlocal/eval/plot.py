@@ -42,6 +42,7 @@ def label(record: Record | Mapping[str, Any], *, budget: bool = True) -> str:
     of = record if isinstance(record, Mapping) else vars(record)
     parts = [of["policy"], of["budget"] if budget and of["budget"] != "100%" else ""]
     parts += ["chunked" if of["prefill"] == "chunked" else "", f"guide {of['guide']}" if of["guide"] else ""]
+    parts.append(f"reads {of['reads']}" if of["reads"] else "")
     return " ".join(filter(None, [*parts, of["storage"] if of["storage"] != "f16" else ""]))
 
 

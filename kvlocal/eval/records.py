@@ -30,6 +30,7 @@ class Record:
     Attributes:
         metric: ``kld``, ``ppl``, ``needle``, …; task: what is averaged; case: the case's id.
         question: ``inside`` or ``after``, empty where nothing is asked.
+        reads: the retriever, empty if everything is read.
         held_mean: tokens held per layer and KV head after the eviction; used_bytes: their K and V.
         full_bytes: what a full f16 cache of the same text takes.
         evict_s: time of the evictions.
@@ -57,6 +58,7 @@ class Record:
     labels: Mapping[str, float | str] = field(default_factory=dict)
     answer: str = ""
     commit: str = ""
+    reads: str = ""
 
 
 def identity(variant: Variant) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def identity(variant: Variant) -> dict[str, Any]:
         "budget": str(variant.budget),
         "prefill": variant.prefill,
         "guide": variant.guide,
+        "reads": str(variant.retriever or ""),
     }
 
 
@@ -137,7 +140,8 @@ def rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     for record in records:
         tasks.setdefault(record.task)
         args = json.dumps(record.policy_args, sort_keys=True)
-        variant = (record.policy, args, record.storage, record.budget, record.prefill, record.guide, record.question)
+        kept = (record.policy, args, record.storage, record.budget, record.prefill, record.guide)
+        variant = (*kept, record.reads, record.question)
         for task in (record.task, ""):
             groups.setdefault((record.metric, task, *variant), []).append(record)
     names = [*tasks] if len(tasks) == 1 else [*tasks, ""]
@@ -162,6 +166,7 @@ def _row(task: str, records: Sequence[Record]) -> dict[str, Any]:
         "budget": first.budget,
         "prefill": first.prefill,
         "guide": first.guide,
+        "reads": first.reads,
         "question": first.question,
         "held_tokens": mean(r.held_mean for r in records),
         "used_bytes": mean(r.used_bytes for r in records),

@@ -98,7 +98,7 @@ class Stage:
                 n_seq_max=config.parallel + 1,
                 n_outputs=max(config.n_outputs, config.parallel + 1),
                 paged=variants[0].paged,
-                n_window=max(max(v.policy.n_window, v.guide) for v in variants),
+                n_window=max(v.n_window for v in variants),
                 mass=next(iter(kinds), "none"),
                 formats=tuple(sorted({name for v in variants for name in v.formats})),
                 rotate=variants[0].rotates,
@@ -142,7 +142,14 @@ class Stage:
     def branch(self, seq: int, variant: Variant) -> Branch:
         """The text as a variant keeps it, in sequence ``seq``. Chunked prefill reads it once more."""
         tokens = self.text
-        bounds = Bounds(variant.policy, variant.budget, variant.store, self.config.n_ctx, self.config.evict_every)
+        bounds = Bounds(
+            variant.policy,
+            variant.budget,
+            variant.store,
+            self.config.n_ctx,
+            self.config.evict_every,
+            variant.retriever,
+        )
         out = Branch(Sequence(self.context, seq), variant, Evictor(self.context, bounds))
         if variant.chunked:
             self._read_chunked(out, tokens)
@@ -199,6 +206,9 @@ class Stage:
         """
         n_branch, n = tokens.shape
         step = min(step or n, max(1, self.context.config.n_batch // n_branch))
+        retrieving = [branch for branch in branches if branch.evictor.retrieving] if outputs == "all" else []
+        if retrieving:
+            step = 1  # every token chooses what the next one reads
         if outputs == "all":
             step = max(1, min(step, self.context.config.n_outputs // n_branch))
         parts = []
@@ -207,6 +217,8 @@ class Stage:
             width = part.shape[1]
             rows = {b.sequence: row.tolist() for b, row in zip(branches, part, strict=True)}
             append(rows, outputs=outputs)
+            for branch in retrieving:
+                branch.evictor.choose(branch.sequence)
             if outputs == "all":
                 parts.append(self.context.logits(n_branch * width).reshape(n_branch, width, -1))
         logits = np.concatenate(parts, axis=1) if parts else self.context.logits(n_branch)

@@ -9,9 +9,10 @@ from typing import Literal
 
 from kvlocal.engine.config import check_kernels
 from kvlocal.errors import UsageError
+from kvlocal.params import declared_rules
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
-from kvlocal.policies.parts.params import declared_rules
+from kvlocal.retrieval import Retriever, make_retriever
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -37,6 +38,7 @@ class Variant:
     storage: str = "f16"
     prefill: Prefill = "exact"
     guide: int = 0
+    retriever: Retriever | None = None
 
     @property
     def paged(self) -> bool:
@@ -63,6 +65,11 @@ class Variant:
         return self.paged and (bool(self.policy.formats) or self.store.rotates)
 
     @property
+    def n_window(self) -> int:
+        """Queries that our cache must remember for it."""
+        return max(self.policy.n_window, self.guide, self.retriever.n_queries if self.retriever else 0)
+
+    @property
     def type_kv(self) -> StockStorage:
         """The type that llama.cpp's cache is made in."""
         return "f16" if self.paged else self.storage  # type: ignore[return-value]
@@ -76,6 +83,7 @@ class Variant:
         """A short name that tells it from the others, such as ``ada-snapkv 25% chunked``."""
         parts = [self.name, str(self.budget) if self.policy.evicts else "", "chunked" if self.chunked else ""]
         parts.append(f"guide {self.guide}" if self.guide else "")
+        parts.append(f"reads {self.retriever}" if self.retriever else "")
         return " ".join(filter(None, [*parts, self.storage if self.storage != "f16" else ""]))
 
 
@@ -87,11 +95,13 @@ def expand(
     prefills: Sequence[Prefill] = ("exact",),
     guides: Sequence[int] = (0,),
     here: bool = True,
+    retrievers: Sequence[Retriever | None] = (None,),
 ) -> tuple[Variant, ...]:
-    """All combinations, by policy, storage, budget, prefill, guide; what does not evict appears once per storage.
+    """All combinations, by policy, storage, budget, prefill, guide, retriever; what does not evict appears once per
+    storage and retriever.
 
-    ``full`` exists in :data:`STOCK_STORAGES` only. ``policy_args`` go to the policies that have such a parameter; a
-    guide to chunked prefill of those that look at attention scores. ``here``: as of
+    ``full`` exists in :data:`STOCK_STORAGES` only, and reads everything. ``policy_args`` go to the policies that have
+    such a parameter; a guide to chunked prefill of those that look at attention scores. ``here``: as of
     :func:`kvlocal.policies.make_policy`.
 
     Raises:
@@ -109,8 +119,8 @@ def expand(
         )
     out: list[Variant] = []
     for name, policy in policies.items():
-        choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills, guides)
-        for storage, budget, prefill, guide in choices:
+        choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills, guides, retrievers)
+        for storage, budget, prefill, guide, retriever in choices:
             if not policy.evicts and name != PAGED and storage not in STOCK_STORAGES:
                 continue
             if policy.formats:
@@ -118,10 +128,38 @@ def expand(
             if policy.evicts and budget.unit == "tokens":
                 budget.tokens(0, 1, policy.min_budget)
             variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")
+            if variant.paged and not policy.rolls:
+                variant = replace(variant, retriever=retriever)
             if variant.chunked and "scores" in policy.needs:
                 variant = replace(variant, guide=guide)
             if variant not in out:
                 out.append(variant)
+    return tuple(out)
+
+
+NO_RETRIEVER = "none"
+"""The name of reading everything."""
+
+
+def retrievers(names: Sequence[str], args: Mapping[str, str], budgets: Sequence[int]) -> tuple[Retriever | None, ...]:
+    """Every retriever with every budget; ``args`` go to those that have such a parameter.
+
+    Raises:
+        UsageError: unknown retriever, a parameter that none has, a budget that one cannot read with.
+    """
+    out: dict[Retriever | None, None] = {}
+    unused = set(args)
+    for name in names:
+        if name == NO_RETRIEVER:
+            out[None] = None
+            continue
+        rules = declared_rules(type(make_retriever(name)))
+        for budget in budgets:
+            own = {key: value for key, value in args.items() if key in rules}
+            out[make_retriever(name, {"budget": budget, **own})] = None
+        unused -= rules.keys()
+    if unused:
+        raise UsageError(f"None of the retrievers {', '.join(names)} has a parameter {min(unused)!r}.")
     return tuple(out)
 
 

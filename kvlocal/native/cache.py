@@ -13,7 +13,8 @@ from kvlocal.errors import KVError
 from kvlocal.native import library
 from kvlocal.native.fork import check_process
 from kvlocal.native.formats import BITS, FORMATS, PAGE_SLOTS
-from kvlocal.native.structs import KvlLayerInfo, KvlSeqStats, KvlStats
+from kvlocal.native.retrieval import Retrieval, Retrieved
+from kvlocal.native.structs import KvlLayerInfo, KvlRetrievalStats, KvlSeqStats, KvlStats
 
 MassKind = Literal["none", "sum", "last"]
 MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
@@ -290,6 +291,28 @@ class PagedCache:
             return
         counts, flat = self._slots(layer, slots)
         self._check(self._lib.kvl_select(self._ctx, seq, layer, _ints(counts), _ints(flat)))
+
+    def index(self, seq: int, retrieval: Retrieval, ends: Sequence[int] = ()) -> None:
+        """Take up the keys of new tokens into what stands for their units, as they are stored now.
+
+        ``ends``: how many tokens come before the end of each unit that has closed since the last call, ascending, all
+        before the last token. Cutting a sequence opens the units that end at its new length or later again.
+        """
+        closed = _whole(ends, "The ends of units")
+        self._check(
+            self._lib.kvl_retrieve(self._ctx, seq, ctypes.byref(retrieval.native()), _ints(closed), len(closed), None)
+        )
+
+    def retrieve(self, seq: int, retrieval: Retrieval, ends: Sequence[int] = ()) -> Retrieved:
+        """Choose which units the next tokens read, until the next call or :meth:`select`, after :meth:`index`."""
+        closed, out = _whole(ends, "The ends of units"), KvlRetrievalStats()
+        params = ctypes.byref(retrieval.native())
+        self._check(self._lib.kvl_retrieve(self._ctx, seq, params, _ints(closed), len(closed), ctypes.byref(out)))
+        return Retrieved(out.n_units, out.index_bytes, out.us, out.n_read, out.n_wanted, out.n_kept, bool(out.full))
+
+    def read_all(self, seq: int) -> None:
+        """Let attention see everything that is held."""
+        self._check(self._lib.kvl_retrieve(self._ctx, seq, None, None, 0, None))
 
     def accumulate_mass(self, kind: MassKind = "sum") -> None:
         """Accumulate from now on, per query head, what every slot receives; from zero.

@@ -20,9 +20,17 @@ from typing import Any
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.fork import check_process, note_loaded
 from kvlocal.native.spinning import short_spins
-from kvlocal.native.structs import KvlBreakdown, KvlLayerInfo, KvlParams, KvlSeqStats, KvlStats
+from kvlocal.native.structs import (
+    KvlBreakdown,
+    KvlLayerInfo,
+    KvlParams,
+    KvlRetrieval,
+    KvlRetrievalStats,
+    KvlSeqStats,
+    KvlStats,
+)
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE = -1, -2, -3, -4
 
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
@@ -105,6 +113,10 @@ def _declare(lib: Any) -> None:
         "kvl_demote": (i32, [ptr, i32, i32, i32, ints, ints, i32, i32]),
         "kvl_set_mean": (i32, [ptr, i32, i32, floats, i32, i32, i32]),
         "kvl_select": (i32, [ptr, i32, i32, ints, ints]),
+        "kvl_retrieve": (
+            i32,
+            [ptr, i32, ctypes.POINTER(KvlRetrieval), ints, i32, ctypes.POINTER(KvlRetrievalStats)],
+        ),
         "kvl_branch": (i32, [ptr, i32, i32]),
         "kvl_rotate": (i32, [ptr, i32, i32, floats, ints]),
         "kvl_roll": (i32, [ptr, i32]),
@@ -157,6 +169,8 @@ class Native:
             "kvl_seq_stats": KvlSeqStats,
             "kvl_layer_info": KvlLayerInfo,
             "kvl_breakdown": KvlBreakdown,
+            "kvl_retrieval": KvlRetrieval,
+            "kvl_retrieval_stats": KvlRetrievalStats,
             "llama_context_params": self.llama.llama_context_params,
             "llama_model_params": self.llama.llama_model_params,
             "llama_batch": self.llama.llama_batch,

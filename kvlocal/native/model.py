@@ -237,6 +237,10 @@ class Model:
                 return buffer.raw[:n]
             size = -n
 
+    def entry(self, token: int) -> str:
+        """What the vocabulary itself calls a token."""
+        return str(self.llama.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace"))
+
     def detokenize(self, tokens: Sequence[int]) -> str:
         return b"".join(self.piece(t) for t in tokens).decode("utf-8", "replace")
 

@@ -33,6 +33,7 @@ class KvlStats(ctypes.Structure):
             "reserved_bytes",
             "table_bytes",
             "query_bytes",
+            "index_bytes",
             "n_evict",
             "score_us",
             "keep_us",
@@ -52,6 +53,39 @@ class KvlSeqStats(ctypes.Structure):
         ("full_bytes", ctypes.c_uint64),
         ("fixed_bytes", ctypes.c_uint64),
         ("fixed_limit", ctypes.c_uint64),
+    )
+
+
+class KvlRetrieval(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "summary",
+                "budget",
+                "sink",
+                "recent",
+                "n_queries",
+                "min_unit",
+                "per_head",
+                "partial",
+                "dense_layers",
+                "full_below",
+            )
+        ),
+        ("hysteresis", ctypes.c_float),
+    )
+
+
+class KvlRetrievalStats(ctypes.Structure):
+    _fields_ = (
+        ("n_units", ctypes.c_int64),
+        ("index_bytes", ctypes.c_uint64),
+        ("us", ctypes.c_uint64),
+        ("n_read", ctypes.c_float),
+        ("n_wanted", ctypes.c_float),
+        ("n_kept", ctypes.c_float),
+        ("full", ctypes.c_int32),
     )
 
 

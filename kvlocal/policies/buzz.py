@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvlocal.params import choice, validate, whole
 from kvlocal.policies.parts.allocation import require_budget
-from kvlocal.policies.parts.params import choice, validate, whole
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import Floats, Ints
 from kvlocal.policies.parts.view import CacheView, LayerView

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.parts.params import whole
+from kvlocal.params import whole
 from kvlocal.policies.parts.scoring import Floats, Ints, reduce_groups
 from kvlocal.policies.parts.uniform import UniformWithSinks
 from kvlocal.policies.parts.view import LayerView

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvlocal.params import whole
 from kvlocal.policies.parts.allocated import Allocated
-from kvlocal.policies.parts.params import whole
 from kvlocal.policies.parts.scoring import Floats, Region, prefix_scores
 from kvlocal.policies.parts.view import LayerView
 

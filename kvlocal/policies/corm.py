@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvlocal.params import choice, real, whole
 from kvlocal.policies.parts.allocation import require_budget
-from kvlocal.policies.parts.params import choice, real, whole
 from kvlocal.policies.parts.ranked import SAFEGUARD, Ranked
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, competing, per_head, reduce_groups
 from kvlocal.policies.parts.view import CacheView, LayerView

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.errors import KVError
+from kvlocal.params import choice, real, whole
 from kvlocal.policies.parts.allocated import Allocated
-from kvlocal.policies.parts.params import choice, real, whole
 from kvlocal.policies.parts.scoring import Floats, Region, competing, per_head
 from kvlocal.policies.parts.view import LayerView
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.parts.params import real
+from kvlocal.params import real
 from kvlocal.policies.parts.scoring import Ints, top
 from kvlocal.policies.parts.uniform import Uniform
 from kvlocal.policies.parts.view import LayerView

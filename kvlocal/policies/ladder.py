@@ -10,7 +10,7 @@ import numpy as np
 
 from kvlocal.errors import UsageError
 from kvlocal.native.formats import PAGE_SLOTS
-from kvlocal.policies.parts.params import choice, real, subset, validate, whole
+from kvlocal.params import choice, real, subset, validate, whole
 from kvlocal.policies.parts.policy import Decision, Policy
 from kvlocal.policies.parts.rungs import GONE, Pages, climb
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, prefix_scores, region

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from kvlocal.errors import UsageError
+from kvlocal.params import Parameter, closest, parameters, values_of
 from kvlocal.policies.ada_pyramid import AdaPyramid
 from kvlocal.policies.ada_snapkv import AdaSnapKV
 from kvlocal.policies.buzz import Buzz
@@ -26,7 +26,6 @@ from kvlocal.policies.keydiff import KeyDiff
 from kvlocal.policies.knorm import Knorm
 from kvlocal.policies.ladder import Ladder
 from kvlocal.policies.observed import Observed
-from kvlocal.policies.parts.params import Parameter, declared_rules, parameters, refusal
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.pyramidkv import PyramidKV
 from kvlocal.policies.random import Random
@@ -67,7 +66,7 @@ def find_policy(name: str, here: bool = True) -> type[Policy]:
     if target is None:
         known = [*REGISTRY, *sorted(plugins)]
         raise UsageError(
-            f"There is no policy {name!r}{_closest(name, known)}; known policies: {', '.join(known)}. "
+            f"There is no policy {name!r}{closest(name, known)}; known policies: {', '.join(known)}. "
             "A policy of your own is package.module:Class."
         )
     module, _, attribute = target.partition(":")
@@ -108,19 +107,7 @@ def make_policy(name: str, args: Mapping[str, object] | None = None, here: bool 
         UsageError: unknown policy, unknown parameter or a value that is not allowed.
     """
     cls = find_policy(name, here)
-    rules = declared_rules(cls)
-    values: dict[str, object] = {}
-    for key, value in (args or {}).items():
-        if key not in rules:
-            known = f"it has {', '.join(rules)}" if rules else "it has none at all"
-            raise UsageError(f"Policy {name} has no parameter {key!r}{_closest(key, rules)}; {known}.")
-        if isinstance(value, str):
-            try:
-                value = rules[key].parse(value)
-            except ValueError:
-                raise refusal(name, key, value, rules[key]) from None
-        values[key] = value
-    return cls(**values)
+    return cls(**values_of(cls, args or {}))
 
 
 def describe() -> list[PolicyInfo]:
@@ -129,8 +116,3 @@ def describe() -> list[PolicyInfo]:
         PolicyInfo(name, cls.paper, tuple(parameters(cls)), (cls.__doc__ or "").strip().splitlines()[0])
         for name, cls in REGISTRY.items()
     ]
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

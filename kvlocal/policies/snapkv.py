@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlocal.policies.parts.params import choice, whole
+from kvlocal.params import choice, whole
 from kvlocal.policies.parts.ranked import Ranked
 from kvlocal.policies.parts.scoring import Floats, Region, prefix_scores
 from kvlocal.policies.parts.view import LayerView

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.parts.params import choice
+from kvlocal.params import choice
 from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.parts.uniform import UniformWithSinks
 from kvlocal.policies.parts.view import LayerView

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.parts.params import choice
+from kvlocal.params import choice
 from kvlocal.policies.parts.scoring import Floats, Ints, reduce_groups, top
 from kvlocal.policies.parts.uniform import Uniform
 from kvlocal.policies.parts.view import LayerView

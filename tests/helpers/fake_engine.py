@@ -158,6 +158,7 @@ class FakeEngine:
                     "peak_bytes": 25 * MIB,
                     "fixed_bytes": 0,
                 },
+                "reads": None,
                 "rss": {
                     "before_evict_bytes": 300 * MIB if evicts else None,
                     "after_evict_bytes": 281 * MIB if evicts else None,

@@ -31,6 +31,7 @@ def found(
         "budget": "100%" if whole else "25%",
         "prefill": "exact",
         "guide": 0,
+        "reads": "",
         "held_mean": 400.0 if whole else 100.0,
         "used_bytes": 4 * MIB if whole else MIB,
         "full_bytes": 4 * MIB,

@@ -18,11 +18,13 @@ ARROWS: dict[str, set[str]] = {
     "kvlocal.files": {"kvlocal.errors"},
     "kvlocal.jsonl": {"kvlocal.errors"},
     "kvlocal.settings": {"kvlocal.errors"},
+    "kvlocal.params": {"kvlocal.errors", "kvlocal.settings"},
     "kvlocal.native": set(),
     "kvlocal.policies": {"kvlocal.native.formats"},
+    "kvlocal.retrieval": {"kvlocal.native.retrieval"},
     "kvlocal.models": {"kvlocal.native"},
     "kvlocal.storage": {"kvlocal.native", "kvlocal.policies"},
-    "kvlocal.engine": {"kvlocal.native", "kvlocal.policies", "kvlocal.models", "kvlocal.storage"},
+    "kvlocal.engine": {"kvlocal.native", "kvlocal.policies", "kvlocal.retrieval", "kvlocal.models", "kvlocal.storage"},
     "kvlocal.batch": {"kvlocal.engine"},
     "kvlocal.measure": {"kvlocal.engine"},
     "kvlocal.eval": {"kvlocal.engine", "kvlocal.measure"},
@@ -40,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
 }
 """What the files of a room may import beside their own room; the rooms below those count too."""
 
-BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl", "kvlocal.settings"}
+BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl", "kvlocal.params", "kvlocal.settings"}
 """What every room but these themselves may import: the version, errors, files, settings."""
 
 KNOWN: set[str] = set()

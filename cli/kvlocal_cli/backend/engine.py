@@ -31,18 +31,22 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
     from kvlocal.engine.config import EngineConfig
     from kvlocal.models.resolve import resolve_model
     from kvlocal.policies import make_policy
+    from kvlocal.retrieval import make_retriever
     from kvlocal.storage.budget import Budget
     from kvlocal.storage.storage import Storage
 
     # First what can be wrong on the command line: nobody should wait for a download to learn of a typing error.
     policy = make_policy(settings.policy, dict(settings.policy_args), here=settings.policy_typed)
     budget = Budget.parse(settings.budget)
+    read = {"budget": settings.retrieve_budget, **settings.retrieve_args}
+    retriever = make_retriever(settings.retrieve, read) if settings.retrieve else None
     with screen.download() as on_progress:
         model = resolve_model(settings.model, progress=on_progress)
     return EngineConfig(
         model=model,
         policy=policy,
         budget=budget,
+        retriever=retriever,
         n_ctx=settings.n_ctx,
         n_batch=settings.n_batch,
         n_ubatch=settings.n_ubatch,

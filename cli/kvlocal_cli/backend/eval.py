@@ -61,15 +61,26 @@ def plan_eval(
     prefills: Sequence[Any],
     guides: Sequence[int],
     questions: Sequence[str],
+    retrieves: Sequence[str],
+    retrieve_budgets: Sequence[int],
     chunk: int,
     n_ubatch: int,
     parallel: int,
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
     from kvlocal.eval.stage import StageConfig
-    from kvlocal.measure.variants import check_variants, expand
+    from kvlocal.measure.variants import check_variants, expand, retrievers
 
-    variants = expand(policies, settings.policy_args, budgets, storages, prefills, guides, here=settings.policy_typed)
+    variants = expand(
+        policies,
+        settings.policy_args,
+        budgets,
+        storages,
+        prefills,
+        guides,
+        here=settings.policy_typed,
+        retrievers=retrievers(retrieves, settings.retrieve_args, retrieve_budgets),
+    )
     check_variants(settings.kernels, variants)
     return EvalPlan(
         metric=metric,

@@ -23,7 +23,7 @@ from kvlocal_cli.options.eval import (
     text_options,
 )
 from kvlocal_cli.options.option import GroupedGroup, count, declared, option
-from kvlocal_cli.options.settings import Settings, check_chunked
+from kvlocal_cli.options.settings import Settings, check_chunked, check_retrieved
 from kvlocal_cli.terminal.interrupt import Interrupt
 from kvlocal_cli.terminal.output_file import check_output, write_output
 
@@ -191,6 +191,8 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         check_chunked("n_chunk", "--chunk")
         if any(common.guides):
             check_chunked("guides", "--guide")
+    if set(common.retrieves) <= {"none"}:
+        check_retrieved()
     for path in filter(None, (common.output_file, common.plot)):
         check_output(path)
     if common.plot is not None:
@@ -204,6 +206,8 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         storages=common.storages,
         prefills=common.prefills,
         guides=common.guides,
+        retrieves=common.retrieves,
+        retrieve_budgets=common.retrieve_budgets,
         questions=questions,
         chunk=common.n_chunk,
         n_ubatch=_n_ubatch(chosen),

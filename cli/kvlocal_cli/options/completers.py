@@ -30,6 +30,9 @@ POLICIES = (
 )
 """The names of `kvlocal.policies.REGISTRY`."""
 
+RETRIEVERS = ("sentencekv", "quest", "recent")
+"""The names of `kvlocal.retrieval.REGISTRY`."""
+
 STORAGES = ("f16", "q8", "q4", "kv3", "kv2", "kivi", "logquant")
 """Those of `kvlocal.storage.storage.STORAGES`."""
 
@@ -49,6 +52,10 @@ def policies(_ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 def storages(_ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return _items(param, STORAGES, incomplete)
+
+
+def retrievers(_ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _items(param, RETRIEVERS, incomplete)
 
 
 def budgets(_ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

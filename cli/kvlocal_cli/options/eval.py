@@ -29,6 +29,8 @@ class Common:
     prefills: tuple[Literal["exact", "chunked"], ...]
     n_chunk: int
     guides: tuple[int, ...]
+    retrieves: tuple[str, ...]
+    retrieve_budgets: tuple[int, ...]
     parallel: int
     f32: bool
     fresh: bool
@@ -68,6 +70,15 @@ _COMMON = stack(
         "0",
         help="With --prefill chunked: the last N tokens (the question) decide what every chunk leaves.",
     ),
+    declared_list(
+        settings.RETRIEVE,
+        "retrieves",
+        "none",
+        shell_complete=completers.retrievers,
+        help="Which part of what is kept a token reads: none (all of it), sentencekv, quest or recent.",
+    ),
+    declared_list(settings.RETRIEVE_BUDGET, "retrieve_budgets", "1024", help=settings.RETRIEVE_BUDGET.help),
+    declared(settings.RETRIEVE_ARGS),
     declared(
         settings.EVICT_EVERY,
         help="Tokens that what follows may exceed the budget by until it is evicted again; 1: at every token.",

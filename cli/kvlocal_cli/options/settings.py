@@ -42,6 +42,9 @@ class Settings:
     storage: str = settings.KV.default
     storage_tail: int = settings.KV_TAIL.default
     kv_swa: Literal["f16", "q8"] = settings.KV_SWA.default
+    retrieve: str | None = settings.RETRIEVE.default
+    retrieve_args: Mapping[str, str] = field(default_factory=dict)
+    retrieve_budget: int = settings.RETRIEVE_BUDGET.default
     evict_every: int = settings.EVICT_EVERY.default
     policy_typed: bool = field(default=False, compare=False)
 
@@ -71,6 +74,8 @@ _CACHE = stack(
     declared(settings.BUDGET, shell_complete=completers.budgets),
     declared(settings.KV, shell_complete=completers.storages),
     *map(declared, (settings.KV_TAIL, settings.KV_SWA, settings.KV_SINK, settings.KV_WINDOW)),
+    declared(settings.RETRIEVE, shell_complete=completers.retrievers),
+    *map(declared, (settings.RETRIEVE_ARGS, settings.RETRIEVE_BUDGET)),
     *map(declared, (settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY)),
 )
 _ENGINE = stack(declared(settings.N_CTX), _BATCH, _COMPUTE, _CACHE)
@@ -163,7 +168,7 @@ def stats_option(command: Callback) -> Callback:
 
 
 def _gather(command: Callback) -> Callback:
-    names = set(Settings.__dataclass_fields__) - {"model", "policy_args", "policy_typed"}
+    names = set(Settings.__dataclass_fields__) - {"model", "policy_args", "retrieve_args", "policy_typed"}
 
     @functools.wraps(command)
     def gather(**options: Any) -> Any:
@@ -175,13 +180,16 @@ def _gather(command: Callback) -> Callback:
         typed = ParameterSource.COMMANDLINE in (source("policy"), source("policies"))
         sink, window = options.pop("kv_sink", None), options.pop("kv_window", None)
         args = parse_policy_args(options.pop("policy_args", ()), sink=sink, window=window)
+        read = parse_pairs("--retrieve-arg", options.pop("retrieve_args", ()), "sink=32")
+        if "retrieve" in values and not values["retrieve"]:
+            check_retrieved()
         for name in ("chunk", "guide"):
             if values.get(name) and values["prefill"] != "chunked":
                 check_chunked(name, f"--{name}")
                 if name == "guide":
                     values[name] = 0
         return command(
-            settings=Settings(model=model, policy_args=args, policy_typed=typed, **values),
+            settings=Settings(model=model, policy_args=args, retrieve_args=read, policy_typed=typed, **values),
             **options,
         )
 
@@ -192,6 +200,14 @@ def check_chunked(name: str, flag: str) -> None:
     """Refuse what only a chunked prefill heeds; in a file it says what is to be if there is one."""
     if twins.asked_for(name):
         raise UsageError(f"{flag} has no effect without --prefill chunked; give both or neither.")
+
+
+def check_retrieved() -> None:
+    """Refuse what only a retriever heeds; in a file it says what is to be if there is one."""
+    if any(map(twins.asked_for, ("retrieve_args", "retrieve_budget", "retrieve_budgets"))):
+        raise UsageError(
+            "--retrieve-arg and --retrieve-budget have no effect without --retrieve NAME; give it as well."
+        )
 
 
 def pick_model(model: str | None, hf: str | None) -> str | None:
@@ -211,14 +227,7 @@ def parse_policy_args(pairs: tuple[str, ...], *, sink: int | None, window: int |
 
     Of two spellings, the one nearer to the command line.
     """
-    args: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise UsageError(f"--policy-arg '{pair}' is not name=value, for example --policy-arg window=32.")
-        if name in args:
-            raise UsageError(f"--policy-arg sets '{name}' twice; give it once.")
-        args[name] = value
+    args = parse_pairs("--policy-arg", pairs, "window=32")
     for name, number in (("sink", sink), ("window", window)):
         if number is None:
             continue
@@ -227,4 +236,17 @@ def parse_policy_args(pairs: tuple[str, ...], *, sink: int | None, window: int |
         if name in args and not twins.overruled("policy_args", by=f"kv_{name}"):
             raise UsageError(f"--kv-{name} and --policy-arg {name}=… set the same parameter; give one of them.")
         args[name] = str(number)
+    return args
+
+
+def parse_pairs(flag: str, pairs: tuple[str, ...], example: str) -> dict[str, str]:
+    """`name=value` pairs of an option as a dict."""
+    args: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise UsageError(f"{flag} '{pair}' is not name=value, for example {flag} {example}.")
+        if name in args:
+            raise UsageError(f"{flag} sets '{name}' twice; give it once.")
+        args[name] = value
     return args

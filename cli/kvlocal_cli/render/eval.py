@@ -94,6 +94,7 @@ def _columns(metric: str, rows: Sequence[Row]) -> list[Column]:
         (True, name("budget", "budget")),
         (varies("prefill"), name("prefill", "prefill")),
         (varies("guide"), Column("guide", False, lambda row: f"{row['guide']:,}")),
+        (varies("reads"), Column("reads", True, lambda row: row["reads"] or "all")),
         (varies("question"), name("question", "question")),
         (True, Column("held", False, lambda row: f"{row['held']:.1%}")),
     ]
@@ -141,6 +142,7 @@ def _heading(about: About, rows: Sequence[Row]) -> str:
     parts += [same("task") if same("task") != about["metric"] else ""]
     parts += [f"{same('prefill')} prefill" if same("prefill") == "chunked" else ""]
     parts += [f"guide {same('guide')}" if same("guide") not in ("", "0") else ""]
+    parts += [f"reads {same('reads')}" if same("reads") else ""]
     parts += [f"question {same('question')}" if same("question") else ""]
     return " · ".join(filter(None, parts))
 

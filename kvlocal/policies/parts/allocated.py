@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvlocal.policies.parts.params import choice
+from kvlocal.params import choice
 from kvlocal.policies.parts.ranked import ALPHA, BETA, SAFEGUARD, Ranked
 from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.parts.view import CacheView, LayerView

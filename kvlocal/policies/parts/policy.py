@@ -38,6 +38,7 @@ class Policy:
     ``full``).
     """
 
+    kind: ClassVar[str] = "policy"
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()

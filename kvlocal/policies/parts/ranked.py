@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvlocal.params import choice, real, validate, whole
 from kvlocal.policies.parts import allocation, compat
-from kvlocal.policies.parts.params import choice, real, validate, whole
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import Floats, Ints, Region, region, top
 from kvlocal.policies.parts.view import CacheView, LayerView

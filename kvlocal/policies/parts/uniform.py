@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvlocal.params import validate, whole
 from kvlocal.policies.parts.allocation import check_counts, uniform_counts
-from kvlocal.policies.parts.params import validate, whole
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.parts.scoring import Ints
 from kvlocal.policies.parts.view import CacheView, LayerView

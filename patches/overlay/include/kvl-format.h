@@ -12,6 +12,7 @@ extern "C" {
 #define KVL_ROWS_ENCODE_PROC "kvl_rows_encode"
 #define KVL_ROWS_DECODE_PROC "kvl_rows_decode"
 #define KVL_ROW_ROTATE_PROC "kvl_row_rotate"
+#define KVL_ROWS_DOT_PROC "kvl_rows_dot"
 
 typedef enum kvl_row {
     KVL_ROW_F16 = 0,
@@ -99,12 +100,16 @@ typedef void (*kvl_rows_decode_t)(kvl_row row, const void * in, int first, int n
 // block. Its own inverse.
 typedef void (*kvl_row_rotate_t)(float * x, int d);
 
+// out[n]: the dot products of f16 rows[n][d] and x[d], added up in f32.
+typedef void (*kvl_rows_dot_t)(const uint16_t * rows, int64_t n, int d, const float * x, float * out);
+
 // One row that shares nothing with others, and back.
 void kvl_row_encode(kvl_row row, const float * x, int d, void * out);
 void kvl_row_decode(kvl_row row, const void * in, int d, float * out);
 // One value after the other, in plain loops: what kvl_row_decode must equal bit for bit in any instructions.
 void kvl_row_decode_ref(kvl_row row, const void * in, int d, float * out);
 void kvl_row_rotate(float * x, int d);
+void kvl_rows_dot(const uint16_t * rows, int64_t n, int d, const float * x, float * out);
 void kvl_rows_encode(kvl_row row, const float * x, int n, int d, void * out);
 void kvl_rows_decode(kvl_row row, const void * in, int first, int n, int d, float * out, int ld);
 

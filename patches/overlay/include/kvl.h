@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 9
+#define KVL_ABI_VERSION 10
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -41,6 +41,13 @@ typedef enum kvl_format {
     KVL_FORMAT_COUNT = 7,
 } kvl_format;
 
+// What stands for the keys of a unit of text, per KV head.
+typedef enum kvl_summary {
+    KVL_SUMMARY_NONE = 0,   // nothing: the newest units are read
+    KVL_SUMMARY_MEAN = 1,   // their mean
+    KVL_SUMMARY_BOUNDS = 2, // their largest and smallest value per channel
+} kvl_summary;
+
 typedef struct kvl_params {
     int32_t n_window;    // queries remembered per layer and sequence for window scores (0: none)
     int32_t n_pool_ctx;  // tokens per head and sequence the pool can hold (0: the context size)
@@ -63,6 +70,7 @@ typedef struct kvl_stats {
     uint64_t reserved_bytes;  // address space of the pools (committed only where used)
     uint64_t table_bytes;     // page tables and positions
     uint64_t query_bytes;     // window queries
+    uint64_t index_bytes;     // what stands for units of text (kvl_retrieve)
     uint64_t n_evict;         // calls of kvl_keep that dropped slots
     uint64_t score_us;        // time in kvl_window_scores
     uint64_t keep_us;         // time in kvl_keep
@@ -92,6 +100,31 @@ typedef struct kvl_layer_info {
     float kq_scale;      // what attention logits are multiplied with
     const char * device; // in whose memory the pages lie, as ggml_backend_dev_name has it
 } kvl_layer_info;
+
+// How a part of a sequence is read.
+typedef struct kvl_retrieval {
+    int32_t summary;      // a kvl_summary
+    int32_t budget;       // tokens per head that a token reads, sink and recent included, besides the unit that is open
+    int32_t sink;         // first tokens, always read
+    int32_t recent;       // last tokens, always read, the one that reads included
+    int32_t n_queries;    // newest queries whose mean is compared (0: those of the open unit)
+    int32_t min_unit;     // no unit is looked for once fewer tokens are left of the budget
+    int32_t per_head;     // 1: every KV head chooses for itself, 0: all of a layer together
+    int32_t partial;      // 1: of the first unit that does not fit the beginning is read, 0: others that fit are
+    int32_t dense_layers; // first layers that read everything
+    int32_t full_below;   // everything is read while the open unit has fewer tokens
+    float hysteresis; // by how many standard deviations a unit must be better to take the place of one that was read
+} kvl_retrieval;
+
+typedef struct kvl_retrieval_stats {
+    int64_t n_units;      // closed
+    uint64_t index_bytes; // of what stands for them
+    uint64_t us;          // time it took
+    float n_read;         // tokens per head that the next token reads, mean over the open layers
+    float n_wanted;       // of these chosen by score
+    float n_kept;         // of these read before
+    int32_t full;         // 1: everything is read
+} kvl_retrieval_stats;
 
 // What a context takes of main memory, or of accelerators, bytes.
 typedef struct kvl_breakdown {
@@ -206,6 +239,13 @@ LLAMA_API int32_t kvl_keep(struct llama_context * ctx, llama_seq_id seq, int32_t
 // when others are dropped, demoted or cut off. n_select NULL: all slots.
 LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32_t layer, const int32_t * n_select,
                              const int32_t * slots);
+// Choose what the next tokens read of every open layer, until the next call or kvl_select: the units of text whose keys
+// answer the newest queries best, beside sink, recent and the unit that is open. ends: positions behind units that have
+// closed since the last call, ascending and before the last token; keys of new tokens are taken up as they are stored
+// now. When a sequence is cut, units that ended at its new length or later are open again. out NULL: nothing is chosen
+// yet; params NULL: everything is read.
+LLAMA_API int32_t kvl_retrieve(struct llama_context * ctx, llama_seq_id seq, const kvl_retrieval * params,
+                               const llama_pos * ends, int32_t n_ends, kvl_retrieval_stats * out);
 // Store slots in another format named in kvl_params.formats; returns how many were not in it before. With n_demote:
 // these slots. With n_demote NULL: of every head the f16 slots at the n_positions ascending positions in `which`, the
 // earliest n_most (0: all). Needs the page kernels. To kivi go whole groups: kivi_group slots in the order of their

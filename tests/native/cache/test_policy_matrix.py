@@ -13,10 +13,10 @@ from kvlocal.engine.evictor import evict
 from kvlocal.engine.sequence import Sequence
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
+from kvlocal.params import declared_rules
 from kvlocal.policies import REGISTRY, Policy, make_policy
 from kvlocal.policies.buzz import Buzz
 from kvlocal.policies.expected_attention import mean_rotation
-from kvlocal.policies.parts.params import declared_rules
 
 POLICIES = [name for name, cls in REGISTRY.items() if cls.evicts and name != "ladder"]  # which counts bytes
 SMALL = {"window": 8, "chunk": 4, "queries": 16, "n_future": 16, "sink": 2}

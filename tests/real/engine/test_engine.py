@@ -24,8 +24,8 @@ from kvlocal.engine.evictor import Event
 from kvlocal.engine.sequence import Sequence
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.sampling import Sampling
+from kvlocal.params import declared_rules
 from kvlocal.policies import REGISTRY
-from kvlocal.policies.parts.params import declared_rules
 
 SCORING = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]
 EVICTING = [name for name in REGISTRY if name not in ("full", "buzz", "ladder")]
@@ -331,6 +331,7 @@ def test_the_report_has_the_contract_s_keys(open_engine: OpenEngine) -> None:
         "budget": ["bytes", "fraction", "tokens"],
         "tokens": ["generated", "held_max", "held_mean", "held_min", "prompt"],
         "kv": ["allocated_bytes", "fixed_bytes", "full_bytes", "peak_bytes", "used_bytes"],
+        "reads": None,
         "rss": ["after_evict_bytes", "before_evict_bytes", "peak_bytes"],
         "timing": ["decode_s", "decode_tps", "evict_s", "load_s", "prefill_s", "prefill_tps", "ttft_s"],
         "finish_reason": None,

@@ -38,6 +38,7 @@ CONTRACT: dict[str, Any] = {
         "peak_bytes": BYTES,
         "fixed_bytes": BYTES,
     },
+    "reads": type(None),
     "rss": {"before_evict_bytes": BYTES, "after_evict_bytes": BYTES, "peak_bytes": BYTES},
     "timing": {
         "load_s": SECONDS,

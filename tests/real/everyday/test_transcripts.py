@@ -64,6 +64,7 @@ def test_run_as_json() -> None:
             "peak_bytes": 320 * 2048,
             "fixed_bytes": 0,
         },
+        "reads": None,
         "finish_reason": "stop",
     }
 

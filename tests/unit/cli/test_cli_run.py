@@ -133,6 +133,7 @@ def test_json_is_the_report_and_nothing_else(fake: Fake) -> None:
         "budget",
         "tokens",
         "kv",
+        "reads",
         "rss",
         "timing",
         "finish_reason",

@@ -61,7 +61,14 @@ ROW: dict[str, Any] = {
 MACHINE = {"threads": 16, "cores": 16, "cpu": "A CPU with a name of its own @ 2.60GHz", "read_bytes_per_s": 12e9}
 ABOUT = {"metric": "needle", "model": LONG, "settings": {"f32": False}}
 SCORE: dict[str, Any] = {
-    **{"task": "niah_multikey_3", "policy": "expected-attention", "storage": "kivi", "budget": "25%", "guide": 64},
+    **{
+        "task": "niah_multikey_3",
+        "policy": "expected-attention",
+        "storage": "kivi",
+        "budget": "25%",
+        "guide": 64,
+        "reads": "quest 512",
+    },
     **{"prefill": "chunked", "question": "after", "held": 0.25, "n": 12, "score": 0.5, "ci_low": 0.4, "ci_high": 0.6},
 }
 
@@ -73,7 +80,10 @@ def test_results_have_every_figure_at_every_width(width: int) -> None:
     assert max(map(len, lines)) <= width
     for figure in ("131,072", "12,346", "(123–346)", "456.0 MiB", "12.34"):
         assert figure in "\n".join(lines)
-    scores = [SCORE, {**SCORE, "task": "vt", "storage": "f16", "prefill": "exact", "guide": 0, "question": "inside"}]
+    scores = [
+        SCORE,
+        {**SCORE, "task": "vt", "storage": "f16", "prefill": "exact", "guide": 0, "reads": "", "question": "inside"},
+    ]
     lines = printed(width, *eval_output.as_rich(ABOUT, scores, width))
     assert max(map(len, lines)) <= width
     assert "0.50 [0.40, 0.60]" in "\n".join(lines) and "niah_multikey_3" in "\n".join(lines)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from policy_views import cache_view, evict, layer_view, random_layer, with_window
 
 from kvlocal.errors import UsageError
+from kvlocal.params import declared_rules
 from kvlocal.policies import REGISTRY, make_policy
-from kvlocal.policies.parts.params import declared_rules
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCORED = ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramid"]

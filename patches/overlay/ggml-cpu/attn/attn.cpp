@@ -103,6 +103,7 @@ extern "C" void * kvl_cpu_proc_address(const char * name) {
         {KVL_ROWS_ENCODE_PROC, reinterpret_cast<void *>(kvl_rows_encode)},
         {KVL_ROWS_DECODE_PROC, reinterpret_cast<void *>(kvl_rows_decode)},
         {KVL_ROW_ROTATE_PROC, reinterpret_cast<void *>(kvl_row_rotate)},
+        {KVL_ROWS_DOT_PROC, reinterpret_cast<void *>(kvl_rows_dot)},
     };
     for (const auto & [known, proc] : procs) {
         if (strcmp(name, known) == 0) {

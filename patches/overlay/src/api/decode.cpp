@@ -88,6 +88,9 @@ int32_t kvl_decode(llama_context * ctx, llama_batch batch) {
                 kv->truncate(batch.seq_id[i][0], 0);
             }
         }
+        if (kv && code == 0 && kv->params.window_format != KVL_FORMAT_F16) {
+            ctx->synchronize();
+        }
         for (int32_t i = 0; kv && code == 0 && i < batch.n_tokens; i++) {
             // what a long batch saw of a window is not held until the next one
             kv->slide(batch.seq_id[i][0]);

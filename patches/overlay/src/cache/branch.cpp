@@ -86,6 +86,7 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
         }
     }
     seq.n_seen = p0;
+    seq.index.cut(p0);
     if (mark) {
         go_back(seq_id, *mark);
     } else if (recr) {
@@ -114,6 +115,7 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     // what can fail comes before the first page is shared
     std::vector<std::vector<kvl_head>> heads = from.heads;
     std::vector<std::vector<float>> mu = from.mu;
+    kvl_index index = from.index;
     std::vector<std::vector<std::vector<std::vector<float>>>> mass(layers.size()); // [layer][KV head]
     std::map<kvl_arena *, uint64_t> n_mass;
     for (size_t l = 0; l < layers.size(); l++) {
@@ -135,6 +137,7 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     }
     to.heads = std::move(heads);
     to.mu = std::move(mu);
+    to.index = std::move(index);
     to.window = from.window; // of the same length
     to.n_seen = from.n_seen;
     if (recr) {

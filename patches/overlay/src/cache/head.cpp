@@ -60,6 +60,31 @@ void kvl_head::see(const std::vector<uint32_t> & slots) {
     count_listed();
 }
 
+void kvl_head::see_positions(const std::vector<uint32_t> & bits) {
+    live.assign(pages.size(), 0);
+    const uint32_t f16 = f16_begin();
+    for (uint32_t first = 0; first < n(); first += KVL_PAGE_SLOTS) {
+        const uint32_t size = std::min(n() - first, uint32_t(KVL_PAGE_SLOTS));
+        uint32_t & word = live[first / KVL_PAGE_SLOTS];
+        const llama_pos p0 = pos[first];
+        if (first >= f16 && pos[first + size - 1] - p0 == llama_pos(size) - 1) { // ascending without a gap
+            const uint32_t shift = uint32_t(p0) % 32;
+            const auto * at = bits.data() + p0 / 32;
+            word = at[0] >> shift | (shift > 0 ? at[1] << (32 - shift) : 0);
+            word &= size < KVL_PAGE_SLOTS ? (1u << size) - 1 : UINT32_MAX;
+            continue;
+        }
+        for (uint32_t i = 0; i < size; i++) {
+            const llama_pos p = pos[first + i];
+            word |= p == HOLE ? 0 : (bits[size_t(p) / 32] >> p % 32 & 1) << i;
+        }
+    }
+    if (n() % KVL_PAGE_SLOTS != 0) {
+        live.back() |= UINT32_MAX << n() % KVL_PAGE_SLOTS;
+    }
+    count_listed();
+}
+
 uint32_t kvl_head::held_bits(uint32_t page) const {
     const uint32_t n = kvl_head::n() - page * KVL_PAGE_SLOTS;
     return all_live(page) & (n < KVL_PAGE_SLOTS ? (1u << n) - 1 : UINT32_MAX);

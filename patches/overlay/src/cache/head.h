@@ -50,6 +50,8 @@ struct kvl_head {
     bool is_live(uint32_t slot) const { return live[slot / KVL_PAGE_SLOTS] >> slot % KVL_PAGE_SLOTS & 1; }
     // see these slots of all that are held, and what is appended later
     void see(const std::vector<uint32_t> & slots);
+    // see the slots at these positions, a bit each, with a word of nothing at the end; and what is appended later
+    void see_positions(const std::vector<uint32_t> & bits);
     // see all
     void see_all();
     // after the bits have changed

@@ -73,6 +73,7 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
         dropped = dropped || kept[h].size() < heads[h].held();
     }
     compact(seq_id, layer_id, kept);
+    seqs[seq_id].index.evicted = seqs[seq_id].index.evicted || dropped;
     n_evict += dropped ? 1 : 0;
     trim();
     return true;

@@ -49,6 +49,7 @@ const kvl_row_functions & kvl_find_rows() {
         find(reg, KVL_ROWS_ENCODE_PROC, out.encode);
         find(reg, KVL_ROWS_DECODE_PROC, out.decode);
         find(reg, KVL_ROW_ROTATE_PROC, out.rotate);
+        find(reg, KVL_ROWS_DOT_PROC, out.dot);
         return out;
     }();
     return rows;

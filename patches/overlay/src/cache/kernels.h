@@ -16,6 +16,7 @@ struct kvl_row_functions {
     kvl_rows_encode_t encode;
     kvl_rows_decode_t decode;
     kvl_row_rotate_t rotate;
+    kvl_rows_dot_t dot;
 };
 
 // The device whose kernels work on buffers of a type: the CPU for all main memory.

@@ -112,7 +112,6 @@ int32_t llama_kv_paged::centre(llama_seq_id seq_id, uint32_t layer_id, llama_pos
 
 void llama_kv_paged::value_norms(llama_seq_id seq_id, uint32_t layer_id, int n_threads, float * out) const {
     const std::vector<kvl_head> & heads = seqs[seq_id].heads[layer_id];
-    const uint32_t d_v = layers[layer_id].pool->d_v;
     std::vector<float *> to;
     for (const kvl_head & head : heads) {
         to.push_back(out);

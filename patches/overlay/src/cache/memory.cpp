@@ -336,7 +336,7 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_
     const kvl_layer & layer = kv->layers[layer_id];
     const bool fused = layer.kernels() != nullptr;
     // a graph is used again until a head crosses a multiple of this; accelerators want it larger
-    const uint32_t pad = layer.arena->is_host() && !fused ? 2 * KVL_PAGE_SLOTS : 256;
+    uint32_t pad = layer.arena->is_host() && !fused ? 2 * KVL_PAGE_SLOTS : 256;
     const uint32_t version = kv->has_mass() ? layer.arena->mass.version() : 0;
     const kvl_mass mass = layer.open() ? kv->mass() : KVL_MASS_NONE;
     // a window and what is left of its first page; a page more, lest it is another graph whenever a page is given up
@@ -350,6 +350,9 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_
     for (uint32_t s = 0; s < ub.n_seqs; s++) {
         for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer_id]) {
             n_pages = std::max(n_pages, head.n_listed);
+            if (fused && head.n_listed < head.pages.size()) { // what is chosen anew every step is more or less
+                pad = 2048;
+            }
             uniform = uniform && head.n() == n && std::all_of(head.live.begin(), head.live.end(), [](uint32_t bits) {
                           return bits == UINT32_MAX;
                       });

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cache/arena.h"
-#include "cache/head.h"
+#include "cache/sequence.h"
 #include "error.h"
 #include "ggml-cpp.h"
 #include "kvl-attn.h"
@@ -103,21 +103,6 @@ struct kvl_layer {
         return std::max(n_seen, n_tokens);
     }
     const kvl_kernels * kernels() const { return arena->kernels; }
-};
-
-// A way back to where a sequence was when it had seen `pos` tokens: what is bounded in it cannot be cut back otherwise.
-struct kvl_marked {
-    llama_pos pos;
-    std::vector<std::vector<kvl_head>> windows; // of the layers with a sliding window; their pages are shared
-    std::vector<uint8_t> state;                 // of the recurrent layers
-};
-
-struct kvl_sequence {
-    llama_pos n_seen = 0;                     // next position
-    std::vector<std::vector<kvl_head>> heads; // [layer][KV head]
-    std::vector<std::vector<float>> mu;       // [layer] f32 [n_head_kv][d_k], empty: none
-    std::vector<llama_pos> window;            // position of each remembered query, -1: none
-    std::vector<kvl_marked> marks;            // by position
 };
 
 // Whether a layer of the model stores keys and values; the layer whose keys and values it reads instead, -1: none.

@@ -158,6 +158,7 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         for (const kvl_marked & mark : seqs[s].marks) {
             out.used_bytes += mark.state.size();
         }
+        out.index_bytes += seqs[s].index.bytes();
         out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {

@@ -1,17 +1,18 @@
-"""Hyper-parameters of policies: how a value is read from text, and which values are allowed.
+"""Parameters of policies and retrievers: how a value is read from text, and which values are allowed.
 
-A policy is a frozen dataclass whose fields are declared with :func:`whole`, :func:`real`, :func:`choice` or
-:func:`subset`; its ``__post_init__`` calls :func:`validate`. The same rules feed the command line's error messages and
-its policy table.
+Both are frozen dataclasses whose fields are declared with :func:`whole`, :func:`real`, :func:`choice` or
+:func:`subset`; their ``__post_init__`` calls :func:`validate`. The same rules feed the command line's error messages
+and its tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -146,19 +147,48 @@ def parameters(cls: type) -> list[Parameter]:
     ]
 
 
-def refusal(policy: str, name: str, value: object, rule: Rule) -> UsageError:
-    """The error for a value that the rule does not allow."""
+def refusal(kind: str, owner: str, name: str, value: object, rule: Rule) -> UsageError:
+    """The error for a value that the rule does not allow; ``kind``: what ``owner`` is, such as "policy"."""
     allowed = rule.allowed
     if isinstance(rule, Whole) and isinstance(value, numbers.Integral) and int(value) > MAX_INT:
         allowed += f" and at most {MAX_INT}"
     shown = value if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
-    return UsageError(f"{name}={shown} is not possible for policy {policy}: give {allowed}.")
+    return UsageError(f"{name}={shown} is not possible for {kind} {owner}: give {allowed}.")
 
 
-def validate(policy: Any) -> None:
-    """Raises :class:`UsageError` for the first field of a policy whose value its rule does not allow."""
-    for f in dataclasses.fields(policy):
+def validate(owner: Any) -> None:
+    """Raises :class:`UsageError` for the first field of a policy or retriever whose value its rule does not allow."""
+    for f in dataclasses.fields(owner):
         rule: Rule | None = f.metadata.get("rule")
-        value = getattr(policy, f.name)
+        value = getattr(owner, f.name)
         if rule is not None and not rule.accepts(value):
-            raise refusal(policy.name, f.name, value, rule)
+            raise refusal(owner.kind, owner.name, f.name, value, rule)
+
+
+def values_of(cls: Any, args: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments for a policy or retriever class; text is converted to the type of the field.
+
+    Raises:
+        UsageError: unknown parameter, or a text that stands for no value.
+    """
+    rules = declared_rules(cls)
+    values: dict[str, Any] = {}
+    for key, value in args.items():
+        if key not in rules:
+            known = f"it has {', '.join(rules)}" if rules else "it has none at all"
+            raise UsageError(
+                f"{cls.kind.capitalize()} {cls.name} has no parameter {key!r}{closest(key, rules)}; {known}."
+            )
+        if isinstance(value, str):
+            try:
+                value = rules[key].parse(value)
+            except ValueError:
+                raise refusal(cls.kind, cls.name, key, value, rules[key]) from None
+        values[key] = value
+    return values
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """What somebody may have meant, to be put behind a word that is not known."""
+    matches = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,0 +1,62 @@
+"""What is asked of a retrieval, and what it tells of a step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from kvlocal.native.structs import KvlRetrieval
+
+Summary = Literal["none", "mean", "bounds"]
+SUMMARIES: tuple[Summary, ...] = ("none", "mean", "bounds")
+"""In the order of ``kvl_summary``."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How a part of a sequence is read.
+
+    Attributes:
+        budget: tokens per head that a token reads, sink and recent included, besides the unit that is open.
+        summary: what stands for the keys of a unit: their ``mean``, their ``bounds`` per channel, or ``none``: the
+            newest units are read.
+        sink, recent: first and last tokens that are always read.
+        n_queries: newest queries whose mean is compared; 0: those of the open unit.
+        min_unit: no unit is looked for once fewer tokens are left of the budget.
+        per_head: every KV head chooses for itself; else all of a layer together.
+        partial: of the first unit that does not fit the beginning is read; else others that fit are.
+        dense_layers: first layers that read everything.
+        full_below: everything is read while the open unit has fewer tokens.
+        hysteresis: by how many standard deviations of the scores a unit must be better to take the place of one that
+            was read in the last step.
+    """
+
+    budget: int
+    summary: Summary = "mean"
+    sink: int = 32
+    recent: int = 64
+    n_queries: int = 0
+    min_unit: int = 4
+    per_head: bool = False
+    partial: bool = False
+    dense_layers: int = 0
+    full_below: int = 0
+    hysteresis: float = 0.0
+
+    def native(self) -> KvlRetrieval:
+        return KvlRetrieval(**{**asdict(self), "summary": SUMMARIES.index(self.summary)})
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Of one step: closed units, bytes of what stands for them, microseconds that choosing took; tokens per head, mean
+    over the layers, that the next token reads, that were chosen by score, and that of these were read before; whether
+    everything is read."""
+
+    n_units: int
+    index_bytes: int
+    us: int
+    n_read: float
+    n_wanted: float
+    n_kept: float
+    full: bool

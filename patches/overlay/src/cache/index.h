@@ -1,0 +1,46 @@
+// The text of a sequence cut into units, and what stands for the keys of each: by this is chosen which are read.
+
+#pragma once
+
+#include "ggml.h"
+#include "kvl.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <vector>
+
+class llama_kv_paged;
+
+// What stands for the units of one KV head.
+struct kvl_head_index {
+    std::vector<ggml_fp16_t> rows; // per closed unit, a kvl_summary
+    std::vector<uint32_t> held;    // per closed unit: slots that the head holds of it
+    std::vector<float> open;       // of what comes after them: sum of the keys, or their bounds
+    uint32_t n_open = 0;           // keys in it
+};
+
+// It follows from the slots that are held: what is lost of it is made anew from them.
+struct kvl_index {
+    std::vector<llama_pos> ends;                           // positions after the closed units, ascending
+    std::vector<std::vector<kvl_head_index>> heads;        // [open layer][KV head], empty: nothing is in it
+    std::vector<std::vector<std::vector<uint8_t>>> chosen; // [open layer][KV head, or one for all][unit]: read last
+    llama_pos n_indexed = 0;                               // keys before this position are in it
+    int32_t summary = KVL_SUMMARY_NONE;                    // a kvl_summary
+    bool evicted = false;                                  // what is held of the units has changed
+
+    // where the unit begins that is open
+    llama_pos open_begin() const { return ends.empty() ? 0 : ends.back(); }
+    // the text was cut to so many tokens: a unit that ended there is open again
+    void cut(llama_pos n_tokens);
+    // forget all that follows from keys
+    void clear();
+    uint64_t bytes() const;
+};
+
+// Close units, at ascending positions behind those that are closed, and take up the keys of new tokens. False with the
+// error set, and nothing changed.
+bool kvl_update_index(llama_kv_paged & kv, llama_seq_id seq, int32_t summary, const llama_pos * ends, int32_t n_ends,
+                      int n_threads);
+// Choose what the next token reads of every open layer.
+void kvl_choose(llama_kv_paged & kv, llama_seq_id seq, const kvl_retrieval & params, int n_threads,
+                kvl_retrieval_stats & out);
