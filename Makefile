@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/kvlocal demo --document demo/expedition-log.txt --question-file demo/question.txt
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the native tests on an accelerator that every machine has: Vulkan on the CPU
 test-device: $(STAMP)

@@ -21,7 +21,8 @@ from pages.performance import page
 from kvlocal.doctor.kernels import attend_pages, attend_stock, reference
 from kvlocal.engine.evictor import evict
 from kvlocal.engine.sequence import Sequence
-from kvlocal.measure.bench import BenchConfig, Step, bench, random_tokens
+from kvlocal.measure.bench import bench, random_tokens
+from kvlocal.measure.bench_config import BenchConfig, Step
 from kvlocal.measure.code import commit
 from kvlocal.measure.machine import describe_machine
 from kvlocal.measure.variants import expand

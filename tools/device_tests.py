@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "device"
 LIB_DIR = BUILD / "install" / "kvlocal" / "lib"
 SYSTEM_HEADERS = Path("/usr/include")
-PACKAGES = ("cmake", "glslc", "libvulkan-dev", "mesa-vulkan-drivers", "ninja-build", "spirv-headers")
+PACKAGES = ("cmake", "glslc", "libvulkan-dev", "ninja-build", "spirv-headers")
 OLDEST_HEADERS = 309
 """Third number of the oldest version of the Vulkan headers that the backend is known to compile with."""
 NEWER_HEADERS = "libvulkan-dev=1.4.309.0-1"
@@ -29,6 +29,10 @@ HEADERS_SHA256 = {
     "amd64": "8d329d465e16168afff58b1bd0dd6db46aac2cc3f56054a481b25a04e90b345a",
 }
 """The package of Debian 13, which is unpacked and not installed where the system's headers are older."""
+MESA = "mesa-vulkan-drivers"
+OLDEST_MESA = 23
+"""Version 22.3 of Mesa, that of Debian 12, corrupts its own heap now and then in the tests; 25.0 does not."""
+BACKPORTS = "bookworm-backports"
 TESTS = (
     "tests/native/device",
     "tests/native/cache",
@@ -55,9 +59,10 @@ def output(*command: str) -> str:
 
 
 def install_packages() -> None:
-    """What is missing of PACKAGES, by apt-get when this is root."""
+    """What is missing of PACKAGES, and a Mesa that is new enough, by apt-get when this is root."""
     if shutil.which("apt-get") is None:
-        refuse(f"make test-device needs Debian's packages {', '.join(PACKAGES)}, and there is no apt-get here.")
+        names = ", ".join((*PACKAGES, MESA))
+        refuse(f"make test-device needs Debian's packages {names}, and there is no apt-get here.")
     state = {name: output("dpkg-query", "-W", "-f", "${db:Status-Status}", name) for name in PACKAGES}
     missing = [name for name in PACKAGES if state[name] != "installed"]
     if missing and os.geteuid() != 0:
@@ -66,6 +71,42 @@ def install_packages() -> None:
         quiet = {"DEBIAN_FRONTEND": "noninteractive"}
         run("apt-get", "update", env=quiet)
         run("apt-get", "install", "-y", "--no-install-recommends", *missing, env=quiet)
+    install_mesa()
+
+
+def mesa_version() -> int:
+    """The first number of the installed version, 0: none is installed."""
+    found = re.match(r"\d+", output("dpkg-query", "-W", "-f", "${Version}", MESA))
+    return int(found[0]) if found else 0
+
+
+def install_mesa() -> None:
+    """Mesa, that of the backports where the system's own is too old."""
+    if mesa_version() >= OLDEST_MESA:
+        return
+    if os.geteuid() != 0:
+        refuse(
+            f"make test-device needs {MESA} {OLDEST_MESA} or newer: as root run `apt-get install {MESA}`, on Debian 12 "
+            f"`apt-get install -t {BACKPORTS} {MESA}`, then try again."
+        )
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    candidate = re.search(r"Candidate: (\d+)", output("apt-cache", "policy", MESA))
+    words: list[str] = []
+    if candidate is None or int(candidate[1]) < OLDEST_MESA:
+        # beside the system's own lists, which stay as they are
+        sources = Path("/etc/apt/sources.list")
+        own = sources.read_text("utf-8") if sources.exists() else ""
+        keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
+        BUILD.mkdir(parents=True, exist_ok=True)
+        (BUILD / "sources.list").write_text(
+            f"{own}\ndeb [signed-by={keys}] http://deb.debian.org/debian {BACKPORTS} main\n"
+        )
+        words = ["-o", f"Dir::Etc::sourcelist={BUILD / 'sources.list'}"]
+        run("apt-get", *words, "update", env=quiet)
+        words += ["-t", BACKPORTS]
+    run("apt-get", *words, "install", "-y", "--no-install-recommends", MESA, env=quiet)
+    if mesa_version() < OLDEST_MESA:
+        refuse(f"make test-device needs {MESA} {OLDEST_MESA} or newer, and this system has none.")
 
 
 def headers() -> Path:

@@ -19,6 +19,7 @@ from kvlocal.engine.view import cache_view
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.formats import PAGE_SLOTS
+from kvlocal.native.retrieval import Retrieved
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.retrieval.retriever import Retriever
 from kvlocal.storage.budget import Budget
@@ -119,10 +120,9 @@ class Evictor:
             self.choose(sequence)
         return evicted
 
-    def choose(self, sequence: Sequence) -> None:
-        """Choose what the next token reads, if not all."""
-        if self.retrieving:
-            self.retrieving.choose(sequence)
+    def choose(self, sequence: Sequence) -> Retrieved | None:
+        """Choose what the next token reads; ``None``: all, always."""
+        return self.retrieving.choose(sequence) if self.retrieving else None
 
     def _shrink(
         self, cache: PagedCache, sequence: Sequence, event: Event, room: int | None, guide: Iterable[int]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -21,121 +21,13 @@ import psutil
 
 from kvlocal.engine.evictor import Bounds, Evictor
 from kvlocal.engine.sequence import Sequence, append
-from kvlocal.errors import UsageError
-from kvlocal.measure.variants import Variant, check_variants
+from kvlocal.measure.bench_config import BenchConfig, Result, Step
+from kvlocal.measure.variants import Variant
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.storage.budget import Budget
 
-_SLACK = 64  # tokens of room beyond what is ever decoded
-
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What is measured.
-
-    Attributes:
-        depths: tokens before what is measured.
-        n_prompt: tokens of the batch whose speed is measured at each depth (0: not measured); n_gen: decoded tokens.
-        repetitions: rounds at each depth.
-        chunk: tokens between two evictions of chunked prefill.
-        n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass, and the steps of exact prefill.
-        n_threads: 0: the physical cores.
-        kernels: what computes attention over our cache; see :data:`kvlocal.settings.KERNELS`.
-        evict_every: decoded tokens between two demotions of what has left the tail, the first of them after as many;
-            an ``n_gen`` that is no multiple of it counts too few.
-    """
-
-    variants: tuple[Variant, ...]
-    depths: tuple[int, ...] = (0, 4096)
-    n_prompt: int = 512
-    n_gen: int = 32
-    repetitions: int = 3
-    chunk: int = 512
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_threads: int = 0
-    kernels: Literal["auto", "portable"] = "auto"
-    evict_every: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.variants or not self.depths:
-            raise UsageError("There is nothing to measure; give at least one policy and one depth.")
-        lowest = {"depths": 0, "n_prompt": 0, "n_gen": 0, "n_threads": 0}
-        for name in (*lowest, "repetitions", "chunk", "n_batch", "n_ubatch", "evict_every"):
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number < lowest.get(name, 1):
-                    raise UsageError(f"{name} has {number}; it must be {lowest.get(name, 1)} or more.")
-        check_variants(self.kernels, self.variants)
-        if self.n_ctx >= 2**31:
-            raise UsageError(f"A depth of {max(self.depths)} tokens is too large; give fewer than {2**31}.")
-
-    @property
-    def n_text(self) -> int:
-        """Tokens of the text: the deepest measurement ends with it."""
-        return max(self.depths) + max(self.n_prompt, self.n_gen, 1)
-
-    @property
-    def n_ctx(self) -> int:
-        return self.n_text + _SLACK
-
-
-@dataclass(frozen=True)
-class Step:
-    """What goes on: ``done`` of ``total`` tokens (``prefill``) or rounds (``measure``)."""
-
-    depth: int
-    label: str
-    action: Literal["prefill", "measure"]
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """One variant at one depth; bytes, seconds and tokens per second; ``None`` where there was nothing to measure.
-
-    Attributes:
-        prefill_tps: median over the rounds of a batch of ``n_prompt`` tokens at this depth, after everything read so
-            far (of chunked prefill: after what it kept); decode_tps: of ``n_gen`` tokens, one by one, after eviction,
-            the demotions that fall due meanwhile included.
-        prompt_s: reading all ``depth`` tokens, without evictions; prompt_tps: their speed with evictions.
-        evict_s: scores, allocation, moves and demotion of the one eviction at this depth (exact) or of all so far
-            (chunked); ``None`` of what neither evicts nor demotes.
-        ttft_s: ``prompt_s``, ``evict_s`` and the median step of decoding.
-        held_mean: tokens held per layer and KV head while decoding; used_bytes: their K and V as they are stored.
-        peak_bytes: most that the pools held at once to get here. Of ``full``, the share of its tokens: its buffer is
-            allocated once, for the largest depth.
-        full_bytes: what a full f16 cache would take.
-        attention_bytes_per_token: stored K and V that attention reads for one decoded token, mean over the ``n_gen``.
-    """
-
-    model: str
-    policy: str
-    storage: str
-    budget: str
-    prefill: str
-    depth: int
-    n_prompt: int
-    n_gen: int
-    prefill_tps: float | None
-    prefill_tps_min: float | None
-    prefill_tps_max: float | None
-    decode_tps: float | None
-    decode_tps_min: float | None
-    decode_tps_max: float | None
-    prompt_s: float
-    prompt_tps: float | None
-    ttft_s: float | None
-    evict_s: float | None
-    held_mean: float
-    used_bytes: int
-    peak_bytes: int
-    full_bytes: int
-    attention_bytes_per_token: float | None
 
 
 def random_tokens(model: Model, n: int, seed: int = 0) -> np.ndarray:
@@ -175,9 +67,9 @@ class Lane:
         self._step = min(config.chunk if variant.chunked else config.n_ubatch, config.n_batch)
         self._branches = (variant.policy.evicts or variant.demotes) and not variant.chunked
         store = variant.store
-        bounds = Bounds(variant.policy, variant.budget, store, config.n_ctx, config.evict_every)
+        bounds = Bounds(variant.policy, variant.budget, store, config.n_ctx, config.evict_every, variant.retriever)
         self._evictor = Evictor(context, bounds)
-        self._demoter = Evictor(context, replace(bounds, budget=Budget.parse("100%")))
+        self._demoter = Evictor(context, replace(bounds, budget=Budget.parse("100%"), retriever=None))
         self._text, *self._copies = [Sequence(context, seq) for seq in range(3)]
         self._sequence = self._copies[0] if self._branches else self._text
         self.pos = 0
@@ -249,7 +141,8 @@ class Lane:
             sequence, every, n_left = self._copies[1], self._config.evict_every, 0
             self._sequence.branch(sequence)
         way_back = sequence.mark(logits=False)
-        seconds = read = 0.0
+        self._evictor.choose(sequence)
+        seconds = read = chosen = 0.0
         for begin in range(0, n, every):
             n_step = min(every, n - begin)
             before = self._used_bytes(sequence)
@@ -257,11 +150,15 @@ class Lane:
             for pos in range(self.pos + begin, self.pos + begin + n_step):
                 self._run(pos, pos + 1, sequence, "last")
                 self.context.logits()
+                step = self._evictor.choose(sequence)
+                chosen += step.n_read if step else 0.0
             seconds += self._clock() - start
             # the i-th of m tokens attends to i more than were there: on average to (m + 1) / 2m of what all m add
             read += n_step * before + (self._used_bytes(sequence) - before) * (n_step + 1) / 2
             if self.variant.demotes and n_step == every:
                 seconds += self._shrink(sequence, evicts=False)
+        if chosen:  # of what is held, a part
+            read *= chosen / n / max(self._held(sequence), 1)
         self._attended = read / n
         sequence.back(way_back) if n_left else sequence.release()
         return seconds
@@ -280,6 +177,11 @@ class Lane:
         cache = self.context.cache
         return int(self.context.stats().used_bytes) if cache is None else int(cache.seq_stats(sequence.seq).used_bytes)
 
+    def _held(self, sequence: Sequence) -> float:
+        """Tokens per layer and KV head."""
+        cache = self.context.cache
+        return float(self.pos) if cache is None else cache.mean_slots(sequence.seq)
+
     def result(self) -> Result:
         """What was measured at this depth."""
         cache, n_gen, depth = self.context.cache, self._config.n_gen, self.pos
@@ -296,6 +198,7 @@ class Lane:
             storage=self.variant.storage,
             budget=str(self.variant.budget),
             prefill=self.variant.prefill,
+            reads=str(self.variant.retriever or ""),
             depth=depth,
             n_prompt=self._config.n_prompt,
             n_gen=n_gen,
@@ -381,7 +284,7 @@ def _open(
             n_threads=config.n_threads,
             n_seq_max=n_seq_max,
             paged=variant.paged,
-            n_window=variant.policy.n_window,
+            n_window=variant.n_window,
             mass=variant.policy.mass,
             formats=variant.formats,
             rotate=variant.rotates,

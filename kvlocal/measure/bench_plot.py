@@ -69,5 +69,6 @@ def lines(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping
         parts += [row["budget"]] if row["budget"] != "100%" else []
         parts += [row["prefill"]] if row["prefill"] != "exact" else []
         parts += [row["storage"]] if row["storage"] != "f16" else []
+        parts += [f"reads {row['reads']}"] if row["reads"] else []
         out.setdefault(" ".join(parts), []).append(row)
     return out

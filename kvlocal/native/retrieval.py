@@ -27,6 +27,7 @@ class Retrieval:
         partial: of the first unit that does not fit the beginning is read; else others that fit are.
         dense_layers: first layers that read everything.
         full_below: everything is read while the open unit has fewer tokens.
+        drift: with ``n_queries`` 0, a layer chooses anew once the open unit has so much more queries, as a share.
         hysteresis: by how many standard deviations of the scores a unit must be better to take the place of one that
             was read in the last step.
     """
@@ -41,6 +42,7 @@ class Retrieval:
     partial: bool = False
     dense_layers: int = 0
     full_below: int = 0
+    drift: float = 0.0
     hysteresis: float = 0.0
 
     def native(self) -> KvlRetrieval:

@@ -73,6 +73,7 @@ class KvlRetrieval(ctypes.Structure):
                 "full_below",
             )
         ),
+        ("drift", ctypes.c_float),
         ("hysteresis", ctypes.c_float),
     )
 

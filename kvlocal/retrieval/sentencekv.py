@@ -38,6 +38,9 @@ class SentenceKV(Retriever):
     summary: str = choice("mean", ["mean", "bounds"], help="what stands for the keys of a sentence")
     queries: int = whole(0, low=0, help="newest queries whose mean is compared, 0: those of the open sentence")
     cut: str = choice("whole", ["whole", "partial"], help="whether the last sentence is read as far as it fits")
+    drift: float = real(
+        0.25, low=0, high=10, help="growth of the open sentence after which is chosen anew, 0: each token"
+    )
     hysteresis: float = real(
         0.05, low=0, high=10, help="deviations by which a sentence must be better to be swapped in"
     )
@@ -64,5 +67,6 @@ class SentenceKV(Retriever):
             per_head=repo or self.share == "head",
             partial=repo or self.cut == "partial",
             full_below=2 if repo else 0,
+            drift=0.0 if repo else self.drift,
             hysteresis=0.0 if repo else self.hysteresis,
         )

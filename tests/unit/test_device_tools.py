@@ -50,6 +50,31 @@ def test_missing_packages_are_named_to_whoever_may_not_install_them(
     assert "there is no apt-get here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("installed", "candidate", "backports"),
+    [("25.0.7-2", "", None), ("", "25.0.7-2", False), ("22.3.6-1", "22.3.6-1", True), ("", "22.3.6-1", True)],
+)
+def test_a_mesa_that_is_too_old_is_replaced(
+    installed: str, candidate: str, backports: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[tuple[object, ...]] = []
+
+    def output(*words: str) -> str:
+        return (installed if not ran else "25.0.7-2") if words[0] == "dpkg-query" else f"  Candidate: {candidate}\n"
+
+    monkeypatch.setattr(device_tests, "BUILD", tmp_path)
+    monkeypatch.setattr(device_tests, "output", output)
+    monkeypatch.setattr(device_tests, "run", lambda *words, **_: ran.append(words))
+    monkeypatch.setattr(device_tests.os, "geteuid", lambda: 1000)
+    if backports is not None:
+        with pytest.raises(SystemExit):
+            device_tests.install_mesa()
+    monkeypatch.setattr(device_tests.os, "geteuid", lambda: 0)
+    device_tests.install_mesa()
+    commands = [word for words in ran for word in words if word in ("update", "install", "bookworm-backports")]
+    assert commands == {None: [], False: ["install"], True: ["update", "bookworm-backports", "install"]}[backports]
+
+
 @pytest.mark.parametrize(("version", "own"), [(239, False), (308, False), (309, True), (321, True)])
 def test_old_headers_are_replaced(version: int, own: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     system = tmp_path / "include"

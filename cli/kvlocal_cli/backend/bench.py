@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from kvlocal.measure.bench import BenchConfig, Step
+    from kvlocal.measure.bench_config import BenchConfig, Step
     from kvlocal_cli.options.settings import Settings
 
 
@@ -25,13 +25,23 @@ def plan_bench(
     n_gen: int,
     repetitions: int,
     chunk: int,
+    retrieves: Sequence[str],
+    retrieve_budgets: Sequence[int],
 ) -> BenchConfig:
     """What to measure; everything that can be wrong on the command line is found here, before a model is loaded."""
-    from kvlocal.measure.bench import BenchConfig
-    from kvlocal.measure.variants import expand
+    from kvlocal.measure.bench_config import BenchConfig
+    from kvlocal.measure.variants import expand, retrievers
 
     return BenchConfig(
-        variants=expand(policies, settings.policy_args, budgets, storages, prefills, here=settings.policy_typed),
+        variants=expand(
+            policies,
+            settings.policy_args,
+            budgets,
+            storages,
+            prefills,
+            here=settings.policy_typed,
+            retrievers=retrievers(retrieves, settings.retrieve_args, retrieve_budgets),
+        ),
         depths=tuple(depths),
         n_prompt=n_prompt,
         n_gen=n_gen,

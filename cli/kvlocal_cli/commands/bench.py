@@ -16,7 +16,14 @@ from kvlocal_cli.options import completers, twins
 from kvlocal_cli.options.click_types import Wholes
 from kvlocal_cli.options.option import GroupedCommand, count, declared, declared_list, option
 from kvlocal_cli.options.output import table_options
-from kvlocal_cli.options.settings import Settings, check_chunked, n_prompt_option, sweep_options
+from kvlocal_cli.options.settings import (
+    Settings,
+    check_chunked,
+    check_retrieved,
+    n_prompt_option,
+    retrieve_lists,
+    sweep_options,
+)
 from kvlocal_cli.terminal.interrupt import Interrupt
 from kvlocal_cli.terminal.output_file import check_output, write_output
 
@@ -57,6 +64,7 @@ RANDOM_MODELS = ("llama-1b", "llama-8b-2l", "qwen-3b-4l")
     help="exact: evict once, at the depth; chunked: after every chunk on the way there.",
 )
 @declared(settings.CHUNK, name="n_chunk")
+@retrieve_lists
 @sweep_options
 @option(
     "Model",
@@ -76,6 +84,8 @@ def bench(
     storages: tuple[str, ...],
     prefills: tuple[str, ...],
     n_chunk: int,
+    retrieves: tuple[str, ...],
+    retrieve_budgets: tuple[int, ...],
     random_model: str | None,
     form: str,
     output_file: Path | None,
@@ -92,6 +102,7 @@ def bench(
     kvlocal bench --policy full,paged,snapkv,ada-snapkv --format json --output-file speed.json
     kvlocal bench --policy full,paged --kv f16,q8,q4,kv2
     kvlocal bench --random-model llama-1b -d 0,16384 --plot speed.svg
+    kvlocal bench -d 32768 -p 0 --policy full,paged --retrieve none,sentencekv
     kvlocal bench -d 65536 -p 0 --prefill exact,chunked --budget 2048
     """
     from kvlocal_cli.render.bench import step_text
@@ -101,6 +112,8 @@ def bench(
         random_model = _pick_random(random_model, settings.model)
     if "chunked" not in prefills:
         check_chunked("n_chunk", "--chunk")
+    if set(retrieves) <= {"none"}:
+        check_retrieved()
     config = backend.plan_bench(
         settings,
         policies=policies,
@@ -112,6 +125,8 @@ def bench(
         n_gen=n_gen,
         repetitions=repetitions,
         chunk=n_chunk,
+        retrieves=retrieves,
+        retrieve_budgets=retrieve_budgets,
     )
     for path in filter(None, (output_file, plot)):
         check_output(path)

@@ -15,7 +15,7 @@ from kvlocal.errors import UsageError
 from kvlocal_cli.options import completers
 from kvlocal_cli.options.option import Callback, Decorator, count, declared, declared_list, option, stack
 from kvlocal_cli.options.output import table_options
-from kvlocal_cli.options.settings import Settings, parallel_option, sweep_options
+from kvlocal_cli.options.settings import Settings, parallel_option, retrieve_lists, sweep_options
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,7 @@ _COMMON = stack(
         "0",
         help="With --prefill chunked: the last N tokens (the question) decide what every chunk leaves.",
     ),
-    declared_list(
-        settings.RETRIEVE,
-        "retrieves",
-        "none",
-        shell_complete=completers.retrievers,
-        help="Which part of what is kept a token reads: none (all of it), sentencekv, quest or recent.",
-    ),
-    declared_list(settings.RETRIEVE_BUDGET, "retrieve_budgets", "1024", help=settings.RETRIEVE_BUDGET.help),
-    declared(settings.RETRIEVE_ARGS),
+    retrieve_lists,
     declared(
         settings.EVICT_EVERY,
         help="Tokens that what follows may exceed the budget by until it is evicted again; 1: at every token.",

@@ -14,7 +14,7 @@ from kvlocal import settings
 from kvlocal.errors import UsageError
 from kvlocal_cli.options import completers, twins
 from kvlocal_cli.options.click_types import Whole
-from kvlocal_cli.options.option import Callback, Decorator, declared, option, stack
+from kvlocal_cli.options.option import Callback, Decorator, declared, declared_list, option, stack
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,19 @@ def inputs_options(command: Callback) -> Callback:
 def sweep_options(command: Callback) -> Callback:
     """MODEL, -hf, threads, GPU layers, kernels, batches and --policy-arg, gathered into `settings`."""
     return stack(_POLICY_ARG, _MODEL, _BATCH, _COMPUTE)(_gather(command))
+
+
+def retrieve_lists(command: Callback) -> Callback:
+    """--retrieve and --retrieve-budget as lists, `retrieves` and `retrieve_budgets`, and --retrieve-arg."""
+    names = declared_list(
+        settings.RETRIEVE,
+        "retrieves",
+        "none",
+        shell_complete=completers.retrievers,
+        help="Which part of what is kept a token reads: none (all of it), sentencekv, quest or recent.",
+    )
+    budgets = declared_list(settings.RETRIEVE_BUDGET, "retrieve_budgets", "1024")
+    return stack(names, budgets, declared(settings.RETRIEVE_ARGS))(command)
 
 
 def sampling_options(command: Callback) -> Callback:

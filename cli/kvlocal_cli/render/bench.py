@@ -15,7 +15,7 @@ from kvlocal_cli.render.numbers import size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvlocal.measure.bench import Step
+    from kvlocal.measure.bench_config import Step
 
 Row = Mapping[str, Any]
 Machine = Mapping[str, Any]
@@ -77,6 +77,7 @@ def _table(rows: Sequence[Row]) -> tuple[list[tuple[str, bool]], list[list[str]]
         ("budget", True, lambda row: str(row["budget"])),
         ("mode", any(row["prefill"] != "exact" for row in rows), lambda row: str(row["prefill"])),
         ("kv", any(row["storage"] != "f16" for row in rows), lambda row: str(row["storage"])),
+        ("reads", any(row["reads"] for row in rows), lambda row: row["reads"] or "all"),
         ("prefill t/s", _any(rows, "prefill_tps"), lambda row: _rate(row["prefill_tps"])),
         (versus, both("prefill_tps"), ratio("prefill_tps")),
         ("decode t/s", _any(rows, "decode_tps"), lambda row: _range(row, "decode_tps")),
@@ -91,7 +92,7 @@ def _table(rows: Sequence[Row]) -> tuple[list[tuple[str, bool]], list[list[str]]
     return [(title, title in _NAMES) for title, _ in shown], [[cell(row) for _, cell in shown] for row in rows]
 
 
-_NAMES = ("policy", "budget", "mode", "kv")
+_NAMES = ("policy", "budget", "mode", "kv", "reads")
 
 
 def _heading(machine: Machine, row: Row) -> str:

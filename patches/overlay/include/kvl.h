@@ -113,6 +113,8 @@ typedef struct kvl_retrieval {
     int32_t partial;      // 1: of the first unit that does not fit the beginning is read, 0: others that fit are
     int32_t dense_layers; // first layers that read everything
     int32_t full_below;   // everything is read while the open unit has fewer tokens
+    // with n_queries 0: a layer chooses anew once the open unit has so much more queries, as a share
+    float drift;
     float hysteresis; // by how many standard deviations a unit must be better to take the place of one that was read
 } kvl_retrieval;
 

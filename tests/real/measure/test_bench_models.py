@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from kvlocal_cli.main import main
 
-from kvlocal.measure.bench import BenchConfig, Result, bench
+from kvlocal.measure.bench import bench
+from kvlocal.measure.bench_config import BenchConfig, Result
 from kvlocal.measure.variants import Prefill, expand
 from kvlocal.models.random import Shape, write_random_model
 from kvlocal.native.context import Context, ContextConfig

@@ -19,7 +19,7 @@ from kvlocal_cli.commands.bench import RANDOM_MODELS
 from kvlocal_cli.render.bench import step_text
 
 from kvlocal.errors import KVError
-from kvlocal.measure.bench import BenchConfig, Result, Step
+from kvlocal.measure.bench_config import BenchConfig, Result, Step
 from kvlocal.measure.bench_plot import lines
 from kvlocal.models.random import SHAPES
 from kvlocal.storage.storage import STORAGES
@@ -32,6 +32,7 @@ FULL = Result(
     storage="f16",
     budget="100%",
     prefill="exact",
+    reads="",
     depth=4096,
     n_prompt=512,
     n_gen=32,

@@ -53,7 +53,14 @@ def test_the_comparison_names_its_figures_in_full(width: int) -> None:
 
 
 ROW: dict[str, Any] = {
-    **{"model": LONG, "depth": 131_072, "policy": "expected-attention", "budget": "25%", "prefill": "chunked"},
+    **{
+        "model": LONG,
+        "depth": 131_072,
+        "policy": "expected-attention",
+        "budget": "25%",
+        "prefill": "chunked",
+        "reads": "quest 512",
+    },
     **{"storage": "kivi:bits=4:group=64", "n_prompt": 512, "n_gen": 128, "prefill_tps": 12345.6, "decode_tps": 234.5},
     **{"decode_tps_min": 123.4, "decode_tps_max": 345.6, "used_bytes": 456 * MIB, "peak_bytes": 4567 * MIB},
     **{"evict_s": 12.34, "prompt_s": 123.4, "ttft_s": 123.4},

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvlocal.errors import UsageError
 from kvlocal.measure import bench
-from kvlocal.measure.bench import BenchConfig, Result, Step, random_tokens
+from kvlocal.measure.bench import random_tokens
+from kvlocal.measure.bench_config import BenchConfig, Result, Step
 from kvlocal.measure.variants import PAGED, Prefill, expand
 
 

@@ -8,7 +8,7 @@ import pytest
 from fake_bench import DEMOTE_S, EVICT_S, TOKEN_BYTES, Event, World, install, run
 
 from kvlocal.errors import UsageError
-from kvlocal.measure.bench import BenchConfig, Result
+from kvlocal.measure.bench_config import BenchConfig, Result
 from kvlocal.measure.variants import PAGED, Prefill, expand
 from kvlocal.storage.storage import STORAGES, Storage
 

@@ -7,7 +7,7 @@ using namespace kvl_api;
 
 static bool check(const llama_kv_paged & kv, const kvl_retrieval & p) {
     const bool fits = p.budget >= 1 && p.sink >= 0 && p.recent >= 1 && p.min_unit >= 1 && p.n_queries >= 0 &&
-                      p.dense_layers >= 0 && p.full_below >= 0 && p.hysteresis >= 0.0f &&
+                      p.dense_layers >= 0 && p.full_below >= 0 && p.hysteresis >= 0.0f && p.drift >= 0.0f &&
                       p.summary >= KVL_SUMMARY_NONE && p.summary <= KVL_SUMMARY_BOUNDS &&
                       int64_t(p.sink) + p.recent <= p.budget;
     if (!fits) {
@@ -36,6 +36,7 @@ int32_t kvl_retrieve(llama_context * ctx, llama_seq_id seq, const kvl_retrieval 
                     head.see_all();
                 }
             }
+            kv->seqs[seq].index.chosen_at = -1;
             return int32_t(KVL_OK);
         }
         if (!check(*kv, *params)) {

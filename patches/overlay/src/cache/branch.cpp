@@ -22,6 +22,7 @@ void llama_kv_paged::cut(kvl_layer & layer, kvl_head & head, uint32_t n) {
     }
     head.count_listed();
     head.pos.resize(n);
+    head.starts.resize(std::min<size_t>(head.starts.size(), n / KVL_PAGE_SLOTS));
     note_held(layer, head);
 }
 

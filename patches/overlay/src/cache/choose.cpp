@@ -19,13 +19,14 @@ class chooser {
           ends(seq.index.ends), chosen(seq.index.chosen[l]), heads(seq.heads[l]),
           first(std::min(params.sink, seq.n_seen)), last(std::max(first, seq.n_seen + 1 - params.recent)) {}
 
-    // queries [n][n_head][d_k]; stay: what was chosen last stays if it still fits
+    // the sum of some queries, [n_head][d_k]; stay: what was chosen last stays if it still fits
     void run(const std::vector<float> & queries, bool stay) {
         const uint32_t n_sets = params.per_head ? layer.n_head_kv : 1;
         chosen.resize(n_sets);
         const std::vector<float> sums = summed(queries);
         for (uint32_t s = 0; s < n_sets; s++) {
             measure(s);
+            part = -1;
             chosen[s].resize(ends.size(), 0);
             if (total <= room() || ends.empty()) {
                 chosen[s].assign(ends.size(), 1);
@@ -92,18 +93,11 @@ class chooser {
         const size_t d = layer.pool->d_k;
         const bool bounds = params.summary == KVL_SUMMARY_BOUNDS;
         const size_t width = bounds ? 2 * d : d;
-        std::vector<float> mean(layer.n_head * d, 0.0f);
-        const float share = float(mean.size()) / float(std::max<size_t>(queries.size(), 1)); // one of so many
-        for (size_t i = 0; i < queries.size(); i += mean.size()) {
-            for (size_t c = 0; c < mean.size(); c++) {
-                mean[c] += queries[i + c] * share;
-            }
-        }
         std::vector<float> out(layer.n_head_kv * width, 0.0f);
         for (size_t g = 0; g < layer.n_head; g++) {
             float * to = out.data() + g / layer.group() * width;
             for (size_t c = 0; c < d; c++) {
-                const float q = mean[g * d + c];
+                const float q = queries[g * d + c];
                 if (bounds) { // the largest product that a key within the bounds can have
                     to[c] += std::max(q, 0.0f);
                     to[d + c] += std::min(q, 0.0f);
@@ -157,7 +151,6 @@ class chooser {
         std::make_heap(left.begin(), left.end(), worse);
         std::vector<uint8_t> now(ends.size(), 0);
         double free = room();
-        part = -1;
         while (!left.empty() && free >= params.min_unit) {
             std::pop_heap(left.begin(), left.end(), worse);
             const uint32_t u = left.back();
@@ -200,10 +193,7 @@ class chooser {
             }
         }
         for (uint32_t h = first_head(set); h < first_head(set) + n_heads(); h++) {
-            heads[h].see_positions(bits);
-            for (uint32_t p = 0; p < heads[h].pages.size(); p++) {
-                n_read += double(__builtin_popcount(heads[h].live[p] & heads[h].held_bits(p))) / layer.n_head_kv;
-            }
+            n_read += double(heads[h].see_positions(bits)) / layer.n_head_kv;
         }
     }
 
@@ -223,15 +213,21 @@ class chooser {
     llama_pos n_part = 0;
 };
 
-// The last n remembered queries of a layer, [n][n_head][d_k].
-std::vector<float> read_queries(const kvl_layer & layer, const std::vector<int32_t> & rows, size_t n) {
-    const size_t width = n > 0 ? size_t(layer.queries->ne[0]) : 0;
-    std::vector<float> out(n * width);
-    for (size_t i = 0; i < n; i++) {
-        ggml_backend_tensor_get(layer.queries, out.data() + i * width,
-                                size_t(rows[rows.size() - n + i]) * layer.queries->nb[1], width * sizeof(float));
+// Adds the last n remembered queries of a layer to a sum, [n_head][d_k].
+void add_queries(const kvl_layer & layer, const std::vector<int32_t> & rows, size_t n, std::vector<float> & sum) {
+    if (n == 0) {
+        return;
     }
-    return out;
+    const size_t width = size_t(layer.queries->ne[0]);
+    std::vector<float> query(width);
+    sum.resize(width, 0.0f);
+    for (size_t i = rows.size() - n; i < rows.size(); i++) {
+        ggml_backend_tensor_get(layer.queries, query.data(), size_t(rows[i]) * layer.queries->nb[1],
+                                width * sizeof(float));
+        for (size_t c = 0; c < width; c++) {
+            sum[c] += query[c];
+        }
+    }
 }
 
 } // namespace
@@ -248,32 +244,53 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
     const bool begins = params.n_queries == 0 && n_open < 2;
     size_t n = params.n_queries > 0 ? size_t(params.n_queries) : begins ? KVL_PAGE_SLOTS : n_open;
     n = std::min(n, rows.size());
+    // of the same unit as in the last step, one is added to those that were added up
+    const bool goes_on = index.n_asked > 0 && params.n_queries == 0 && n == n_open && index.n_asked + 1 == n;
+    index.asked.resize(kv.n_open);
     const bool full = n_open < size_t(params.full_below);
-    std::vector<double> wanted(kv.n_open), kept(kv.n_open), read(kv.n_open);
-    const bool much = index.ends.size() * kv.n_open > 4096;
+    index.choices.resize(kv.n_open);
+    // one token after the last choice, and nothing else: what was chosen then may still do
+    const bool next = params.drift > 0 && index.chosen_at >= 0 && seq.n_seen == index.chosen_at + 1 && !full;
+    const bool much = index.ends.size() * kv.n_open > 8192;
     kvl_parallel_for(int(kv.n_open), kv.all_host() && much ? n_threads : 1, [&](int i) {
         const auto l = uint32_t(i);
+        kvl_choice & choice = index.choices[l];
         if (full || l < uint32_t(params.dense_layers)) {
+            choice = {};
             for (kvl_head & head : seq.heads[l]) {
                 head.see_all();
-                read[l] += double(head.held()) / kv.layers[l].n_head_kv;
+                choice.read += double(head.held()) / kv.layers[l].n_head_kv;
             }
             return;
         }
+        std::vector<float> & sum = index.asked[l];
+        if (!goes_on) {
+            sum.assign(size_t(kv.layers[l].n_head) * kv.layers[l].pool->d_k, 0.0f);
+        }
+        add_queries(kv.layers[l], rows, goes_on ? 1 : n, sum);
+        if (next && (begins || (goes_on && double(n) < double(choice.n_queries) * (1 + params.drift)))) {
+            choice.kept = choice.wanted;
+            choice.read++;
+            return;
+        }
         chooser c(kv, seq_id, l, params);
-        c.run(read_queries(kv.layers[l], rows, n), begins && before);
-        wanted[l] = c.n_wanted;
-        kept[l] = c.n_kept;
-        read[l] = c.n_read;
+        c.run(sum, begins && before);
+        choice = {n, c.n_wanted, c.n_kept, c.n_read};
     });
-    const auto mean = [&](const std::vector<double> & x) {
-        return float(std::accumulate(x.begin(), x.end(), 0.0) / double(kv.n_open));
+    index.chosen_at = seq.n_seen;
+    index.n_asked = full || params.n_queries > 0 || begins ? 0 : n;
+    const auto mean = [&](double kvl_choice::*what) {
+        double sum = 0;
+        for (const kvl_choice & choice : index.choices) {
+            sum += choice.*what;
+        }
+        return float(sum / double(kv.n_open));
     };
     out = {};
     out.n_units = int64_t(index.ends.size());
     out.index_bytes = index.bytes();
-    out.n_read = mean(read);
-    out.n_wanted = mean(wanted);
-    out.n_kept = mean(kept);
+    out.n_read = mean(&kvl_choice::read);
+    out.n_wanted = mean(&kvl_choice::wanted);
+    out.n_kept = mean(&kvl_choice::kept);
     out.full = full ? 1 : 0;
 }

@@ -60,29 +60,40 @@ void kvl_head::see(const std::vector<uint32_t> & slots) {
     count_listed();
 }
 
-void kvl_head::see_positions(const std::vector<uint32_t> & bits) {
-    live.assign(pages.size(), 0);
-    const uint32_t f16 = f16_begin();
-    for (uint32_t first = 0; first < n(); first += KVL_PAGE_SLOTS) {
-        const uint32_t size = std::min(n() - first, uint32_t(KVL_PAGE_SLOTS));
-        uint32_t & word = live[first / KVL_PAGE_SLOTS];
-        const llama_pos p0 = pos[first];
-        if (first >= f16 && pos[first + size - 1] - p0 == llama_pos(size) - 1) { // ascending without a gap
-            const uint32_t shift = uint32_t(p0) % 32;
-            const auto * at = bits.data() + p0 / 32;
-            word = at[0] >> shift | (shift > 0 ? at[1] << (32 - shift) : 0);
-            word &= size < KVL_PAGE_SLOTS ? (1u << size) - 1 : UINT32_MAX;
-            continue;
+uint32_t kvl_head::see_positions(const std::vector<uint32_t> & bits) {
+    live.resize(pages.size());
+    n_listed = 0;
+    uint32_t n_seen = 0;
+    const auto at = [&](llama_pos p) {
+        const uint32_t shift = uint32_t(p) % 32;
+        const uint32_t * from = bits.data() + p / 32;
+        return shift == 0 ? from[0] : from[0] >> shift | from[1] << (32 - shift);
+    };
+    while (starts.size() < n() / KVL_PAGE_SLOTS) {
+        const llama_pos * p = pos.data() + starts.size() * KVL_PAGE_SLOTS;
+        bool stretch = p[0] != HOLE;
+        for (uint32_t i = 1; i < KVL_PAGE_SLOTS; i++) {
+            stretch = stretch && p[i] == p[i - 1] + 1;
         }
-        for (uint32_t i = 0; i < size; i++) {
-            const llama_pos p = pos[first + i];
-            word |= p == HOLE ? 0 : (bits[size_t(p) / 32] >> p % 32 & 1) << i;
+        starts.push_back(stretch ? p[0] : HOLE);
+    }
+    for (uint32_t page = 0; page < pages.size(); page++) {
+        const uint32_t size = std::min(n() - page * KVL_PAGE_SLOTS, uint32_t(KVL_PAGE_SLOTS));
+        uint32_t word = 0;
+        if (page < starts.size() && starts[page] != HOLE) {
+            word = at(starts[page]);
+        } else {
+            for (uint32_t i = 0; i < size; i++) {
+                const llama_pos p = pos[page * KVL_PAGE_SLOTS + i];
+                word |= p == HOLE ? 0 : (bits[size_t(p) / 32] >> p % 32 & 1) << i;
+            }
         }
+        n_seen += word == UINT32_MAX ? KVL_PAGE_SLOTS : word == 0 ? 0 : uint32_t(std::bitset<32>(word).count());
+        word |= size < KVL_PAGE_SLOTS ? UINT32_MAX << size : 0; // whoever comes next is seen
+        live[page] = word;
+        n_listed += word != 0 ? 1 : 0;
     }
-    if (n() % KVL_PAGE_SLOTS != 0) {
-        live.back() |= UINT32_MAX << n() % KVL_PAGE_SLOTS;
-    }
-    count_listed();
+    return n_seen;
 }
 
 uint32_t kvl_head::held_bits(uint32_t page) const {

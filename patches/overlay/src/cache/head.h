@@ -21,6 +21,10 @@ struct kvl_head {
     std::vector<llama_pos> pos;  // true positions, HOLE for holes
     std::vector<uint32_t> mass;  // per page its page of attention mass; empty: none is accumulated
 
+    // of the first full pages, as far as somebody asked: position of its first slot if its slots are a stretch of text,
+    // else HOLE
+    std::vector<llama_pos> starts;
+
     uint32_t n_holes = 0;
     uint32_t n_listed = 0;   // pages of which attention sees a slot
     uint64_t used_bytes = 0; // K and V of the slots held
@@ -50,8 +54,9 @@ struct kvl_head {
     bool is_live(uint32_t slot) const { return live[slot / KVL_PAGE_SLOTS] >> slot % KVL_PAGE_SLOTS & 1; }
     // see these slots of all that are held, and what is appended later
     void see(const std::vector<uint32_t> & slots);
-    // see the slots at these positions, a bit each, with a word of nothing at the end; and what is appended later
-    void see_positions(const std::vector<uint32_t> & bits);
+    // see the slots at these positions, a bit each, with a word of nothing at the end, and what is appended later;
+    // returns how many there are
+    uint32_t see_positions(const std::vector<uint32_t> & bits);
     // see all
     void see_all();
     // after the bits have changed

@@ -11,6 +11,8 @@
 void kvl_index::clear() {
     heads.clear();
     chosen.clear();
+    chosen_at = -1;
+    n_asked = 0;
     n_indexed = 0;
     evicted = false;
 }
@@ -34,6 +36,8 @@ void kvl_index::cut(llama_pos n_tokens) {
             units.resize(std::min(units.size(), ends.size()));
         }
     }
+    n_asked = 0;
+    chosen_at = -1;
     n_indexed = std::min(n_indexed, open_begin());
 }
 
@@ -179,6 +183,7 @@ bool kvl_update_index(llama_kv_paged & kv, llama_seq_id seq_id, int32_t summary,
         index.summary = summary;
     }
     index.ends.insert(index.ends.end(), ends, ends + n_ends);
+    index.n_asked = n_ends > 0 ? 0 : index.n_asked;
     if (index.heads.empty()) {
         for (uint32_t l = 0; l < kv.n_open; l++) {
             index.heads.emplace_back(kv.layers[l].n_head_kv);

@@ -20,13 +20,23 @@ struct kvl_head_index {
 };
 
 // It follows from the slots that are held: what is lost of it is made anew from them.
+// What a layer reads since it chose last.
+struct kvl_choice {
+    size_t n_queries = 0;                  // of the open unit, then
+    double wanted = 0, kept = 0, read = 0; // as kvl_retrieval_stats
+};
+
 struct kvl_index {
     std::vector<llama_pos> ends;                           // positions after the closed units, ascending
     std::vector<std::vector<kvl_head_index>> heads;        // [open layer][KV head], empty: nothing is in it
     std::vector<std::vector<std::vector<uint8_t>>> chosen; // [open layer][KV head, or one for all][unit]: read last
-    llama_pos n_indexed = 0;                               // keys before this position are in it
-    int32_t summary = KVL_SUMMARY_NONE;                    // a kvl_summary
-    bool evicted = false;                                  // what is held of the units has changed
+    std::vector<std::vector<float>> asked; // [open layer] sum of the queries of the open unit, [n_head][d_k]
+    std::vector<kvl_choice> choices;       // [open layer]
+    llama_pos chosen_at = -1;              // tokens seen when this was so, -1: everything is read
+    size_t n_asked = 0;                    // how many, 0: it has to be made
+    llama_pos n_indexed = 0;               // keys before this position are in it
+    int32_t summary = KVL_SUMMARY_NONE;    // a kvl_summary
+    bool evicted = false;                  // what is held of the units has changed
 
     // where the unit begins that is open
     llama_pos open_begin() const { return ends.empty() ? 0 : ends.back(); }

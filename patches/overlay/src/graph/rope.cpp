@@ -128,6 +128,7 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
                 }
             }
             std::iota(head.pos.begin(), head.pos.end(), 0);
+            head.starts.clear();
         }
         if (kv.no_alloc()) {
             continue;
