@@ -300,13 +300,13 @@ class PagedCache:
         """
         closed = _whole(ends, "The ends of units")
         self._check(
-            self._lib.kvl_retrieve(self._ctx, seq, ctypes.byref(retrieval.native()), _ints(closed), len(closed), None)
+            self._lib.kvl_retrieve(self._ctx, seq, ctypes.byref(retrieval.native), _ints(closed), len(closed), None)
         )
 
     def retrieve(self, seq: int, retrieval: Retrieval, ends: Sequence[int] = ()) -> Retrieved:
         """Choose which units the next tokens read, until the next call or :meth:`select`, after :meth:`index`."""
         closed, out = _whole(ends, "The ends of units"), KvlRetrievalStats()
-        params = ctypes.byref(retrieval.native())
+        params = ctypes.byref(retrieval.native)
         self._check(self._lib.kvl_retrieve(self._ctx, seq, params, _ints(closed), len(closed), ctypes.byref(out)))
         return Retrieved(out.n_units, out.index_bytes, out.us, out.n_read, out.n_wanted, out.n_kept, bool(out.full))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -45,7 +46,9 @@ class Retrieval:
     drift: float = 0.0
     hysteresis: float = 0.0
 
+    @functools.cached_property
     def native(self) -> KvlRetrieval:
+        """As the library takes it."""
         return KvlRetrieval(**{**asdict(self), "summary": SUMMARIES.index(self.summary)})
 
 
