@@ -78,11 +78,11 @@ def shortened(cases: Sequence[Case]) -> list[Case]:
 class Run:
     """The model, the data, and where results go."""
 
-    def __init__(self, model: Model, data: Path, threads: int, parallel: int) -> None:
-        self.model, self.data, self.parallel = model, data, parallel
+    def __init__(self, model: Model, data: Path, threads: int, parallel: int, name: str = "quality") -> None:
+        self.model, self.data, self.parallel, self.name = model, data, parallel, name
         self.config = StageConfig(n_ctx=8192, n_threads=threads, parallel=parallel)
 
-    def _collect(self, part: str, measure: Callable[[Store], Any]) -> list[dict[str, Any]]:
+    def collect(self, part: str, measure: Callable[[Store], Any]) -> list[dict[str, Any]]:
         settings = {"chunk": self.config.chunk, "evict_every": self.config.evict_every}
         store = Store(store_path(self.model.path, part, settings))
         start = time.perf_counter()
@@ -98,11 +98,15 @@ class Run:
             store.close()
             if records:
                 RESULTS.mkdir(exist_ok=True)
-                (RESULTS / f"quality-{part}.json").write_text(json.dumps(rows(records), indent=1) + "\n")
+                (RESULTS / f"{self.name}-{part}.json").write_text(json.dumps(rows(records), indent=1) + "\n")
         return rows(records)
 
     def ask(self, part: str, cases: Sequence[Case], score: Score, wanted: Sequence[Variant], *modes: str) -> Any:
-        return self._collect(part, lambda store: Ask(self.model, part, cases, score, wanted, modes, self.config, store))
+        return self.collect(part, lambda store: Ask(self.model, part, cases, score, wanted, modes, self.config, store))
+
+    def sized(self, n_ctx: int) -> StageConfig:
+        """The settings with another context."""
+        return replace(self.config, n_ctx=n_ctx)
 
     def texts(self) -> list[Path]:
         return [self.data / "text" / name for name in NOVELS]
@@ -115,7 +119,7 @@ class Run:
         found = excerpts(self.model, self.texts(), 3072, 256, 3)
         wanted = [*expand(["full"], {}, []), *variants(others=True)]
         config = replace(self.config, n_ctx=3072 + 256 + 64)
-        table = self._collect("kld", lambda store: Kld(self.model, found, wanted, config, store))
+        table = self.collect("kld", lambda store: Kld(self.model, found, wanted, config, store))
         # the sizes of buzz are not a budget: the others at what it held
         held = sorted({round(r["held_tokens"]) for r in table if r["policy"] == "buzz" and r["task"] == "all"})
         control = [*expand([PAGED], {}, []), *expand(["buzz"], {}, BUDGETS)]
@@ -124,13 +128,13 @@ class Run:
         for window, stride in ((452, 9), (600, 17)):
             policy = make_policy("buzz", {"window": str(window), "stride": str(stride)})
             control.append(Variant(f"buzz, window {window}, stride {stride}", policy, Budget.parse("50%")))
-        self._collect("kld-buzz", lambda store: Kld(self.model, found, control, config, store))
+        self.collect("kld-buzz", lambda store: Kld(self.model, found, control, config, store))
 
     def ppl(self) -> None:
         found = excerpts(self.model, self.texts(), 1024, 1024, 1)
         config = replace(self.config, n_ctx=2048 + 64)
         wanted = variants(("384",))
-        self._collect("ppl", lambda store: Ppl(self.model, found, wanted, config, store))
+        self.collect("ppl", lambda store: Ppl(self.model, found, wanted, config, store))
 
     def ruler(self) -> None:
         cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))
@@ -154,7 +158,7 @@ class Run:
             ("storage", found, [*at_equal_bytes(3072), *all_kept()]),
             ("storage_kept", found[:2], [*all_kept(), *all_kept(MORE), *expand(["full"], {}, [], ["q8", "q4"])]),
         ):
-            self._collect(part, lambda store, some=some, wanted=wanted: Kld(self.model, some, wanted, config, store))
+            self.collect(part, lambda store, some=some, wanted=wanted: Kld(self.model, some, wanted, config, store))
 
     def storage_ruler(self) -> None:
         cases = shortened(ruler_cases(self.data / "ruler-4096", rows=5))

@@ -23,8 +23,9 @@ void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_t
         kvl_page_ref * first = next;
         for (uint32_t p = 0; p < head.pages.size(); p++) {
             const uint32_t live = all ? head.all_live(p) : head.live[p];
-            *next = {head.pages[p], live, int32_t(p * KVL_PAGE_SLOTS), 0};
-            next += all || live != 0 ? 1 : 0; // one that is not listed is written over
+            if (all || live != 0) {
+                *next++ = {head.pages[p], live, int32_t(p * KVL_PAGE_SLOTS), 0};
+            }
         }
         for (kvl_page_ref * page = first; !head.mass.empty() && page < next; page++) {
             page->mass = int32_t(head.mass[uint32_t(page->slot) / KVL_PAGE_SLOTS]);

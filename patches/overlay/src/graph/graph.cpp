@@ -35,8 +35,7 @@ llm_graph_input_kv_paged::llm_graph_input_kv_paged(const llm_graph_context & g, 
         in.shape = paged->shape(l, n_seq_tokens, g.ubatch);
         if (layer.kernels()) {
             in.table = int32_t(n_table);
-            // one page more: what is not seen is written, then written over
-            n_table += kvl_table_size(KVL_FORMAT_COUNT, n_stream, n_stream * in.shape.n_kv / KVL_PAGE_SLOTS + 1);
+            n_table += kvl_table_size(KVL_FORMAT_COUNT, n_stream, n_stream * in.shape.n_kv / KVL_PAGE_SLOTS);
         } else {
             const kvl_arena & arena = *layer.arena;
             const bool apart = arena.k_parts != arena.v_parts; // else the rows of v are those of k

@@ -1,0 +1,129 @@
+"""Writes docs/retrieval.md from the results of retrieval_quality.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import at_commit, table
+
+Row = dict[str, Any]
+
+HEAD = """# What reading a part loses
+
+Written by a command, which takes about an hour on two cores, goes on where it was stopped, and needs the evaluation
+data (`--data`):
+
+```console
+$ python benchmarks/retrieval_quality.py
+```
+
+The model is SmolLM2-135M-Instruct with its weights as F32, for the needles a tiny one of the tests. *reads* names the
+retriever and its tokens per head; `all` reads everything. Nothing is dropped unless a policy is named. A prompt and a
+question are read over everything that is held, so that a retriever bounds the answer alone. Brackets are 95 % bootstrap
+intervals over the cases; there are few cases, so they are wide."""
+
+
+def write_page(results: Path, page: Path) -> None:
+    """The page, from whatever parts have been measured; what was not is said to be missing."""
+    found: dict[str, Any] = {}
+    for path in sorted(results.glob("retrieval-*.json")):
+        found[path.stem.removeprefix("retrieval-")] = json.loads(path.read_text())
+    parts = [HEAD]
+    commits = {name: of["commit"] if name == "mass" else _commits(of) for name, of in found.items()}
+    if commits:
+        parts.append(at_commit(commits))
+    for name, title, text in SECTIONS:
+        body = "Not measured yet." if name not in found else f"{text}\n\n{TABLES[name](found[name])}"
+        parts.append(f"## {title}\n\n{body}")
+    page.write_text("\n\n".join(parts) + "\n", "utf-8")
+    print(f"wrote {page}")
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(part for row in rows for part in row.get("commit", "").split(", ") if part))
+
+
+SECTIONS = (
+    (
+        "kld",
+        "Texts continued",
+        "3,072 tokens of a novel read, 256 given; KL divergence from the cache that is read whole.",
+    ),
+    (
+        "needle",
+        "Needles",
+        "One fact in a text of 1,024 to 8,000 tokens, asked for after it; share of the answers that hold it.",
+    ),
+    ("ruler-4096", "RULER, 4,096 tokens", "The question comes after the document; mean share of what was expected."),
+    ("ruler-8192", "RULER, 8,192 tokens", "As above."),
+    (
+        "mass",
+        "Attention on what is read",
+        "Share of the attention of a token that falls on what it reads, mean over layers and heads: 4,096 tokens of a "
+        "novel, 32 sinks and the 64 newest always read, every KV head by itself: by the query of the same token or "
+        "of the one before, as retrievers do; *the best*: by the attention itself.",
+    ),
+)
+
+
+def _name(row: Row) -> list[str]:
+    policy = "" if row["policy"] == "paged" else f"{row['policy']} {row['budget']}"
+    return [policy or "all kept", row["reads"] or "all", f"{row['held']:.0%}"]
+
+
+def _all(rows: Sequence[Row]) -> list[Row]:
+    tasks = {row["task"] for row in rows}
+    return [row for row in rows if row["task"] == "all" or len(tasks) == 1]
+
+
+def _kld(rows: Sequence[Row]) -> str:
+    cells = [
+        [
+            *_name(r),
+            f"{r['kl']:.4f} [{r['ci_low']:.4f}, {r['ci_high']:.4f}]",
+            f"{r['top1']:.1%}",
+            f"{r['ppl_ratio']:.3f}",
+        ]
+        for r in _all(rows)
+    ]
+    return table(["kept", "reads", "held", "KL", "same likeliest token", "perplexity ratio"], cells)
+
+
+def _score(rows: Sequence[Row]) -> str:
+    cells = [[*_name(r), f"{r['score']:.2f} [{r['ci_low']:.2f}, {r['ci_high']:.2f}]", str(r["n"])] for r in _all(rows)]
+    return table(["kept", "reads", "held", "score", "n"], cells)
+
+
+def _ruler(rows: Sequence[Row]) -> str:
+    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != "all"]
+    kinds: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(_name(row)[:2]), {})[row["task"]] = row
+    cells = [
+        [
+            *kind,
+            f"{of['all']['held']:.0%}",
+            *(f"{of[task]['score']:.2f}" for task in tasks),
+            f"{of['all']['score']:.2f}",
+        ]
+        for kind, of in kinds.items()
+    ]
+    return table(["kept", "reads", "held", *tasks, "all"], cells)
+
+
+def _mass(found: Row) -> str:
+    budgets = sorted({row["budget"] for row in found["rows"]})
+    kinds: dict[tuple[str, int], dict[int, float]] = {}
+    for row in found["rows"]:
+        kinds.setdefault((row["by"], row["lag"]), {})[row["budget"]] = row["share"]
+    cells = [
+        [by, "before" if lag else "same", *(f"{of[budget]:.1%}" for budget in budgets)]
+        for (by, lag), of in sorted(kinds.items())
+    ]
+    return table(["chosen by", "query of the token", *(f"{budget:,} read" for budget in budgets)], cells)
+
+
+TABLES = {"kld": _kld, "needle": _score, "ruler-4096": _ruler, "ruler-8192": _ruler, "mass": _mass}
