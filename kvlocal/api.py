@@ -109,6 +109,8 @@ def load(
         raise UsageError("policy_args belong to the name of a policy; set them on the policy that was given.")
     settings.RETRIEVE_ARGS.check(retrieve_args)
     budget_read = settings.RETRIEVE_BUDGET.check(retrieve_budget)
+    if retrieve is None:
+        retrieve = policy.reads or None
     if isinstance(retrieve, str):
         retrieve = make_retriever(retrieve, {"budget": budget_read, **(retrieve_args or {})})
     elif retrieve is not None and not isinstance(retrieve, Retriever):

@@ -129,7 +129,8 @@ def expand(
                 budget.tokens(0, 1, policy.min_budget)
             variant = Variant(name, policy, budget, storage, prefill if policy.evicts else "exact")
             if variant.paged and not policy.rolls:
-                variant = replace(variant, retriever=retriever)
+                own = make_retriever(policy.reads) if policy.reads else None
+                variant = replace(variant, retriever=retriever or own)
             if variant.chunked and "scores" in policy.needs:
                 variant = replace(variant, guide=guide)
             if variant not in out:

@@ -29,6 +29,7 @@ from kvlocal.policies.observed import Observed
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.policies.pyramidkv import PyramidKV
 from kvlocal.policies.random import Random
+from kvlocal.policies.sentencekv import SentenceKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 from kvlocal.policies.tova import Tova
@@ -37,7 +38,7 @@ REGISTRY: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
         *(Full, Ladder, Streaming, Cascading),
-        *(SnapKV, PyramidKV, AdaSnapKV, AdaPyramid),
+        *(SnapKV, PyramidKV, AdaSnapKV, AdaPyramid, SentenceKV),
         *(Buzz, H2O, Tova, Corm, Observed, ExpectedAttention, ChunkKV, KeyDiff, Knorm, Random),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kvlocal.errors import UsageError
 from kvlocal_cli.backend.loading import load_engine
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
     policy = make_policy(settings.policy, dict(settings.policy_args), here=settings.policy_typed)
     budget = Budget.parse(settings.budget)
     read = {"budget": settings.retrieve_budget, **settings.retrieve_args}
-    retriever = make_retriever(settings.retrieve, read) if settings.retrieve else None
+    retrieve = settings.retrieve or policy.reads
+    if settings.retrieve_args and not retrieve:
+        raise UsageError(f"Policy {policy.name} reads all that it keeps; --retrieve-arg needs --retrieve NAME.")
+    retriever = make_retriever(retrieve, read) if retrieve else None
     with screen.download() as on_progress:
         model = resolve_model(settings.model, progress=on_progress)
     return EngineConfig(

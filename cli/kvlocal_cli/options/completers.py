@@ -17,6 +17,7 @@ POLICIES = (
     "pyramidkv",
     "ada-snapkv",
     "ada-pyramid",
+    "sentencekv",
     "buzz",
     "h2o",
     "tova",

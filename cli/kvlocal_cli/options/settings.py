@@ -194,7 +194,8 @@ def _gather(command: Callback) -> Callback:
         sink, window = options.pop("kv_sink", None), options.pop("kv_window", None)
         args = parse_policy_args(options.pop("policy_args", ()), sink=sink, window=window)
         read = parse_pairs("--retrieve-arg", options.pop("retrieve_args", ()), "sink=32")
-        if "retrieve" in values and not values["retrieve"]:
+        # a policy may have a retriever of its own, which is not known here
+        if "retrieve" in values and not values["retrieve"] and source("policy") is ParameterSource.DEFAULT:
             check_retrieved()
         for name in ("chunk", "guide"):
             if values.get(name) and values["prefill"] != "chunked":

@@ -28,7 +28,7 @@ def live_figures(kv: Mapping[str, float], peak_bytes: float, tokens_per_second: 
 
 def figures(report: ReportDict) -> str:
     """The line after an answer. All measured, save for what a full cache *would* take: that one never existed."""
-    kv, tokens, timing = report["kv"], report["tokens"], report["timing"]
+    kv, tokens, timing, reads = report["kv"], report["tokens"], report["timing"], report["reads"]
     held = f"{number(tokens['held_mean'])} tokens held per head"
     if tokens["held_min"] != tokens["held_max"]:
         held += f" ({number(tokens['held_min'])} to {number(tokens['held_max'])})"
@@ -37,6 +37,7 @@ def figures(report: ReportDict) -> str:
         f" / {size(kv['peak_bytes'])} peak",
         *([f"{size(kv['fixed_bytes'])} of it windows and states"] if kv["fixed_bytes"] else []),
         held,
+        *([f"{number(reads['tokens'])} read at a time"] if reads else []),
         f"prefill {rate(timing['prefill_tps'])}, decode {rate(timing['decode_tps'])}",
     ]
     ending = {"length": "cut at the token limit", "interrupted": "interrupted"}.get(str(report["finish_reason"]))
@@ -46,6 +47,18 @@ def figures(report: ReportDict) -> str:
 def budget_text(budget: Mapping[str, Any]) -> str:
     """A budget in all its units: `1,034 tokens per head = 25% = 23.3 MiB`."""
     return f"{number(budget['tokens'])} tokens per head = {percent(budget['fraction'])} = {size(budget['bytes'])}"
+
+
+def _reads(reads: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not reads:
+        return []
+    return [
+        ("retriever", reads["retriever"]),
+        ("tokens read per token, mean", number(reads["tokens"])),
+        ("of those chosen, as before", percent(reads["kept"])),
+        ("what stands for units", size(reads["index_bytes"])),
+        ("choosing", seconds(reads["choose_s"])),
+    ]
 
 
 def stats_table(report: ReportDict) -> Table:
@@ -64,6 +77,7 @@ def stats_table(report: ReportDict) -> Table:
             ("tokens generated", number(tokens["generated"])),
             ("tokens held per head, mean", number(tokens["held_mean"])),
             ("tokens held, least / most", f"{number(tokens['held_min'])} / {number(tokens['held_max'])}"),
+            *_reads(report["reads"]),
         ],
         [
             ("KV in use", size(kv["used_bytes"])),

@@ -34,8 +34,8 @@ class Policy:
     :attr:`formats` and :meth:`decide`, and its budget is in bytes.
 
     Class attributes: ``name`` (as on the command line), ``paper`` (reference), ``needs`` (a set of ``"scores"``,
-    ``"queries"``, and ``"mass"`` or ``"last"``: what the cache must gather for it), and ``evicts`` (False only for
-    ``full``).
+    ``"queries"``, and ``"mass"`` or ``"last"``: what the cache must gather for it), ``evicts`` (False only for
+    ``full``), and ``reads`` (the retriever that belongs to it, if none is given).
     """
 
     kind: ClassVar[str] = "policy"
@@ -43,6 +43,7 @@ class Policy:
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     evicts: ClassVar[bool] = True
+    reads: ClassVar[str] = ""
 
     @property
     def min_budget(self) -> int:

@@ -108,10 +108,20 @@ def test_the_command(tiny_path: Path) -> None:
     assert report["reads"]["retriever"] == "sentencekv 512 sink=16" and report["reads"]["tokens"] < 576
 
 
+def test_the_policy_of_the_paper_reads_a_part(tiny_path: Path) -> None:
+    options = "--policy sentencekv --budget 1024 --retrieve-budget 512 --json --temp 0 -n 24"
+    done = call("run", tiny_path, *options.split(), "-p", QUESTION, stdin=long_document())
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert LANTERN.value in report["text"] and report["policy"] == "sentencekv"
+    assert report["tokens"]["held_mean"] < 1100 and report["reads"]["retriever"] == "sentencekv 512"
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         ("--retrieve-budget 300", "have no effect without --retrieve NAME"),
+        ("--policy snapkv --retrieve-arg sink=3", "Policy snapkv reads all that it keeps"),
         ("--retrieve-arg sink=3", "have no effect without --retrieve NAME"),
         ("--retrieve sentences", "There is no retriever 'sentences' (did you mean 'sentencekv'?)"),
         ("--retrieve quest --retrieve-arg page", "--retrieve-arg 'page' is not name=value"),

@@ -50,6 +50,7 @@ def test_figures_without_eviction_or_measurement() -> None:
         {
             "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": None, "fixed_bytes": 0},
             "tokens": {"held_mean": 12.0, "held_min": 12, "held_max": 12},
+            "reads": None,
             "timing": {"prefill_tps": 100.0, "decode_tps": None},
             "finish_reason": "stop",
         }
@@ -57,6 +58,19 @@ def test_figures_without_eviction_or_measurement() -> None:
     assert line == (
         "KV 0 B in use / 0 B a full cache would take / n/a peak · 12 tokens held per head · prefill 100 t/s, decode n/a"
     )
+
+
+def test_figures_of_a_part_that_was_read() -> None:
+    line = figures(
+        {
+            "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": 0, "fixed_bytes": 0},
+            "tokens": {"held_mean": 4096.0, "held_min": 4096, "held_max": 4096},
+            "reads": {"tokens": 1023.4},
+            "timing": {"prefill_tps": 100.0, "decode_tps": 50.0},
+            "finish_reason": "stop",
+        }
+    )
+    assert " · 4,096 tokens held per head · 1,023 read at a time · prefill " in line
 
 
 def terminal() -> tuple[Screen, io.StringIO]:

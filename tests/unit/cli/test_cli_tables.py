@@ -36,6 +36,13 @@ REPORT: dict[str, Any] = {
     "budget": {"tokens": 32_768, "fraction": 0.99987, "bytes": 45_678_901_234},
     "tokens": {"prompt": 131_072, "generated": 1024, "held_mean": 32_768.4, "held_min": 1, "held_max": 131_072},
     "kv": dict.fromkeys(("used_bytes", "peak_bytes", "full_bytes", "allocated_bytes", "fixed_bytes"), 45_678_901_234),
+    "reads": {
+        "retriever": "sentencekv 1024 share=layer",
+        "tokens": 1023.5,
+        "kept": 0.97,
+        "index_bytes": 3 * MIB,
+        "choose_s": 12.3,
+    },
     "rss": dict.fromkeys(("before_evict_bytes", "after_evict_bytes", "peak_bytes"), 345_678_901_234),
     "timing": {
         **dict.fromkeys(("load_s", "prefill_s", "ttft_s", "evict_s", "decode_s"), 12_345.6),

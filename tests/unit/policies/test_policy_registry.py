@@ -22,6 +22,7 @@ def test_registry_names():
         "streaming",
         "cascading",
         *SCORED,
+        "sentencekv",
         "buzz",
         "h2o",
         "tova",
