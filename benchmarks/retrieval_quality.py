@@ -45,7 +45,7 @@ def both(*budgets: str) -> list[Variant]:
 
 
 def kld(run: Run) -> None:
-    found = excerpts(run.model, run.texts(), 3072, 256, 4)
+    found = excerpts(run.model, run.texts(), 3072, 256, 1)
     wanted = [*readers(*BUDGETS, layer=True), *both("25%", "12.5%")]
     run.collect("kld", lambda store: Kld(run.model, found, wanted, run.sized(3072 + 256 + 64), store))
 
