@@ -164,6 +164,20 @@ def test_a_branch_goes_its_own_way(open_model: OpenModel, open_context: OpenCont
     assert cache.retrieve(0, MEAN).n_units == 0
 
 
+def test_the_beginning_of_a_unit_may_read_everything(open_model: OpenModel, open_context: OpenContext) -> None:
+    """U14 as it is here: of twelve steps with a delimiter at the fifth, the two behind the one that shows it."""
+    model = open_model("llama", **SHAPE)
+    context = open_context(model, n_window=64)
+    cache, asked = paged(context), replace(MEAN, full_below=3)
+    tokens = random_tokens(model, 220)
+    context.decode(tokens[:200], 0, 0)
+    kinds = "F" if cache.retrieve(0, asked, unit_ends(190)).full else "S"
+    for step in range(12):
+        context.decode(tokens[200 + step : 201 + step], 200 + step, 0)
+        kinds += "F" if cache.retrieve(0, asked, [206] if step == 6 else []).full else "S"
+    assert kinds == "SSSSSSSFFSSSS"
+
+
 def test_what_is_evicted_takes_no_room(open_model: OpenModel, open_context: OpenContext) -> None:
     """Units of which a head holds nothing are not chosen, and tokens that are gone do not count."""
     model = open_model("llama", **SHAPE)

@@ -97,4 +97,4 @@ def test_what_is_wrong_is_said(name: str, args: dict[str, object], error: str) -
 
 def test_as_the_authors_code_has_it() -> None:
     asked = SentenceKV(compat="repo").retrieval()
-    assert asked.partial and asked.per_head and asked.full_below == 2 and asked.recent == 32
+    assert asked.partial and asked.per_head and asked.full_below == 3 and asked.recent == 32
