@@ -42,12 +42,12 @@ class KV:
 @dataclass
 class Reads:
     """What a retriever let tokens read: its name with its parameters; tokens per head and layer that a step read, mean
-    over the steps; the share of those chosen that had been read in the step before; bytes of what stands for units, and
-    seconds of choosing."""
+    over the steps; the share of those chosen that had been read in the step before, if any were; bytes of what stands
+    for units, and seconds of choosing."""
 
     retriever: str
     tokens: float = 0.0
-    kept: float = 0.0
+    kept: float | None = None
     index_bytes: int = 0
     choose_s: float = 0.0
 

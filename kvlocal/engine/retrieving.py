@@ -32,7 +32,7 @@ class Retrieving:
         return Reads(
             str(self.retriever),
             sum(step.n_read for step in steps) / max(len(steps), 1),
-            sum(step.n_kept for step in steps) / wanted if wanted else 0.0,
+            sum(step.n_kept for step in steps) / wanted if wanted else None,
             steps[-1].index_bytes if steps else 0,
             sum(step.us for step in steps) / 1e6,
         )

@@ -45,7 +45,7 @@ class KVPlan:
         full_bytes: a full f16 cache of all tokens.
         used_bytes: in use at the end; peak_bytes: the most ever taken.
         query_bytes: the window queries that a policy remembers (f32).
-        table_bytes: page tables, positions and accumulated mass, at their peak.
+        table_bytes: page tables, positions, accumulated mass and what stands for a retriever's units, at their peak.
     """
 
     full_bytes: int

@@ -98,7 +98,8 @@ class Rehearsal(Engine):
     """An engine over a model without weights; the model stays open when it is closed.
 
     Attributes:
-        peak_table_bytes: the most that page tables and positions took when an eviction was due, or at the end.
+        peak_table_bytes: the most that page tables, positions and what stands for units took when an eviction was due,
+            or at the end.
     """
 
     def __init__(self, config: EngineConfig, model: Model) -> None:
@@ -126,7 +127,8 @@ class Rehearsal(Engine):
         return _Watched(self.context, self._bounds(config), self)
 
     def note_tables(self) -> None:
-        self.peak_table_bytes = max(self.peak_table_bytes, int(self.context.stats().table_bytes))
+        stats = self.context.stats()
+        self.peak_table_bytes = max(self.peak_table_bytes, int(stats.table_bytes + stats.index_bytes))
 
     def again(self) -> None:
         """Be as if nothing had been played."""

@@ -24,7 +24,8 @@ class SentenceKV(Retriever):
     scores of the heads are put on one scale (less the mean over the sentences, divided by the deviation) and added up.
     Differences from the paper: nothing is dropped, sentences have 4 to 64 tokens and are found by their text, and one
     that is not finished is always read. ``compat=repo``: the authors' delimiters, no limits of length, everything read
-    by two tokens of a sentence (one later than there: an end is known with the token behind it), the last one cut; their code chooses per query head, this per KV head.
+    by two tokens of a sentence (one later than there: an end is known with the token behind it), the last sentence
+    cut; their code chooses per query head, this per KV head.
     """
 
     name: ClassVar[str] = "sentencekv"

@@ -46,7 +46,7 @@ def _needs(plan: Mapping[str, Any]) -> Table:
         ("weights", plan["weights_bytes"], ""),
         ("KV peak", kv["peak_bytes"], used),
         ("window queries", kv["query_bytes"], "remembered for the policy, f32"),
-        ("page tables", kv["table_bytes"], "positions and accumulated attention included"),
+        ("page tables", kv["table_bytes"], "positions, attention mass and units included"),
         ("compute buffers", plan["compute_bytes"], ""),
     ]
     for label, n_bytes, note in rows:

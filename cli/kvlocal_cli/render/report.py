@@ -55,7 +55,7 @@ def _reads(reads: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [
         ("retriever", reads["retriever"]),
         ("tokens read per token, mean", number(reads["tokens"])),
-        ("of those chosen, as before", percent(reads["kept"])),
+        *([("of those chosen, as before", percent(reads["kept"]))] if reads["kept"] is not None else []),
         ("what stands for units", size(reads["index_bytes"])),
         ("choosing", seconds(reads["choose_s"])),
     ]

@@ -108,6 +108,17 @@ def test_the_command(tiny_path: Path) -> None:
     assert report["reads"]["retriever"] == "sentencekv 512 sink=16" and report["reads"]["tokens"] < 576
 
 
+def test_a_plan_counts_what_stands_for_units(tiny_path: Path) -> None:
+    plans = []
+    for more in ([], ["--retrieve", "quest"]):
+        done = call("plan", tiny_path, "-p", "4000", "--policy", "streaming", "--json", *more)
+        assert done.code == 0, done.stderr
+        plans.append(json.loads(done.stdout)["kv"])
+    # of every 16 keys two, in f16, of the tokens whose keys were seen
+    assert plans[1]["table_bytes"] - plans[0]["table_bytes"] > 0.9 * 4000 / 16 * 2 * 64 * 2 * 8
+    assert plans[1]["peak_bytes"] == plans[0]["peak_bytes"]
+
+
 def test_the_policy_of_the_paper_reads_a_part(tiny_path: Path) -> None:
     options = "--policy sentencekv --budget 1024 --retrieve-budget 512 --json --temp 0 -n 24"
     done = call("run", tiny_path, *options.split(), "-p", QUESTION, stdin=long_document())

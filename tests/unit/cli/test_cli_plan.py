@@ -26,7 +26,7 @@ pages of 30 layers on CPU: tested on hardware
  weights            92.1 MiB
  KV peak           168.8 MiB   23.4 MiB in use at the end; full f16: 180.0 MiB
  window queries      8.4 MiB   remembered for the policy, f32
- page tables         2.8 MiB   positions and accumulated attention included
+ page tables         2.8 MiB   positions, attention mass and units included
  compute buffers    14.0 MiB
 
  total             286.1 MiB

@@ -26,9 +26,6 @@ int32_t kvl_retrieve(llama_context * ctx, llama_seq_id seq, const kvl_retrieval 
     if (!kv || (n_ends > 0 && !given(ends))) {
         return KVL_ERR_ARGUMENT;
     }
-    if (kv->no_alloc()) {
-        return kvl_fail(KVL_ERR_ARGUMENT, "the model was loaded without its weights, so that nothing can be chosen");
-    }
     return guarded([&] {
         if (!params) {
             for (uint32_t l = 0; l < kv->n_open; l++) {
@@ -48,7 +45,11 @@ int32_t kvl_retrieve(llama_context * ctx, llama_seq_id seq, const kvl_retrieval 
         if (!kvl_update_index(*kv, seq, params->summary, ends, n_ends, n_threads)) {
             return int32_t(KVL_ERR_ARGUMENT);
         }
-        if (out) {
+        if (out && kv->no_alloc()) { // only what it would take is counted
+            *out = {};
+            out->n_units = int64_t(kv->seqs[seq].index.ends.size());
+            out->index_bytes = kv->seqs[seq].index.bytes();
+        } else if (out) {
             kvl_choose(*kv, seq, *params, n_threads, *out);
             out->us = uint64_t(ggml_time_us() - t0);
         }

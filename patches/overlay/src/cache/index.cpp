@@ -86,7 +86,7 @@ class updater {
                 return slots.pos[a] < slots.pos[b];
             });
         }
-        if (summary_size(index.summary, d_k) == 0) {
+        if (summary_size(index.summary, d_k) == 0 || kv.no_alloc()) { // there are no keys to take up
             for (const uint32_t slot : fresh) {
                 close_before(slots.pos[slot]);
                 to.n_open++;
