@@ -18,6 +18,7 @@ from kvlocal.native.context import Context
 from kvlocal.native.threads import default_threads, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DATA = Path(os.environ.get("KVLOCAL_BENCHMARK_DATA", ROOT.parent / "shared" / "data"))
 
 

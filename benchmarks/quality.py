@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, parser
+from common import RESULTS, ROOT, parser
 from pages.quality import write_page
 from quality_storage import MORE, all_kept, at_equal_bytes
 
@@ -51,7 +51,6 @@ OTHERS = {
 }
 """Beside every policy with its defaults."""
 
-RESULTS = ROOT / "benchmarks" / "results"
 N_GENERATED = 10_000
 N_ANSWER = 48  # most tokens of an answer to RULER, which allows 128
 TINY = ROOT / "tests" / "fixtures" / "kvlocal-tiny-q8_0.gguf"

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 
-from common import ROOT, parser
+from common import RESULTS, ROOT, parser
 from measure.attention_mass import measure as attention_mass
 from pages.retrieval import write_page
-from quality import RESULTS, TINY, Run, shortened
+from quality import TINY, Run, shortened
 
 from kvlocal.eval.scores import contains
 from kvlocal.eval.tasks.needle import needle_cases

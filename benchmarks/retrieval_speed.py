@@ -2,19 +2,20 @@
 that a retriever chooses, or what a policy has left.
 
 All are branches of one text and take turns, each after steps that are not timed. A step is a decoded token and the
-choice of what the next one reads.
+choice of what the next one reads. `retrieval_quality.py --only page` puts the figures into docs/retrieval.md.
 
     python benchmarks/retrieval_speed.py --depths 8192,32768 --budget 1024
 """
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from common import command, model_path, parser, table, write_json
+from common import RESULTS, command, model_path, parser, table, write_json
 
 from kvlocal.engine.evictor import Bounds, Evictor
 from kvlocal.engine.sequence import Sequence, append
@@ -160,7 +161,10 @@ def main() -> None:
             f"{note['depth']:,} {note['retriever']}: what stands for units took {note['index_s']:.3f} s, "
             f"{note['prefill_share']:.2%} of reading the text, and {note['bytes_share']:.2%} of its bytes in f16"
         )
-    write_json(args, {"command": command(p, args, "retrieval_speed"), "rows": rows, "index": notes})
+    results = {"command": command(p, args, "retrieval_speed"), "model": model.name, "rows": rows, "index": notes}
+    write_json(args, results)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "retrieval-speed.json").write_text(json.dumps(results | {"commit": commit()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

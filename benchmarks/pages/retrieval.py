@@ -32,7 +32,7 @@ def write_page(results: Path, page: Path) -> None:
     for path in sorted(results.glob("retrieval-*.json")):
         found[path.stem.removeprefix("retrieval-")] = json.loads(path.read_text())
     parts = [HEAD]
-    commits = {name: of["commit"] if name == "mass" else _commits(of) for name, of in found.items()}
+    commits = {name: of["commit"] if isinstance(of, dict) else _commits(of) for name, of in found.items()}
     if commits:
         parts.append(at_commit(commits))
     for name, title, text in SECTIONS:
@@ -65,6 +65,12 @@ SECTIONS = (
         "Share of the attention of a token that falls on what it reads, mean over layers and heads: 4,096 tokens of a "
         "novel, 32 sinks and the 64 newest always read, every KV head by itself: by the query of the same token or "
         "of the one before, as retrievers do; *the best*: by the attention itself.",
+    ),
+    (
+        "speed",
+        "Speed",
+        "A novel is read and goes on; medians of the steps of five rounds in turns, two threads. A step is a token and "
+        "the choice of what the next one reads; *choice* is its part of the step. *streaming* has evicted the rest.",
     ),
 )
 
@@ -126,4 +132,22 @@ def _mass(found: Row) -> str:
     return table(["chosen by", "query of the token", *(f"{budget:,} read" for budget in budgets)], cells)
 
 
-TABLES = {"kld": _kld, "needle": _score, "ruler-4096": _ruler, "ruler-8192": _ruler, "mass": _mass}
+def _speed(found: Row) -> str:
+    heads = ["tokens", "reads", "tokens/s", "x everything", "p50 ms", "p99 ms", "choice", "tokens read", "as before"]
+    cells = [
+        [
+            *(f"{r['depth']:,}", r["reads"], f"{r['tokens_per_s']:.1f}", f"{r['ratio']:.2f}", f"{r['p50_ms']:.1f}"),
+            *(f"{r['p99_ms']:.1f}", f"{r['choose_share']:.1%}", f"{r['read']:,.0f}"),
+            "" if r["kept"] is None else f"{r['kept']:.0%}",
+        ]
+        for r in found["rows"]
+    ]
+    notes = [
+        f"- {n['retriever']}, {n['depth']:,} tokens: what stands for its units took {n['prefill_share']:.2%} of the "
+        f"time of reading them, and has {n['bytes_share']:.1%} of the bytes of K and V in f16."
+        for n in found["index"]
+    ]
+    return f"`{found['command']}`, {found['model']}:\n\n{table(heads, cells)}\n\n" + "\n".join(notes)
+
+
+TABLES = {"speed": _speed, "kld": _kld, "needle": _score, "ruler-4096": _ruler, "ruler-8192": _ruler, "mass": _mass}
