@@ -55,7 +55,8 @@ SECTIONS = (
     (
         "needle",
         "Needles",
-        "One fact in a text of 1,024 to 8,000 tokens, asked for after it; share of the answers that hold it.",
+        "One fact in a text of 1,024 to 8,000 tokens, asked for after it; share of the answers that "
+        "hold it. Of the tiny model's four layers Quest reads everything in two.",
     ),
     ("ruler-4096", "RULER, 4,096 tokens", "The question comes after the document; mean share of what was expected."),
     ("ruler-8192", "RULER, 8,192 tokens", "As above."),

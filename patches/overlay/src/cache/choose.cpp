@@ -284,7 +284,7 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
         for (const kvl_choice & choice : index.choices) {
             sum += choice.*what;
         }
-        return float(sum / double(kv.n_open));
+        return float(sum / double(std::max(kv.n_open, 1u)));
     };
     out = {};
     out.n_units = int64_t(index.ends.size());
