@@ -39,6 +39,7 @@ class SentenceKV(Retriever):
     summary: str = choice("mean", ["mean", "bounds"], help="what stands for the keys of a sentence")
     queries: int = whole(0, low=0, help="newest queries whose mean is compared, 0: those of the open sentence")
     cut: str = choice("whole", ["whole", "partial"], help="whether the last sentence is read as far as it fits")
+    dense: int = whole(0, low=0, help="first layers that read everything")
     drift: float = real(
         0.25, low=0, high=10, help="growth of the open sentence after which is chosen anew, 0: each token"
     )
@@ -67,6 +68,7 @@ class SentenceKV(Retriever):
             min_unit=1 if repo else self.min_unit,
             per_head=repo or self.share == "head",
             partial=repo or self.cut == "partial",
+            dense_layers=self.dense,
             full_below=3 if repo else 0,
             drift=0.0 if repo else self.drift,
             hysteresis=0.0 if repo else self.hysteresis,
