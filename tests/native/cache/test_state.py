@@ -98,7 +98,7 @@ def test_a_stock_cache_is_saved_by_the_same_calls(open_model: OpenModel, open_co
 
 @pytest.mark.parametrize(
     "config",
-    [{"rotate": False, "formats": ("q8",)}, {"n_window": 8}, {"mass": "sum"}, {"kivi_bits": 4}, {"formats": ("q8",)}],
+    [{"rotate": False, "formats": ("q8",)}, {"mass": "sum"}, {"kivi_bits": 4}, {"formats": ("q8",)}],
     ids=str,
 )
 def test_a_cache_with_other_settings_refuses(
@@ -209,3 +209,21 @@ def test_damage_is_refused_or_harmless(open_model: OpenModel, open_context: Open
         assert other.stats().allocated_bytes == 0
 
     damage()
+
+
+@pytest.mark.parametrize("n_window", [0, 8, 40, 64])
+def test_a_context_that_remembers_fewer_queries_takes_the_newest(
+    n_window: int, open_model: OpenModel, open_context: OpenContext
+) -> None:
+    model = open_model("llama")
+    context = open_context(model, n_window=40)
+    context.decode(random_tokens(model, 100), 0, 0)
+    other = open_context(model, n_window=n_window)
+    other.restore(0, context.save(0))
+    assert context.cache is not None and other.cache is not None
+    n = min(n_window, 40)
+    if n:
+        np.testing.assert_array_equal(other.cache.queries(0, 1, n), context.cache.queries(0, 1, n))
+    for each in (context, other):
+        each.decode([5], 100, 0)
+    np.testing.assert_array_equal(other.logits(), context.logits())

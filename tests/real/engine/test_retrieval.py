@@ -78,6 +78,8 @@ def test_a_session_goes_on(open_engine: OpenEngine, tmp_path: Path) -> None:
     want = answer(first)
     session.load(tmp_path / "s.kvl", second)
     assert not second.sequences[0].narrowed and second.sequences[0].tokens == tokens
+    whole = open_engine("ada-snapkv", "60%")
+    assert not session.load(tmp_path / "s.kvl", whole).dropped and whole.sequences[0].tokens == tokens
     more = second.tokenize(" So", add_special=False)
     second.prefill(more)
     assert second.report().reads is not None and LANTERN.value in want

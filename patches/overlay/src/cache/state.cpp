@@ -172,11 +172,12 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         header.window_format != want.window_format) {
         refuse("the saved sequence is of a cache with other settings");
     }
-    if (seq.n_seen < 0 || seq.n_seen > KVL_POS_END || n_rows > uint32_t(params.n_window) ||
-        n_rows > uint32_t(seq.n_seen)) {
-        refuse("the saved sequence claims " + std::to_string(seq.n_seen) + " tokens and " + std::to_string(n_rows) +
-               " window queries; this context remembers " + std::to_string(params.n_window));
+    if (seq.n_seen < 0 || seq.n_seen > KVL_POS_END || n_rows > uint32_t(seq.n_seen)) {
+        refuse("the saved sequence is damaged: it claims " + std::to_string(seq.n_seen) + " tokens and " +
+               std::to_string(n_rows) + " window queries");
     }
+    // a context that remembers fewer queries takes the newest
+    const uint32_t n_kept = std::min(n_rows, uint32_t(std::max(params.n_window, 0)));
     std::vector<std::vector<std::vector<std::vector<float>>>> mass(layers.size()); // [layer][KV head]
     for (size_t l = 0; l < layers.size(); l++) {
         kvl_state_layer layer;
@@ -250,7 +251,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         }
     }
     seq.window.assign(size_t(params.n_window), -1);
-    for (llama_pos pos = seq.n_seen - llama_pos(n_rows); pos < seq.n_seen; pos++) {
+    for (llama_pos pos = seq.n_seen - llama_pos(n_kept); pos < seq.n_seen; pos++) {
         seq.window[size_t(pos) % size_t(params.n_window)] = pos;
     }
     for (const kvl_state_group & g : groups) {
@@ -284,10 +285,16 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         write_state(seq_id, state);
         for (uint32_t l = 0; l < n_open; l++) {
             const kvl_layer & layer = layers[l];
+            const size_t n = size_t(layer.pool->d_k) * layer.n_head;
+            std::vector<float> query(n);
+            for (uint32_t i = 0; i < n_rows - n_kept; i++) {
+                read(io, query, n);
+            }
             for (const int32_t row : window_rows(seq_id)) {
-                const size_t n = layer.queries->nb[1];
-                read_into(layer.queries, n * size_t(row), n);
-                check_finite(reinterpret_cast<const float *>(bytes.data()), n / sizeof(float));
+                read(io, query, n);
+                check_finite(query.data(), n);
+                ggml_backend_tensor_set(layer.queries, query.data(), layer.queries->nb[1] * size_t(row),
+                                        n * sizeof(float));
             }
         }
         for_runs(groups, read_into);
