@@ -23,19 +23,14 @@ class Retrieving:
 
     def reset(self) -> None:
         """Forget what was measured."""
-        self._steps: list[Retrieved] = []
+        self._n_steps = self._index_bytes = 0
+        self._read = self._wanted = self._kept = self._seconds = 0.0
 
     def report(self) -> Reads:
         """Of all steps since :meth:`reset`."""
-        steps = self._steps
-        wanted = sum(step.n_wanted for step in steps)
-        return Reads(
-            str(self.retriever),
-            sum(step.n_read for step in steps) / max(len(steps), 1),
-            sum(step.n_kept for step in steps) / wanted if wanted else None,
-            steps[-1].index_bytes if steps else 0,
-            sum(step.us for step in steps) / 1e6,
-        )
+        read = self._read / max(self._n_steps, 1)
+        kept = self._kept / self._wanted if self._wanted else None
+        return Reads(str(self.retriever), read, kept, self._index_bytes, self._seconds)
 
     def index(self, sequence: Sequence) -> None:
         """Take up new tokens, before something is evicted or demoted of them."""
@@ -47,7 +42,12 @@ class Retrieving:
         assert self.context.cache is not None
         step = self.context.cache.retrieve(sequence.seq, self._asked, self._close(sequence))
         sequence.narrowed = True
-        self._steps.append(step)
+        self._n_steps += 1
+        self._index_bytes = step.index_bytes
+        self._read += step.n_read
+        self._wanted += step.n_wanted
+        self._kept += step.n_kept
+        self._seconds += step.us / 1e6
         return step
 
     def _close(self, sequence: Sequence) -> list[int]:

@@ -19,13 +19,13 @@ struct kvl_head_index {
     uint32_t n_open = 0;           // keys in it
 };
 
-// It follows from the slots that are held: what is lost of it is made anew from them.
 // What a layer reads since it chose last.
 struct kvl_choice {
     size_t n_queries = 0;                  // of the open unit, then
     double wanted = 0, kept = 0, read = 0; // as kvl_retrieval_stats
 };
 
+// It follows from the slots that are held: what is lost of it is made anew from them.
 struct kvl_index {
     std::vector<llama_pos> ends;                           // positions after the closed units, ascending
     std::vector<std::vector<kvl_head_index>> heads;        // [open layer][KV head], empty: nothing is in it
