@@ -118,7 +118,9 @@ class updater {
             const size_t size = summary_size(index.summary, d_k);
             const size_t at = to.rows.size();
             to.rows.resize(at + size);
-            to.open.resize(size, 0.0f); // of no keys: zero
+            if (to.n_open == 0) { // of no keys: zero, not what is left of the unit before
+                to.open.assign(size, 0.0f);
+            }
             if (index.summary == KVL_SUMMARY_MEAN) {
                 for (float & x : to.open) {
                     x /= float(std::max(to.n_open, 1u));
