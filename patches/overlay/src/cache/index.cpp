@@ -118,7 +118,8 @@ class updater {
             const size_t size = summary_size(index.summary, d_k);
             const size_t at = to.rows.size();
             to.rows.resize(at + size);
-            if (to.n_open == 0) { // of no keys: zero, not what is left of the unit before
+            // of no keys: zero, not what is left of the unit before; in a model without weights keys are only counted
+            if (to.n_open == 0 || to.open.size() < size) {
                 to.open.assign(size, 0.0f);
             }
             if (index.summary == KVL_SUMMARY_MEAN) {
