@@ -29,6 +29,8 @@ from kvlocal.native.text import check_text
 from kvlocal.policies import make_policy
 from kvlocal.policies.parts.policy import Policy
 from kvlocal.retrieval import Retriever, make_retriever
+from kvlocal.setting import refusal
+from kvlocal.storage.archive import Archive
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -60,6 +62,10 @@ def load(
     retrieve: str | Retriever | None = settings.RETRIEVE.default,
     retrieve_args: Mapping[str, Any] | None = settings.RETRIEVE_ARGS.default,
     retrieve_budget: int = settings.RETRIEVE_BUDGET.default,
+    archive: str = settings.ARCHIVE.default,
+    archive_format: Literal["f16", "q8"] = settings.ARCHIVE_FORMAT.default,
+    recall: Literal["turn", "step", "off"] | None = settings.RECALL.default,
+    recall_budget: int = settings.RECALL_BUDGET.default,
     n_ctx: int = settings.N_CTX.default,
     n_batch: int = settings.N_BATCH.default,
     n_ubatch: int = settings.N_UBATCH.default,
@@ -84,6 +90,9 @@ def load(
         kv_swa: how sliding windows are stored.
         retrieve: which part of what is kept a token reads: a name, with ``retrieve_args`` and ``retrieve_budget``
             (tokens per head), or a retriever; ``None``: all.
+        archive: ``auto`` or a folder: what memory loses is kept on disk until the model is closed; ``off``: it is lost.
+        archive_format, recall, recall_budget: as of :class:`kvlocal.storage.archive.Archive`; by default every turn
+            recalls, with ``retrieve`` every step.
         n_ctx, n_batch, n_ubatch, n_threads, n_gpu_layers, kernels: as of
             :class:`kvlocal.engine.config.EngineConfig`.
         prefill, chunk, guide, evict_every: as of :class:`kvlocal.engine.config.EngineConfig`.
@@ -104,7 +113,7 @@ def load(
     if isinstance(policy, str):
         policy = make_policy(policy, policy_args or {})
     elif not isinstance(policy, Policy):
-        raise settings.refusal("policy", policy, "a name or a policy")
+        raise refusal("policy", policy, "a name or a policy")
     elif policy_args:
         raise UsageError("policy_args belong to the name of a policy; set them on the policy that was given.")
     settings.RETRIEVE_ARGS.check(retrieve_args)
@@ -114,7 +123,7 @@ def load(
     if isinstance(retrieve, str):
         retrieve = make_retriever(retrieve, {"budget": budget_read, **(retrieve_args or {})})
     elif retrieve is not None and not isinstance(retrieve, Retriever):
-        raise settings.refusal("retrieve", retrieve, "a name or a retriever")
+        raise refusal("retrieve", retrieve, "a name or a retriever")
     elif retrieve_args:
         raise UsageError("retrieve_args belong to the name of a retriever; give its name in retrieve.")
     config = EngineConfig(
@@ -123,6 +132,13 @@ def load(
         budget=budget if isinstance(budget, Budget) else Budget.parse(str(settings.BUDGET.check(budget))),
         storage=storage,
         retriever=retrieve,
+        archive=Archive.parse(
+            settings.ARCHIVE.check(archive),
+            storage=settings.ARCHIVE_FORMAT.check(archive_format),
+            recall=settings.RECALL.check(recall),
+            budget=settings.RECALL_BUDGET.check(recall_budget),
+            by_step=retrieve is not None,
+        ),
         n_ctx=n_ctx,
         n_batch=n_batch,
         n_ubatch=n_ubatch,
@@ -244,12 +260,12 @@ class LLM:
 
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise settings.refusal(name, text, "a text")
+        raise refusal(name, text, "a text")
 
 
 def _check_path(name: str, path: object) -> None:
     if not settings.MODEL.accepts(path):
-        raise settings.refusal(name, path, settings.MODEL.allowed)
+        raise refusal(name, path, settings.MODEL.allowed)
 
 
 def _user(text: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvlocal.errors import UsageError
-from kvlocal.settings import MAX_INT
+from kvlocal.setting import MAX_INT
 
 
 class Rule(Protocol):

@@ -32,7 +32,7 @@ def write_page(results: Path, page: Path) -> None:
     for path in sorted(results.glob("retrieval-*.json")):
         found[path.stem.removeprefix("retrieval-")] = json.loads(path.read_text())
     parts = [HEAD]
-    commits = {name: of["commit"] if isinstance(of, dict) else _commits(of) for name, of in found.items()}
+    commits = {name: of["commit"] if isinstance(of, dict) else commits_of(of) for name, of in found.items()}
     if commits:
         parts.append(at_commit(commits))
     for name, title, text in SECTIONS:
@@ -42,7 +42,8 @@ def write_page(results: Path, page: Path) -> None:
     print(f"wrote {page}")
 
 
-def _commits(rows: Sequence[Row]) -> str:
+def commits_of(rows: Sequence[Row]) -> str:
+    """The commits that measured rows, in order."""
     return ", ".join(dict.fromkeys(part for row in rows for part in row.get("commit", "").split(", ") if part))
 
 

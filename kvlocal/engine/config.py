@@ -11,7 +11,10 @@ from kvlocal.errors import UsageError
 from kvlocal.native.context import ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies.parts.policy import Policy
+from kvlocal.retrieval import UNITS
 from kvlocal.retrieval.retriever import Retriever
+from kvlocal.setting import MAX_INT, MAX_SEQUENCES, refusal
+from kvlocal.storage.archive import Archive
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -31,6 +34,7 @@ class EngineConfig:
         policy: which tokens are kept; one with ``evicts = False`` runs on llama.cpp's own cache.
         budget: how many.
         retriever: which of those a token reads, ``None``: all. Runs on our cache, whatever the policy.
+        archive: what keeps on disk what memory may lose, ``None``: nothing. Likewise.
         n_ctx: tokens the cache has room for (0: what the model was trained for, or less if memory is short).
         n_batch: most tokens given to llama.cpp at once; n_ubatch: most in one pass.
         n_threads: 0: the physical cores; see :func:`kvlocal.native.threads.default_threads`.
@@ -69,17 +73,18 @@ class EngineConfig:
     n_pool: int = 0
     n_outputs: int = 0
     retriever: Retriever | None = None
+    archive: Archive | None = None
 
     def __post_init__(self) -> None:
         for setting in CHECKED:
             object.__setattr__(self, setting.name, setting.check(getattr(self, setting.name)))
         for name, low, high in (
-            ("n_seq_max", 1, settings.MAX_SEQUENCES),
-            ("n_pool", 0, settings.MAX_INT),
-            ("n_outputs", 0, settings.MAX_INT),
+            ("n_seq_max", 1, MAX_SEQUENCES),
+            ("n_pool", 0, MAX_INT),
+            ("n_outputs", 0, MAX_INT),
         ):
             if not low <= getattr(self, name) <= high:
-                raise settings.refusal(name, getattr(self, name), f"a whole number from {low} to {high}")
+                raise refusal(name, getattr(self, name), f"a whole number from {low} to {high}")
         if self.guide and self.prefill != "chunked":
             raise UsageError("A guide has no effect on an exact prefill; give --prefill chunked as well.")
         if self.guide and "scores" not in self.policy.needs:
@@ -99,7 +104,23 @@ class EngineConfig:
                 f"Policy {self.policy.name} renumbers what it keeps, so that no part of it can be retrieved; leave out "
                 f"--retrieve {self.retriever.name}, or positions=rolled."
             )
+        if self.archive:
+            self._check_archive(self.archive)
         check_kernels(self.kernels, self.policy, self.storage)
+
+    def _check_archive(self, archive: Archive) -> None:
+        if self.policy.rolls:
+            raise UsageError(
+                f"Policy {self.policy.name} renumbers what it keeps, so that nothing can be recalled beside it; leave "
+                "out --archive, or positions=rolled."
+            )
+        if archive.recall == "step" and self.retriever is None:
+            raise UsageError("Recalling at every step needs to know what a step reads; give --retrieve NAME as well.")
+        if archive.recall == "turn" and self.retriever is not None:
+            raise UsageError(
+                f"A turn recalls beside all that is held, and --retrieve {self.retriever.name} reads a part of it; "
+                "give --recall step, or leave out --retrieve."
+            )
 
 
 def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextConfig:
@@ -109,7 +130,8 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         UsageError: the paged cache cannot serve the model's architecture.
     """
     policy, storage = config.policy, config.storage
-    paged = policy.evicts or storage.demotes or config.retriever is not None
+    retriever = config.retriever or (UNITS if config.archive else None)
+    paged = policy.evicts or storage.demotes or retriever is not None
     formats = storage.formats
     if paged:
         check_paged(model, policy, storage)
@@ -127,7 +149,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         kivi_bits=storage.bits,
         kivi_group=storage.group,
         # all of a guide looks, and all of an open unit asks
-        n_window=max(policy.n_window, config.guide, config.retriever.n_queries if config.retriever else 0),
+        n_window=max(policy.n_window, config.guide, retriever.n_queries if retriever else 0),
         mass=policy.mass,
         window_format=config.kv_swa if paged else "f16",
         portable=paged and config.kernels == "portable",

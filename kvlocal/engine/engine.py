@@ -87,7 +87,8 @@ class Engine:
         return Evictor(self.context, self._bounds(config))
 
     def _bounds(self, config: EngineConfig) -> Bounds:
-        return Bounds(config.policy, config.budget, config.storage, self.n_ctx, config.evict_every, config.retriever)
+        bounds = (config.policy, config.budget, config.storage, self.n_ctx, config.evict_every)
+        return Bounds(*bounds, config.retriever, config.archive)
 
     def _unload(self) -> None:
         self.model.close()
@@ -393,7 +394,7 @@ class Engine:
                 budget=Budgeted(budget, min(budget / n_seen, 1.0) if n_seen else 1.0, budget * per_token),
                 tokens=tokens,
                 kv=KV(stats.full_bytes, stats.used_bytes, stats.allocated_bytes, stats.peak_bytes, stats.fixed_bytes),
-                reads=self.evictor.retrieving.report() if self.evictor.retrieving else None,
+                **self.evictor.reports(sequence),
                 rss=self.evictor.rss,
                 timing=replace(timing),
                 finish_reason=self.finish_reason,

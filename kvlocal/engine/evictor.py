@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -21,7 +21,9 @@ from kvlocal.native.context import Context
 from kvlocal.native.formats import PAGE_SLOTS
 from kvlocal.native.retrieval import Retrieved
 from kvlocal.policies.parts.policy import Policy
+from kvlocal.retrieval.registry import UNITS
 from kvlocal.retrieval.retriever import Retriever
+from kvlocal.storage.archive import Archive
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -36,6 +38,8 @@ class Bounds:
     Attributes:
         policy: which tokens stay; budget: how many; storage: how those are stored.
         retriever: which of those a token reads, ``None``: all.
+        archive: what keeps the others on disk, ``None``: nothing; in units of the retriever, if there is none of
+            :data:`~kvlocal.retrieval.registry.UNITS`.
         n_ctx: tokens per head that the cache has room for.
         evict_every: tokens per head that a growing sequence goes over its budget until it is evicted again.
     """
@@ -46,6 +50,7 @@ class Bounds:
     n_ctx: int = 2**31 - 1
     evict_every: int = 32
     retriever: Retriever | None = None
+    archive: Archive | None = None
 
     @property
     def evicts(self) -> bool:
@@ -61,14 +66,15 @@ class Evictor:
 
     Attributes:
         evict_s: seconds spent on evictions and demotions so far.
-        retrieving: what chooses the tokens that are read, ``None``: all are.
+        retrieving: what chooses the tokens that are read, and keeps an archive; ``None``: all are, and nothing does.
         rss: resident memory around the first eviction.
     """
 
     def __init__(self, context: Context, bounds: Bounds) -> None:
         self.context = context
         self.bounds = bounds
-        self.retrieving = Retrieving(context, bounds.retriever) if bounds.retriever else None
+        units = bounds.retriever or (UNITS if bounds.archive else None)
+        self.retrieving = Retrieving(context, units, bounds.archive) if units else None
         self.reset()
 
     def reset(self) -> None:
@@ -119,6 +125,17 @@ class Evictor:
         if event != "chunk":
             self.choose(sequence)
         return evicted
+
+    def recall(self, sequence: Sequence, begin: int) -> bool:
+        """A question was read, the tokens from ``begin`` on: what it asks for comes back from the archive, and it is
+        read once more. ``False``: nothing did."""
+        return self.retrieving is not None and self.retrieving.recall(sequence, begin)
+
+    def reports(self, sequence: Sequence) -> dict[str, Any]:
+        """What a report says of what is read and of the archive, by the names of its fields."""
+        if self.retrieving is None:
+            return {}
+        return {"reads": self.retrieving.report(), "archive": self.retrieving.archive_report(sequence)}
 
     def choose(self, sequence: Sequence) -> Retrieved | None:
         """Choose what the next token reads; ``None``: all, always."""

@@ -89,6 +89,7 @@ class Reader:
                 if mode == "whole":
                     sequence.look_at = None
                 elif last:
+                    self.evictor.recall(sequence, begin)
                     self.evictor.after(sequence, "prompt")
                 elif chunked:
                     guide = tokens[-config.guide :] if config.guide else ()

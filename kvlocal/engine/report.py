@@ -53,6 +53,22 @@ class Reads:
 
 
 @dataclass
+class Archive:
+    """What lies on disk: what brings it back, bytes of all sequences; of this one units written, and of these that
+    cannot be read. What came back: tokens per head and layer, mean over the turns or steps, those that were asked for
+    and could not be, and bytes read. The last thing that went wrong, a sentence."""
+
+    recall: str
+    bytes: int = 0
+    units: int = 0
+    units_lost: int = 0
+    recalled: float = 0.0
+    missed: float = 0.0
+    read_bytes: int = 0
+    error: str = ""
+
+
+@dataclass
 class RSS:
     """Resident memory around the first eviction (``None`` if nothing was evicted) and at its peak, bytes."""
 
@@ -84,6 +100,7 @@ class Report:
     tokens: Tokens = field(default_factory=Tokens)
     kv: KV = field(default_factory=KV)
     reads: Reads | None = None
+    archive: Archive | None = None
     rss: RSS = field(default_factory=RSS)
     timing: Timing = field(default_factory=Timing)
     finish_reason: str | None = None

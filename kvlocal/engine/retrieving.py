@@ -1,46 +1,94 @@
-"""What the next tokens of sequences read of what is held: a retriever's units are kept up and chosen from."""
+"""What the next tokens of sequences read: units of the text are kept up, chosen from, and brought back from disk."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from pathlib import Path
 
+from kvlocal.engine.report import Archive as ArchiveReport
 from kvlocal.engine.report import Reads
-from kvlocal.engine.sequence import Sequence
+from kvlocal.engine.sequence import Sequence, append
+from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.retrieval import Retrieved
 from kvlocal.retrieval.retriever import Retriever
+from kvlocal.storage.archive import Archive
+
+REREAD = 256
+"""Most tokens of a question that are read once more over what it has brought back."""
 
 
 class Retrieving:
-    """Lets a retriever choose what sequences of a context read."""
+    """Lets a retriever choose what sequences of a context read, and an archive keep what they lose.
 
-    def __init__(self, context: Context, retriever: Retriever) -> None:
+    Attributes:
+        by_step: every token reads a part; else all that is held, and what a turn has brought back beside it.
+    """
+
+    def __init__(self, context: Context, retriever: Retriever, archive: Archive | None = None) -> None:
         self.context = context
         self.retriever = retriever
+        self.archive = archive
+        self.by_step = archive is None or archive.recall == "step"
         self._asked = retriever.retrieval()
+        if archive is not None and self.by_step:
+            self._asked = replace(self._asked, recall="step")
         self._vocabulary = _Vocabulary(context)
+        self._folder: Path | None = archive.open_folder() if archive is not None else None
         self.reset()
 
     def reset(self) -> None:
         """Forget what was measured."""
-        self._n_steps = self._index_bytes = 0
+        self._n_steps = self._index_bytes = self._n_turns = self._read_bytes = 0
         self._read = self._wanted = self._kept = self._seconds = 0.0
+        self._recalled = self._missed = 0.0
 
-    def report(self) -> Reads:
-        """Of all steps since :meth:`reset`."""
+    def report(self) -> Reads | None:
+        """Of all steps since :meth:`reset`; ``None``: every token reads all that is held."""
+        if not self.by_step:
+            return None
         read = self._read / max(self._n_steps, 1)
         kept = self._kept / self._wanted if self._wanted else None
         return Reads(str(self.retriever), read, kept, self._index_bytes, self._seconds)
 
-    def index(self, sequence: Sequence) -> None:
-        """Take up new tokens, before something is evicted or demoted of them."""
-        assert self.context.cache is not None
-        self.context.cache.index(sequence.seq, self._asked, self._close(sequence))
+    def archive_report(self, sequence: Sequence) -> ArchiveReport | None:
+        """What a sequence has on disk, and what came back of all sequences since :meth:`reset`; ``None``: nothing."""
+        if self.archive is None:
+            return None
+        found = self._cache.archived(sequence.seq)
+        n = max(self._n_turns, 1)
+        return ArchiveReport(
+            self.archive.recall,
+            int(self.context.stats().archive_bytes),
+            found.n_units,
+            found.n_lost,
+            self._recalled / n,
+            self._missed / n,
+            self._read_bytes,
+            found.error,
+        )
 
-    def choose(self, sequence: Sequence) -> Retrieved:
-        """Choose what the next token reads."""
+    @property
+    def _cache(self) -> PagedCache:
         assert self.context.cache is not None
-        step = self.context.cache.retrieve(sequence.seq, self._asked, self._close(sequence))
+        return self.context.cache
+
+    def index(self, sequence: Sequence) -> None:
+        """Take up new tokens, and write them to the archive, before something is evicted or demoted of them."""
+        ends = self._close(sequence)
+        n = len(sequence.tokens)
+        if self.archive is not None and n > (sequence.units[-1] if sequence.units else 0):
+            # what is open may be evicted too: it ends here
+            sequence.units.append(n)
+            ends.append(n)
+        self._cache.index(sequence.seq, self._asked, ends)
+
+    def choose(self, sequence: Sequence) -> Retrieved | None:
+        """Choose what the next token reads; ``None``: all that is held."""
+        if not self.by_step:
+            return None
+        step = self._cache.retrieve(sequence.seq, self._asked, self._close(sequence))
         sequence.narrowed = True
         self._n_steps += 1
         self._index_bytes = step.index_bytes
@@ -48,10 +96,45 @@ class Retrieving:
         self._wanted += step.n_wanted
         self._kept += step.n_kept
         self._seconds += step.us / 1e6
+        self._note(step)
         return step
+
+    def recall(self, sequence: Sequence, begin: int) -> bool:
+        """Bring back what the tokens from ``begin`` on ask for, and read them once more over it.
+
+        Returns:
+            Whether something was brought back that had not been there.
+
+        Raises:
+            KVError: as :func:`~kvlocal.engine.sequence.append`.
+        """
+        if self.archive is None or self.archive.recall != "turn" or not sequence.evicted_at:
+            return False
+        n = min(len(sequence.tokens) - begin, REREAD)
+        asked = replace(
+            self._asked, recall="turn", budget=self.archive.budget, sink=0, recent=1, n_queries=n, dense_layers=0
+        )
+        step = self._cache.retrieve(sequence.seq, asked, self._close(sequence))
+        self._note(step)
+        again = sequence.tokens[-n:]
+        left = len(sequence.tokens) - n
+        if step.n_recalled == 0 or sequence.reach(left) != left:
+            return False
+        sequence.cut(left)
+        append({sequence: again})
+        return True
+
+    def _note(self, step: Retrieved) -> None:
+        self._n_turns += 1
+        self._recalled += step.n_recalled
+        self._missed += step.n_missed
+        self._read_bytes += step.read_bytes
 
     def _close(self, sequence: Sequence) -> list[int]:
         """The units that have closed since the last call."""
+        if self._folder is not None and self.archive is not None and not sequence.archived:
+            self._cache.archive_to(sequence.seq, self._folder, self.archive.storage)
+            sequence.archived = True
         begin = sequence.units[-1] if sequence.units else 0
         ends = [begin + end for end in self.retriever.ends(sequence.tokens[begin:], self._vocabulary)]
         sequence.units += ends

@@ -43,6 +43,7 @@ class Sequence:
         holder: what reads or answers now; another object once somebody else has changed the sequence.
         units: how many tokens come before the end of each closed unit of a retriever that the cache knows of.
         narrowed: the next tokens read only what a retriever has chosen.
+        archived: its units are written to an archive.
     """
 
     def __init__(self, context: Context, seq: int) -> None:
@@ -50,6 +51,7 @@ class Sequence:
         self.seq = seq
         self.owner: object = None
         self.holder: object = None
+        self.archived = False
         self._forget()
 
     @classmethod
@@ -127,9 +129,10 @@ class Sequence:
         return False
 
     def forget_after(self, n: int) -> None:
-        """The cache was cut to ``n`` tokens: so is what is known of them. A unit that ended there is open again."""
+        """The cache was cut to ``n`` tokens: so is what is known of them. A unit that ended there is open again,
+        unless it is archived."""
         del self.tokens[n:]
-        while self.units and self.units[-1] >= n:
+        while self.units and self.units[-1] >= n + self.archived:
             self.units.pop()
 
     def read_all(self) -> None:
@@ -150,7 +153,7 @@ class Sequence:
         other.holder = None
         other.tokens = list(self.tokens)
         other.rolled, other.evicted_at, other.look_at = self.rolled, self.evicted_at, self.look_at
-        other.units, other.narrowed = list(self.units), self.narrowed
+        other.units, other.narrowed, other.archived = list(self.units), self.narrowed, self.archived
         other.keep_logits(self._kept)
 
     def mark(self, *, logits: bool = True) -> Mark:

@@ -43,6 +43,7 @@ def label(record: Record | Mapping[str, Any], *, budget: bool = True) -> str:
     parts = [of["policy"], of["budget"] if budget and of["budget"] != "100%" else ""]
     parts += ["chunked" if of["prefill"] == "chunked" else "", f"guide {of['guide']}" if of["guide"] else ""]
     parts.append(f"reads {of['reads']}" if of["reads"] else "")
+    parts.append(f"recalls {of['recalls']}" if of["recalls"] else "")
     return " ".join(filter(None, [*parts, of["storage"] if of["storage"] != "f16" else ""]))
 
 

@@ -31,6 +31,7 @@ class Record:
         metric: ``kld``, ``ppl``, ``needle``, …; task: what is averaged; case: the case's id.
         question: ``inside`` or ``after``, empty where nothing is asked.
         reads: the retriever, empty if everything is read.
+        recalls: what an archive brings back, empty if nothing.
         held_mean: tokens held per layer and KV head after the eviction; used_bytes: their K and V.
         full_bytes: what a full f16 cache of the same text takes.
         evict_s: time of the evictions.
@@ -59,6 +60,7 @@ class Record:
     answer: str = ""
     commit: str = ""
     reads: str = ""
+    recalls: str = ""
 
 
 def identity(variant: Variant) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def identity(variant: Variant) -> dict[str, Any]:
         "prefill": variant.prefill,
         "guide": variant.guide,
         "reads": str(variant.retriever or ""),
+        "recalls": variant.recalls,
     }
 
 
@@ -141,7 +144,7 @@ def rows(records: Iterable[Record]) -> list[dict[str, Any]]:
         tasks.setdefault(record.task)
         args = json.dumps(record.policy_args, sort_keys=True)
         kept = (record.policy, args, record.storage, record.budget, record.prefill, record.guide)
-        variant = (*kept, record.reads, record.question)
+        variant = (*kept, record.reads, record.recalls, record.question)
         for task in (record.task, ""):
             groups.setdefault((record.metric, task, *variant), []).append(record)
     names = [*tasks] if len(tasks) == 1 else [*tasks, ""]
@@ -167,6 +170,7 @@ def _row(task: str, records: Sequence[Record]) -> dict[str, Any]:
         "prefill": first.prefill,
         "guide": first.guide,
         "reads": first.reads,
+        "recalls": first.recalls,
         "question": first.question,
         "held_tokens": mean(r.held_mean for r in records),
         "used_bytes": mean(r.used_bytes for r in records),

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from kvlocal.engine.evictor import Bounds, Evictor
-from kvlocal.engine.sequence import Sequence, append, n_common
+from kvlocal.engine.sequence import FEW_TOKENS, Sequence, append, n_common
 from kvlocal.measure.variants import Variant
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.formats import BITS
@@ -49,7 +49,8 @@ class Branch:
 
     Attributes:
         sequence: where it stands; evictor: what keeps it within the variant's budget.
-        used_bytes: K and V held after the first eviction; held_mean: tokens per layer and KV head, likewise.
+        used_bytes: K and V held after the first eviction, and recalled_bytes, what was recalled since.
+        held_mean: tokens per layer and KV head after the eviction.
         full_bytes: what a full f16 cache of the text takes.
         logits: after the last token of the text, float32 ``[n_vocab]``, as it was before that token's eviction.
     """
@@ -60,6 +61,7 @@ class Branch:
     used_bytes: int = 0
     held_mean: float = 0.0
     full_bytes: int = 0
+    recalled_bytes: int = 0
     logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
 
     @property
@@ -149,6 +151,7 @@ class Stage:
             self.config.n_ctx,
             self.config.evict_every,
             variant.retriever,
+            variant.archive,
         )
         out = Branch(Sequence(self.context, seq), variant, Evictor(self.context, bounds))
         if variant.chunked:
@@ -212,6 +215,7 @@ class Stage:
         if outputs == "all":
             step = max(1, min(step, self.context.config.n_outputs // n_branch))
         parts = []
+        begins = [len(branch.sequence.tokens) for branch in branches]
         for i in range(0, n, step):
             part = tokens[:, i : i + step]
             width = part.shape[1]
@@ -222,6 +226,14 @@ class Stage:
             if outputs == "all":
                 parts.append(self.context.logits(n_branch * width).reshape(n_branch, width, -1))
         logits = np.concatenate(parts, axis=1) if parts else self.context.logits(n_branch)
+        if outputs == "last" and n > FEW_TOKENS:  # a question
+            for row, (branch, begin) in enumerate(zip(branches, begins, strict=True)):
+                if branch.evictor.recall(branch.sequence, begin):
+                    logits[row] = self.context.logits()[0]
+                    assert self.context.cache is not None
+                    recalled = int(self.context.cache.seq_stats(branch.sequence.seq).recalled_bytes)
+                    branch.used_bytes += recalled - branch.recalled_bytes
+                    branch.recalled_bytes = recalled
         for branch in branches if evict else ():
             branch.evictor.after(branch.sequence, "step")
         return logits

@@ -12,7 +12,8 @@ from kvlocal.errors import UsageError
 from kvlocal.params import declared_rules
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
-from kvlocal.retrieval import Retriever, make_retriever
+from kvlocal.retrieval import UNITS, Retriever, make_retriever
+from kvlocal.storage.archive import Archive
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -39,6 +40,7 @@ class Variant:
     prefill: Prefill = "exact"
     guide: int = 0
     retriever: Retriever | None = None
+    archive: Archive | None = None
 
     @property
     def paged(self) -> bool:
@@ -67,7 +69,15 @@ class Variant:
     @property
     def n_window(self) -> int:
         """Queries that our cache must remember for it."""
-        return max(self.policy.n_window, self.guide, self.retriever.n_queries if self.retriever else 0)
+        units = self.retriever or (UNITS if self.archive else None)
+        return max(self.policy.n_window, self.guide, units.n_queries if units else 0)
+
+    @property
+    def recalls(self) -> str:
+        """What it brings back from its archive, such as ``512 turn``; empty: nothing."""
+        if self.archive is None or self.archive.recall == "off":
+            return ""
+        return f"{self.archive.budget} turn" if self.archive.recall == "turn" else "step"
 
     @property
     def type_kv(self) -> StockStorage:
@@ -84,6 +94,7 @@ class Variant:
         parts = [self.name, str(self.budget) if self.policy.evicts else "", "chunked" if self.chunked else ""]
         parts.append(f"guide {self.guide}" if self.guide else "")
         parts.append(f"reads {self.retriever}" if self.retriever else "")
+        parts.append(f"recalls {self.recalls}" if self.archive else "")
         return " ".join(filter(None, [*parts, self.storage if self.storage != "f16" else ""]))
 
 
@@ -96,11 +107,13 @@ def expand(
     guides: Sequence[int] = (0,),
     here: bool = True,
     retrievers: Sequence[Retriever | None] = (None,),
+    archives: Sequence[Archive | None] = (None,),
 ) -> tuple[Variant, ...]:
-    """All combinations, by policy, storage, budget, prefill, guide, retriever; what does not evict appears once per
-    storage and retriever.
+    """All combinations, by policy, storage, budget, prefill, guide, retriever, archive; what does not evict appears
+    once per storage, retriever and archive.
 
-    ``full`` exists in :data:`STOCK_STORAGES` only, and reads everything. ``policy_args`` go to the policies that have
+    An archive of which turns recall goes to those that read everything, one of which steps do to the others. ``full``
+    exists in :data:`STOCK_STORAGES` only, and reads everything. ``policy_args`` go to the policies that have
     such a parameter; a guide to chunked prefill of those that look at attention scores. ``here``: as of
     :func:`kvlocal.policies.make_policy`.
 
@@ -119,8 +132,9 @@ def expand(
         )
     out: list[Variant] = []
     for name, policy in policies.items():
-        choices = itertools.product(storages, parsed if policy.evicts else [_ALL], prefills, guides, retrievers)
-        for storage, budget, prefill, guide, retriever in choices:
+        of_policy = parsed if policy.evicts else [_ALL]
+        choices = itertools.product(storages, of_policy, prefills, guides, retrievers, archives)
+        for storage, budget, prefill, guide, retriever, archive in choices:
             if not policy.evicts and name != PAGED and storage not in STOCK_STORAGES:
                 continue
             if policy.formats:
@@ -131,6 +145,8 @@ def expand(
             if variant.paged and not policy.rolls:
                 own = make_retriever(policy.reads) if policy.reads else None
                 variant = replace(variant, retriever=retriever or own)
+                if archive is not None and (variant.retriever is None) == (archive.recall == "turn"):
+                    variant = replace(variant, archive=archive)
             if variant.chunked and "scores" in policy.needs:
                 variant = replace(variant, guide=guide)
             if variant not in out:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +15,8 @@ from kvlocal.errors import KVError
 from kvlocal.native import library
 from kvlocal.native.fork import check_process
 from kvlocal.native.formats import BITS, FORMATS, PAGE_SLOTS
-from kvlocal.native.retrieval import Retrieval, Retrieved
-from kvlocal.native.structs import KvlLayerInfo, KvlRetrievalStats, KvlSeqStats, KvlStats
+from kvlocal.native.retrieval import ARCHIVE_FORMATS, Archived, ArchiveFormat, Retrieval, Retrieved
+from kvlocal.native.structs import KvlArchiveStats, KvlLayerInfo, KvlRetrievalStats, KvlSeqStats, KvlStats
 
 MassKind = Literal["none", "sum", "last"]
 MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
@@ -308,7 +310,19 @@ class PagedCache:
         closed, out = _whole(ends, "The ends of units"), KvlRetrievalStats()
         params = ctypes.byref(retrieval.native)
         self._check(self._lib.kvl_retrieve(self._ctx, seq, params, _ints(closed), len(closed), ctypes.byref(out)))
-        return Retrieved(out.n_units, out.index_bytes, out.us, out.n_read, out.n_wanted, out.n_kept, bool(out.full))
+        chosen = (out.n_units, out.index_bytes, out.us, out.n_read, out.n_wanted, out.n_kept, bool(out.full))
+        return Retrieved(*chosen, out.n_recalled, out.n_loaded, out.n_missed, out.read_bytes)
+
+    def archive_to(self, seq: int, folder: Path, storage: ArchiveFormat = "f16") -> None:
+        """Write the units of a sequence to a nameless file in ``folder`` from now on, exact, when they close. Nothing
+        is evicted or demoted before it is written."""
+        kind = ARCHIVE_FORMATS.index(storage)
+        self._check(self._lib.kvl_archive_to(self._ctx, seq, os.fsencode(folder), kind))
+
+    def archived(self, seq: int) -> Archived:
+        out = KvlArchiveStats()
+        self._check(self._lib.kvl_get_archive(self._ctx, seq, ctypes.byref(out)))
+        return Archived(out.n_units, out.n_lost, out.bytes, out.error.decode("utf-8", "replace"))
 
     def read_all(self, seq: int) -> None:
         """Let attention see everything that is held."""

@@ -21,6 +21,7 @@ from kvlocal.errors import KVError, UsageError
 from kvlocal.native.fork import check_process, note_loaded
 from kvlocal.native.spinning import short_spins
 from kvlocal.native.structs import (
+    KvlArchiveStats,
     KvlBreakdown,
     KvlLayerInfo,
     KvlParams,
@@ -30,7 +31,7 @@ from kvlocal.native.structs import (
     KvlStats,
 )
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 ERR_ARGUMENT, ERR_UNSUPPORTED, ERR_MEMORY, ERR_COMPUTE = -1, -2, -3, -4
 
 _REINSTALL = "reinstall kvlocal with `pip install --force-reinstall .` from its source"
@@ -117,6 +118,8 @@ def _declare(lib: Any) -> None:
             i32,
             [ptr, i32, ctypes.POINTER(KvlRetrieval), ints, i32, ctypes.POINTER(KvlRetrievalStats)],
         ),
+        "kvl_archive_to": (i32, [ptr, i32, text, i32]),
+        "kvl_get_archive": (i32, [ptr, i32, ctypes.POINTER(KvlArchiveStats)]),
         "kvl_branch": (i32, [ptr, i32, i32]),
         "kvl_rotate": (i32, [ptr, i32, i32, floats, ints]),
         "kvl_roll": (i32, [ptr, i32]),
@@ -169,6 +172,7 @@ class Native:
             "kvl_seq_stats": KvlSeqStats,
             "kvl_layer_info": KvlLayerInfo,
             "kvl_breakdown": KvlBreakdown,
+            "kvl_archive_stats": KvlArchiveStats,
             "kvl_retrieval": KvlRetrieval,
             "kvl_retrieval_stats": KvlRetrievalStats,
             "llama_context_params": self.llama.llama_context_params,

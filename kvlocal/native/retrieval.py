@@ -8,6 +8,14 @@ from typing import Literal
 
 from kvlocal.native.structs import KvlRetrieval
 
+Recall = Literal["off", "step", "turn"]
+RECALLS: tuple[Recall, ...] = ("off", "step", "turn")
+"""In the order of ``kvl_recall``."""
+
+ArchiveFormat = Literal["f16", "q8"]
+ARCHIVE_FORMATS: tuple[ArchiveFormat, ...] = ("f16", "q8")
+"""In the order of ``kvl_archive_format``."""
+
 Summary = Literal["none", "mean", "bounds"]
 SUMMARIES: tuple[Summary, ...] = ("none", "mean", "bounds")
 """In the order of ``kvl_summary``."""
@@ -31,6 +39,9 @@ class Retrieval:
         drift: with ``n_queries`` 0, a layer chooses anew once the open unit has so much more queries, as a share.
         hysteresis: by how many standard deviations of the scores a unit must be better to take the place of one that
             was read in the last step.
+        recall: what is brought back from the archive, exact: nothing; by ``step``, what of the units that are read is
+            not held in f16; by ``turn``, the units that answer best of those that are not, ``budget`` tokens of them,
+            beside all that is held, which is read as a whole.
     """
 
     budget: int
@@ -43,20 +54,23 @@ class Retrieval:
     partial: bool = False
     dense_layers: int = 0
     full_below: int = 0
+    recall: Recall = "off"
     drift: float = 0.0
     hysteresis: float = 0.0
 
     @functools.cached_property
     def native(self) -> KvlRetrieval:
         """As the library takes it."""
-        return KvlRetrieval(**{**asdict(self), "summary": SUMMARIES.index(self.summary)})
+        numbers = {"summary": SUMMARIES.index(self.summary), "recall": RECALLS.index(self.recall)}
+        return KvlRetrieval(**asdict(self) | numbers)
 
 
 @dataclass(frozen=True)
 class Retrieved:
     """Of one step: closed units, bytes of what stands for them, microseconds that choosing took; tokens per head, mean
     over the layers, that the next token reads, that were chosen by score, and that of these were read before; whether
-    everything is read."""
+    everything is read. Of the archive: tokens per head that were brought back, tokens of the units read for it now, per
+    layer, tokens per head that could not be, bytes of those units."""
 
     n_units: int
     index_bytes: int
@@ -65,3 +79,18 @@ class Retrieved:
     n_wanted: float
     n_kept: float
     full: bool
+    n_recalled: float = 0.0
+    n_loaded: float = 0.0
+    n_missed: float = 0.0
+    read_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Archived:
+    """The archive of a sequence: units written, units of these that cannot be read, bytes of the files that they lie
+    in, and what went wrong last, a sentence, empty if nothing did."""
+
+    n_units: int
+    n_lost: int
+    bytes: int
+    error: str

@@ -34,6 +34,8 @@ class KvlStats(ctypes.Structure):
             "table_bytes",
             "query_bytes",
             "index_bytes",
+            "recalled_bytes",
+            "archive_bytes",
             "n_evict",
             "score_us",
             "keep_us",
@@ -53,6 +55,7 @@ class KvlSeqStats(ctypes.Structure):
         ("full_bytes", ctypes.c_uint64),
         ("fixed_bytes", ctypes.c_uint64),
         ("fixed_limit", ctypes.c_uint64),
+        ("recalled_bytes", ctypes.c_uint64),
     )
 
 
@@ -71,6 +74,7 @@ class KvlRetrieval(ctypes.Structure):
                 "partial",
                 "dense_layers",
                 "full_below",
+                "recall",
             )
         ),
         ("drift", ctypes.c_float),
@@ -87,6 +91,19 @@ class KvlRetrievalStats(ctypes.Structure):
         ("n_wanted", ctypes.c_float),
         ("n_kept", ctypes.c_float),
         ("full", ctypes.c_int32),
+        ("n_recalled", ctypes.c_float),
+        ("n_loaded", ctypes.c_float),
+        ("n_missed", ctypes.c_float),
+        ("read_bytes", ctypes.c_uint64),
+    )
+
+
+class KvlArchiveStats(ctypes.Structure):
+    _fields_ = (
+        ("n_units", ctypes.c_int64),
+        ("n_lost", ctypes.c_int64),
+        ("bytes", ctypes.c_uint64),
+        ("error", ctypes.c_char_p),
     )
 
 

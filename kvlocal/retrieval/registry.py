@@ -26,3 +26,7 @@ def make_retriever(name: str, args: Mapping[str, object] | None = None) -> Retri
         )
     cls = REGISTRY[name]
     return cls(**values_of(cls, args or {}))
+
+
+UNITS = SentenceKV()
+"""How a text is cut for an archive, and compared with a question, where no retriever says it."""

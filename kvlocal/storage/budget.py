@@ -10,7 +10,7 @@ from typing import Literal
 
 from kvlocal.errors import UsageError
 from kvlocal.native.formats import PAGE_SLOTS
-from kvlocal.settings import MAX_INT
+from kvlocal.setting import MAX_INT
 
 MAX_BYTES = 2**63 - 1
 _DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

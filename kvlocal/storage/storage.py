@@ -12,7 +12,8 @@ from kvlocal.errors import UsageError
 from kvlocal.native.cache import Layer, PagedCache
 from kvlocal.native.formats import BITS, PAGE_SLOTS
 from kvlocal.policies.parts.policy import Policy
-from kvlocal.settings import KV_TAIL, refusal
+from kvlocal.setting import refusal
+from kvlocal.settings import KV_TAIL
 from kvlocal.storage.budget import Budget, format_bytes
 from kvlocal.storage.schedule import all_but_ends, all_but_log
 

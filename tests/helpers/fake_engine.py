@@ -159,6 +159,7 @@ class FakeEngine:
                     "fixed_bytes": 0,
                 },
                 "reads": None,
+                "archive": None,
                 "rss": {
                     "before_evict_bytes": 300 * MIB if evicts else None,
                     "after_evict_bytes": 281 * MIB if evicts else None,

@@ -32,6 +32,7 @@ def found(
         "prefill": "exact",
         "guide": 0,
         "reads": "",
+        "recalls": "",
         "held_mean": 400.0 if whole else 100.0,
         "used_bytes": 4 * MIB if whole else MIB,
         "full_bytes": 4 * MIB,

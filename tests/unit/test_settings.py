@@ -25,7 +25,8 @@ from kvlocal.engine.config import EngineConfig
 from kvlocal.errors import UsageError
 from kvlocal.native.sampling import Sampling
 from kvlocal.policies import make_policy
-from kvlocal.settings import SETTINGS, Setting
+from kvlocal.setting import Real, Setting, Whole
+from kvlocal.settings import SETTINGS
 from kvlocal.storage.budget import Budget
 
 REPO = Path(__file__).resolve().parents[2]
@@ -191,21 +192,21 @@ def test_the_table_of_the_docs_has_a_row_for_every_setting(reference: ModuleType
 
 # --- numbers and types ---------------------------------------------------------------------------------------------
 
-NUMBERS = [setting for setting in SETTINGS if isinstance(setting, settings.Whole | settings.Real)]
+NUMBERS = [setting for setting in SETTINGS if isinstance(setting, Whole | Real)]
 
 
 def outside(setting: Setting) -> list[Any]:
     """Numbers that a setting refuses."""
-    if isinstance(setting, settings.Whole):
+    if isinstance(setting, Whole):
         return [setting.low - 1, setting.high + 1, 2**32 + 1, 2**64 + 1]
-    assert isinstance(setting, settings.Real)
+    assert isinstance(setting, Real)
     low = setting.low if setting.above else setting.low - 0.001
     return [float("nan"), float("inf"), float("-inf"), low, setting.high * 1.01, 1e300]
 
 
 @pytest.mark.parametrize("setting", NUMBERS, ids=lambda setting: setting.name)
 def test_numbers_out_of_range_and_what_is_no_number_are_refused_with_the_range(setting: Any) -> None:
-    for value in [*outside(setting), "5", [], True, *([1.5, 2.0] if isinstance(setting, settings.Whole) else [1j])]:
+    for value in [*outside(setting), "5", [], True, *([1.5, 2.0] if isinstance(setting, Whole) else [1j])]:
         with pytest.raises(UsageError, match=re.escape(f"; give {setting.allowed}.")) as error:
             setting.check(value)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200

@@ -33,6 +33,7 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
     from kvlocal.models.resolve import resolve_model
     from kvlocal.policies import make_policy
     from kvlocal.retrieval import make_retriever
+    from kvlocal.storage.archive import Archive
     from kvlocal.storage.budget import Budget
     from kvlocal.storage.storage import Storage
 
@@ -44,6 +45,13 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
     if settings.retrieve_args and not retrieve:
         raise UsageError(f"Policy {policy.name} reads all that it keeps; --retrieve-arg needs --retrieve NAME.")
     retriever = make_retriever(retrieve, read) if retrieve else None
+    archive = Archive.parse(
+        settings.archive,
+        storage=settings.archive_format,
+        recall=settings.recall,
+        budget=settings.recall_budget,
+        by_step=retriever is not None,
+    )
     with screen.download() as on_progress:
         model = resolve_model(settings.model, progress=on_progress)
     return EngineConfig(
@@ -51,6 +59,7 @@ def engine_config(settings: Settings, screen: Screen, n_seq_max: int = 1) -> Eng
         policy=policy,
         budget=budget,
         retriever=retriever,
+        archive=archive,
         n_ctx=settings.n_ctx,
         n_batch=settings.n_batch,
         n_ubatch=settings.n_ubatch,

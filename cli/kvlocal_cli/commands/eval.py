@@ -11,6 +11,7 @@ import click
 
 from kvlocal import settings
 from kvlocal.errors import KVError, UsageError
+from kvlocal.setting import MAX_SEED
 from kvlocal_cli.backend import bench as backend_bench
 from kvlocal_cli.backend import eval as backend
 from kvlocal_cli.backend import machine as backend_machine
@@ -128,7 +129,7 @@ def needle(common: Common, questions: tuple[str, ...], **source: Any) -> None:
     kvlocal eval needle model.gguf --lengths 4096,8192 --mode multi-turn --repeats 3
     """
     if source["seed"] < 0:
-        source["seed"] = secrets.randbelow(settings.MAX_SEED + 1)
+        source["seed"] = secrets.randbelow(MAX_SEED + 1)
     _measure(common, "needle", source, questions)
 
 

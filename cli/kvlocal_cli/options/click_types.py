@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from kvlocal.settings import MAX_INT, MAX_TOKENS
+from kvlocal.setting import MAX_INT, MAX_TOKENS
 from kvlocal_cli.options import completers
 
 Param = click.Parameter | None

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kvlocal import settings
+from kvlocal import setting as kinds
 from kvlocal.errors import UsageError
 from kvlocal_cli.options import config_file, twins
 from kvlocal_cli.options.click_types import Names, Real, Size, Sizes, Whole, Wholes
@@ -30,7 +30,7 @@ class GroupedOption(click.Option):
         self,
         *args: Any,
         section: str = "Options",
-        setting: settings.Setting | None = None,
+        setting: kinds.Setting | None = None,
         typed_only: bool = False,
         **attrs: Any,
     ) -> None:
@@ -112,37 +112,37 @@ def count(section: str, *names: str, default: int, minimum: int, help: str) -> D
     return option(section, *names, type=Whole(min=minimum), default=default, metavar="N", help=help)
 
 
-def declared(setting: settings.Setting, **changes: Any) -> Decorator:
+def declared(setting: kinds.Setting, **changes: Any) -> Decorator:
     """The option of a setting; `changes`: what this command has otherwise, such as its default."""
     attrs: dict[str, Any] = {"help": setting.help, "metavar": setting.metavar}
     if setting.default is not None:
         attrs["default"] = setting.default
     match setting:
-        case settings.Whole():
+        case kinds.Whole():
             attrs["type"] = Whole(setting.low, setting.high)
-        case settings.Real():
+        case kinds.Real():
             attrs["type"] = Real(setting.low, setting.high, min_open=setting.above)
-        case settings.Choice():
+        case kinds.Choice():
             attrs |= {"type": click.Choice(setting.choices), "metavar": None}
-        case settings.Flag():
+        case kinds.Flag():
             attrs["is_flag"] = True
-        case settings.Size():
+        case kinds.Size():
             attrs["type"] = Size()
-        case settings.Pairs():
+        case kinds.Pairs():
             attrs["multiple"] = True
     section, name = changes.pop("section", setting.section), changes.pop("name", setting.name)
     return option(section, *setting.flags, name, setting=setting, **attrs | changes)
 
 
-def declared_list(setting: settings.Setting, name: str, default: str, **changes: Any) -> Decorator:
+def declared_list(setting: kinds.Setting, name: str, default: str, **changes: Any) -> Decorator:
     """The option of a setting of which several values are measured, with commas between them."""
     kind: Names
     match setting:
-        case settings.Whole():
+        case kinds.Whole():
             kind = Wholes()
-        case settings.Choice():
+        case kinds.Choice():
             kind = Names(*setting.choices)
-        case settings.Size():
+        case kinds.Size():
             kind = Sizes()
         case _:
             kind = Names()

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from kvlocal import settings
 from kvlocal.errors import UsageError
+from kvlocal.setting import MAX_SEQUENCES
 from kvlocal_cli.options import completers, twins
 from kvlocal_cli.options.click_types import Whole
 from kvlocal_cli.options.option import Callback, Decorator, declared, declared_list, option, stack
@@ -45,6 +46,10 @@ class Settings:
     retrieve: str | None = settings.RETRIEVE.default
     retrieve_args: Mapping[str, str] = field(default_factory=dict)
     retrieve_budget: int = settings.RETRIEVE_BUDGET.default
+    archive: str = settings.ARCHIVE.default
+    archive_format: Literal["f16", "q8"] = settings.ARCHIVE_FORMAT.default
+    recall: Literal["turn", "step", "off"] | None = settings.RECALL.default
+    recall_budget: int = settings.RECALL_BUDGET.default
     evict_every: int = settings.EVICT_EVERY.default
     policy_typed: bool = field(default=False, compare=False)
 
@@ -76,6 +81,7 @@ _CACHE = stack(
     *map(declared, (settings.KV_TAIL, settings.KV_SWA, settings.KV_SINK, settings.KV_WINDOW)),
     declared(settings.RETRIEVE, shell_complete=completers.retrievers),
     *map(declared, (settings.RETRIEVE_ARGS, settings.RETRIEVE_BUDGET)),
+    *map(declared, (settings.ARCHIVE, settings.ARCHIVE_FORMAT, settings.RECALL, settings.RECALL_BUDGET)),
     *map(declared, (settings.PREFILL, settings.CHUNK, settings.GUIDE, settings.EVICT_EVERY)),
 )
 _ENGINE = stack(declared(settings.N_CTX), _BATCH, _COMPUTE, _CACHE)
@@ -156,7 +162,7 @@ def predict_option(default: int) -> Decorator:
 
 def parallel_option(default: int, help: str, section: str = "Run") -> Decorator:
     """--parallel: sequences in one cache, beside the one that holds what they share."""
-    most = Whole(min=1, max=settings.MAX_SEQUENCES - 1)
+    most = Whole(min=1, max=MAX_SEQUENCES - 1)
     return option(section, "--parallel", type=most, default=default, metavar="N", help=help)
 
 
@@ -197,6 +203,8 @@ def _gather(command: Callback) -> Callback:
         # a policy may have a retriever of its own, which is not known here
         if "retrieve" in values and not values["retrieve"] and source("policy") is ParameterSource.DEFAULT:
             check_retrieved()
+        if values.get("archive") == "off" and any(map(twins.asked_for, ("recall_budget", "archive_format"))):
+            raise UsageError("--recall-budget and --archive-format have no effect without --archive; give it as well.")
         for name in ("chunk", "guide"):
             if values.get(name) and values["prefill"] != "chunked":
                 check_chunked(name, f"--{name}")

@@ -95,6 +95,7 @@ def _columns(metric: str, rows: Sequence[Row]) -> list[Column]:
         (varies("prefill"), name("prefill", "prefill")),
         (varies("guide"), Column("guide", False, lambda row: f"{row['guide']:,}")),
         (varies("reads"), Column("reads", True, lambda row: row["reads"] or "all")),
+        (varies("recalls"), Column("recalls", True, lambda row: row["recalls"] or "none")),
         (varies("question"), name("question", "question")),
         (True, Column("held", False, lambda row: f"{row['held']:.1%}")),
     ]
@@ -143,6 +144,7 @@ def _heading(about: About, rows: Sequence[Row]) -> str:
     parts += [f"{same('prefill')} prefill" if same("prefill") == "chunked" else ""]
     parts += [f"guide {same('guide')}" if same("guide") not in ("", "0") else ""]
     parts += [f"reads {same('reads')}" if same("reads") else ""]
+    parts += [f"recalls {same('recalls')}" if same("recalls") else ""]
     parts += [f"question {same('question')}" if same("question") else ""]
     return " · ".join(filter(None, parts))
 

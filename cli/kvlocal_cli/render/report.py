@@ -28,7 +28,8 @@ def live_figures(kv: Mapping[str, float], peak_bytes: float, tokens_per_second: 
 
 def figures(report: ReportDict) -> str:
     """The line after an answer. All measured, save for what a full cache *would* take: that one never existed."""
-    kv, tokens, timing, reads = report["kv"], report["tokens"], report["timing"], report["reads"]
+    kv, tokens, timing = report["kv"], report["tokens"], report["timing"]
+    reads, archive = report["reads"], report["archive"]
     held = f"{number(tokens['held_mean'])} tokens held per head"
     if tokens["held_min"] != tokens["held_max"]:
         held += f" ({number(tokens['held_min'])} to {number(tokens['held_max'])})"
@@ -38,6 +39,8 @@ def figures(report: ReportDict) -> str:
         *([f"{size(kv['fixed_bytes'])} of it windows and states"] if kv["fixed_bytes"] else []),
         held,
         *([f"{number(reads['tokens'])} read at a time"] if reads else []),
+        *([f"{size(archive['bytes'])} on disk, {number(archive['recalled'])} tokens recalled"] if archive else []),
+        *([archive["error"]] if archive and archive["error"] else []),
         f"prefill {rate(timing['prefill_tps'])}, decode {rate(timing['decode_tps'])}",
     ]
     ending = {"length": "cut at the token limit", "interrupted": "interrupted"}.get(str(report["finish_reason"]))
@@ -61,6 +64,19 @@ def _reads(reads: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
+def _archive(archive: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not archive:
+        return []
+    lost = f", {number(archive['units_lost'])} of them lost" if archive["units_lost"] else ""
+    return [
+        ("archive, on disk", f"{size(archive['bytes'])}, {number(archive['units'])} units{lost}"),
+        (f"tokens recalled per {archive['recall']}, mean", number(archive["recalled"])),
+        *([("of those asked for, missed", number(archive["missed"]))] if archive["missed"] else []),
+        ("read from disk", size(archive["read_bytes"])),
+        *([("what went wrong", archive["error"])] if archive["error"] else []),
+    ]
+
+
 def stats_table(report: ReportDict) -> Table:
     """Every figure of a report."""
     kv, rss, tokens, timing = report["kv"], report["rss"], report["tokens"], report["timing"]
@@ -79,6 +95,7 @@ def stats_table(report: ReportDict) -> Table:
             ("tokens held, least / most", f"{number(tokens['held_min'])} / {number(tokens['held_max'])}"),
             *_reads(report["reads"]),
         ],
+        *([rows] if (rows := _archive(report["archive"])) else []),
         [
             ("KV in use", size(kv["used_bytes"])),
             ("KV allocated", size(kv["allocated_bytes"])),

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVL_ABI_VERSION 10
+#define KVL_ABI_VERSION 11
 #define KVL_PAGE_SLOTS 32
 
 typedef enum kvl_status {
@@ -48,6 +48,19 @@ typedef enum kvl_summary {
     KVL_SUMMARY_BOUNDS = 2, // their largest and smallest value per channel
 } kvl_summary;
 
+// What of the archive is brought back, exact, beside what is held.
+typedef enum kvl_recall {
+    KVL_RECALL_OFF = 0,  // nothing
+    KVL_RECALL_STEP = 1, // what of the units that are read is not held in f16
+    KVL_RECALL_TURN = 2, // the units that answer best of those not held in f16; all that is held is read
+} kvl_recall;
+
+// How rows are written to an archive.
+typedef enum kvl_archive_format {
+    KVL_ARCHIVE_F16 = 0,
+    KVL_ARCHIVE_Q8 = 1, // where rows are whole blocks of 32 values
+} kvl_archive_format;
+
 typedef struct kvl_params {
     int32_t n_window;    // queries remembered per layer and sequence for window scores (0: none)
     int32_t n_pool_ctx;  // tokens per head and sequence the pool can hold (0: the context size)
@@ -71,22 +84,26 @@ typedef struct kvl_stats {
     uint64_t table_bytes;     // page tables and positions
     uint64_t query_bytes;     // window queries
     uint64_t index_bytes;     // what stands for units of text (kvl_retrieve)
+    uint64_t recalled_bytes;  // part of used_bytes: what was brought back from archives
+    uint64_t archive_bytes;   // of archives, on disk
     uint64_t n_evict;         // calls of kvl_keep that dropped slots
     uint64_t score_us;        // time in kvl_window_scores
     uint64_t keep_us;         // time in kvl_keep
 } kvl_stats;
 
 typedef struct kvl_seq_stats {
-    int64_t n_seen;       // tokens seen: the next token gets this position
-    int64_t n_slots;      // slots held, summed over layers and KV heads
-    int64_t held_min;     // smallest number of slots in a head
-    int64_t held_max;     // largest number of slots in a head
-    int64_t n_heads;      // layers x KV heads
-    uint64_t used_bytes;  // K and V of the slots held, shared with other sequences or not, and fixed_bytes
-    uint64_t page_bytes;  // of the pages they lie in
-    uint64_t full_bytes;  // what llama.cpp's own cache would hold for n_seen tokens, in f16
-    uint64_t fixed_bytes; // what no budget changes: sliding windows, recurrent state, marks
-    uint64_t fixed_limit; // most bytes that they take after a token, without the marks
+    int64_t n_seen;          // tokens seen: the next token gets this position
+    int64_t n_slots;         // slots held, summed over layers and KV heads
+    int64_t held_min;        // smallest number of slots in a head
+    int64_t held_max;        // largest number of slots in a head
+    int64_t n_heads;         // layers x KV heads
+    uint64_t used_bytes;     // K and V of the slots held, shared with other sequences or not, of what was recalled, and
+                             // fixed_bytes
+    uint64_t page_bytes;     // of the pages they lie in
+    uint64_t full_bytes;     // what llama.cpp's own cache would hold for n_seen tokens, in f16
+    uint64_t fixed_bytes;    // what no budget changes: sliding windows, recurrent state, marks
+    uint64_t fixed_limit;    // most bytes that they take after a token, without the marks
+    uint64_t recalled_bytes; // of what was brought back from the archive
 } kvl_seq_stats;
 
 typedef struct kvl_layer_info {
@@ -113,6 +130,7 @@ typedef struct kvl_retrieval {
     int32_t partial;      // 1: of the first unit that does not fit the beginning is read, 0: others that fit are
     int32_t dense_layers; // first layers that read everything
     int32_t full_below;   // everything is read while the open unit has fewer tokens
+    int32_t recall;       // a kvl_recall; with KVL_RECALL_TURN `budget` is of what is brought back
     // with n_queries 0: a layer chooses anew once the open unit has so much more queries, as a share
     float drift;
     float hysteresis; // by how many standard deviations a unit must be better to take the place of one that was read
@@ -126,7 +144,18 @@ typedef struct kvl_retrieval_stats {
     float n_wanted;       // of these chosen by score
     float n_kept;         // of these read before
     int32_t full;         // 1: everything is read
+    float n_recalled;     // tokens per head that were brought back, likewise
+    float n_loaded;       // tokens of the units that were read from the archive for it now, per layer
+    float n_missed;       // tokens per head that were to be brought back and could not
+    uint64_t read_bytes;  // of the units that were read
 } kvl_retrieval_stats;
+
+typedef struct kvl_archive_stats {
+    int64_t n_units;    // written
+    int64_t n_lost;     // of these that cannot be read (any more)
+    uint64_t bytes;     // of the files that they lie in
+    const char * error; // what went wrong last, a sentence; empty: nothing. Until the next call
+} kvl_archive_stats;
 
 // What a context takes of main memory, or of accelerators, bytes.
 typedef struct kvl_breakdown {
@@ -248,6 +277,12 @@ LLAMA_API int32_t kvl_select(struct llama_context * ctx, llama_seq_id seq, int32
 // yet; params NULL: everything is read.
 LLAMA_API int32_t kvl_retrieve(struct llama_context * ctx, llama_seq_id seq, const kvl_retrieval * params,
                                const llama_pos * ends, int32_t n_ends, kvl_retrieval_stats * out);
+// Write the units of a sequence to a file in a folder from now on, exact, when kvl_retrieve closes them; folder NULL:
+// no more. The file has no name and is gone with the process; branches share it. Nothing is dropped or demoted before
+// it is written. A unit that a head did not hold in f16 when it closed, or whose record is damaged, is lost to the
+// archive, not to what is held. Needs pages in main memory.
+LLAMA_API int32_t kvl_archive_to(struct llama_context * ctx, llama_seq_id seq, const char * folder, int32_t format);
+LLAMA_API int32_t kvl_get_archive(struct llama_context * ctx, llama_seq_id seq, kvl_archive_stats * out);
 // Store slots in another format named in kvl_params.formats; returns how many were not in it before. With n_demote:
 // these slots. With n_demote NULL: of every head the f16 slots at the n_positions ascending positions in `which`, the
 // earliest n_most (0: all). Needs the page kernels. To kivi go whole groups: kivi_group slots in the order of their

@@ -51,6 +51,7 @@ def test_figures_without_eviction_or_measurement() -> None:
             "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": None, "fixed_bytes": 0},
             "tokens": {"held_mean": 12.0, "held_min": 12, "held_max": 12},
             "reads": None,
+            "archive": None,
             "timing": {"prefill_tps": 100.0, "decode_tps": None},
             "finish_reason": "stop",
         }
@@ -66,6 +67,7 @@ def test_figures_of_a_part_that_was_read() -> None:
             "kv": {"used_bytes": 0, "full_bytes": 0, "peak_bytes": 0, "fixed_bytes": 0},
             "tokens": {"held_mean": 4096.0, "held_min": 4096, "held_max": 4096},
             "reads": {"tokens": 1023.4},
+            "archive": None,
             "timing": {"prefill_tps": 100.0, "decode_tps": 50.0},
             "finish_reason": "stop",
         }

@@ -134,6 +134,7 @@ def test_json_is_the_report_and_nothing_else(fake: Fake) -> None:
         "tokens",
         "kv",
         "reads",
+        "archive",
         "rss",
         "timing",
         "finish_reason",

@@ -67,6 +67,7 @@ ROW: dict[str, Any] = {
         "budget": "25%",
         "prefill": "chunked",
         "reads": "quest 512",
+        "recalls": "",
     },
     **{"storage": "kivi:bits=4:group=64", "n_prompt": 512, "n_gen": 128, "prefill_tps": 12345.6, "decode_tps": 234.5},
     **{"decode_tps_min": 123.4, "decode_tps_max": 345.6, "used_bytes": 456 * MIB, "peak_bytes": 4567 * MIB},
@@ -82,6 +83,7 @@ SCORE: dict[str, Any] = {
         "budget": "25%",
         "guide": 64,
         "reads": "quest 512",
+        "recalls": "",
     },
     **{"prefill": "chunked", "question": "after", "held": 0.25, "n": 12, "score": 0.5, "ci_low": 0.4, "ci_high": 0.6},
 }
@@ -96,7 +98,7 @@ def test_results_have_every_figure_at_every_width(width: int) -> None:
         assert figure in "\n".join(lines)
     scores = [
         SCORE,
-        {**SCORE, "task": "vt", "storage": "f16", "prefill": "exact", "guide": 0, "reads": "", "question": "inside"},
+        {**SCORE, "task": "vt", "storage": "f16", "prefill": "exact", "guide": 0, "reads": "", "recalls": "", "question": "inside"},
     ]
     lines = printed(width, *eval_output.as_rich(ABOUT, scores, width))
     assert max(map(len, lines)) <= width

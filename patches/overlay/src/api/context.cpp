@@ -30,6 +30,7 @@ size_t kvl_struct_size(const char * name) {
     KVL_SIZE(kvl_params)
     KVL_SIZE(kvl_retrieval)
     KVL_SIZE(kvl_retrieval_stats)
+    KVL_SIZE(kvl_archive_stats)
     KVL_SIZE(kvl_stats)
     KVL_SIZE(kvl_seq_stats)
     KVL_SIZE(kvl_layer_info)

@@ -8,8 +8,8 @@ using namespace kvl_api;
 static bool check(const llama_kv_paged & kv, const kvl_retrieval & p) {
     const bool fits = p.budget >= 1 && p.sink >= 0 && p.recent >= 1 && p.min_unit >= 1 && p.n_queries >= 0 &&
                       p.dense_layers >= 0 && p.full_below >= 0 && p.hysteresis >= 0.0f && p.drift >= 0.0f &&
-                      p.summary >= KVL_SUMMARY_NONE && p.summary <= KVL_SUMMARY_BOUNDS &&
-                      int64_t(p.sink) + p.recent <= p.budget;
+                      p.summary >= KVL_SUMMARY_NONE && p.recall >= KVL_RECALL_OFF && p.recall <= KVL_RECALL_TURN &&
+                      p.summary <= KVL_SUMMARY_BOUNDS && int64_t(p.sink) + p.recent <= p.budget;
     if (!fits) {
         kvl_set_error("a retrieval needs a budget of at least sink + recent, with recent and min_unit of 1 or more");
     } else if (p.summary != KVL_SUMMARY_NONE && kv.params.n_window == 0) {
@@ -28,11 +28,7 @@ int32_t kvl_retrieve(llama_context * ctx, llama_seq_id seq, const kvl_retrieval 
     }
     return guarded([&] {
         if (!params) {
-            for (uint32_t l = 0; l < kv->n_open; l++) {
-                for (kvl_head & head : kv->seqs[seq].heads[l]) {
-                    head.see_all();
-                }
-            }
+            kvl_see_all(*kv, seq);
             kv->seqs[seq].index.chosen_at = -1;
             return int32_t(KVL_OK);
         }

@@ -55,6 +55,12 @@ bool llama_kv_paged::pages_fit(const std::vector<llama_ubatch> & ubatches) {
             }
         }
     }
+    const auto lacks = [&](const auto & of_pool) {
+        return of_pool.second > of_pool.first->n_free();
+    };
+    for (auto it = n_new.begin(); it != n_new.end() && std::any_of(need.begin(), need.end(), lacks); it++) {
+        kvl_give_back(*this, it->first); // it can be recalled again
+    }
     for (const auto & [pool, n] : need) {
         if (n > pool->n_free()) {
             kvl_set_error("the KV pool is full: the batch needs " + std::to_string(n) + " pages, " +

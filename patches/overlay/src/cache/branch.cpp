@@ -87,7 +87,9 @@ bool llama_kv_paged::truncate(llama_seq_id seq_id, llama_pos p0) {
         }
     }
     seq.n_seen = p0;
-    seq.index.cut(p0);
+    kvl_give_back(*this, seq_id, p0);
+    seq.index.cut(p0, seq.archive.on());
+    seq.archive.cut(seq.index.ends.size());
     if (mark) {
         go_back(seq_id, *mark);
     } else if (recr) {
@@ -117,6 +119,7 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     std::vector<std::vector<kvl_head>> heads = from.heads;
     std::vector<std::vector<float>> mu = from.mu;
     kvl_index index = from.index;
+    kvl_archive archive = from.archive;
     std::vector<std::vector<std::vector<std::vector<float>>>> mass(layers.size()); // [layer][KV head]
     std::map<kvl_arena *, uint64_t> n_mass;
     for (size_t l = 0; l < layers.size(); l++) {
@@ -139,6 +142,7 @@ bool llama_kv_paged::branch(llama_seq_id src, llama_seq_id dst) {
     to.heads = std::move(heads);
     to.mu = std::move(mu);
     to.index = std::move(index);
+    to.archive = std::move(archive);
     to.window = from.window; // of the same length
     to.n_seen = from.n_seen;
     if (recr) {

@@ -19,6 +19,22 @@ class chooser {
           ends(seq.index.ends), chosen(seq.index.chosen[l]), heads(seq.heads[l]),
           first(std::min(params.sink, seq.n_seen)), last(std::max(first, seq.n_seen + 1 - params.recent)) {}
 
+    // what is to be recalled, beside all that is held
+    void run_recall(const std::vector<float> & queries) {
+        const uint32_t n_sets = params.per_head ? layer.n_head_kv : 1;
+        chosen.assign(n_sets, std::vector<uint8_t>(ends.size(), 0));
+        const std::vector<float> sums = summed(queries);
+        for (uint32_t s = 0; s < n_sets; s++) {
+            size.assign(ends.size(), 0.0f);
+            for (uint32_t h = first_head(s); h < first_head(s) + n_heads(); h++) {
+                for (size_t u = 0; u < ends.size(); u++) {
+                    size[u] += archived(u) ? float(missing(h, u)) / float(n_heads()) : 0.0f;
+                }
+            }
+            score(s, sums);
+            take(s);
+        }
+    }
     // the sum of some queries, [n_head][d_k]; stay: what was chosen last stays if it still fits
     void run(const std::vector<float> & queries, bool stay) {
         const uint32_t n_sets = params.per_head ? layer.n_head_kv : 1;
@@ -44,7 +60,21 @@ class chooser {
     double n_wanted = 0, n_kept = 0, n_read = 0; // tokens per head
 
   private:
-    double room() const { return std::max(params.budget - params.sink - params.recent, 0); }
+    double room() const {
+        return params.recall == KVL_RECALL_TURN ? params.budget
+                                                : std::max(params.budget - params.sink - params.recent, 0);
+    }
+    // whether a unit can be read from the archive
+    bool archived(size_t u) const {
+        return params.recall != KVL_RECALL_OFF && u < seq.archive.units.size() && seq.archive.units[u].file;
+    }
+    // tokens of a unit that a head does not hold in f16
+    uint32_t missing(uint32_t h, size_t u) const {
+        const std::vector<llama_pos> & pos = heads[h].pos;
+        const auto f16 = pos.begin() + heads[h].f16_begin();
+        const auto first = std::lower_bound(f16, pos.end(), begin_of(u));
+        return uint32_t(ends[u] - begin_of(u)) - uint32_t(std::lower_bound(first, pos.end(), ends[u]) - first);
+    }
     llama_pos begin_of(size_t unit) const { return unit == 0 ? 0 : ends[unit - 1]; }
     uint32_t first_head(uint32_t set) const { return params.per_head ? set : 0; }
     uint32_t n_heads() const { return params.per_head ? 1 : layer.n_head_kv; }
@@ -68,7 +98,7 @@ class chooser {
             const llama_pos p1 = std::min(ends[u], last);
             uint64_t held = 0;
             for (uint32_t h = first_head(set); h < first_head(set) + n_heads() && p0 < p1; h++) {
-                const uint32_t all = index[h].held[u];
+                const uint32_t all = archived(u) ? uint32_t(ends[u] - begin_of(u)) : index[h].held[u];
                 // what lies in it of sink and recent does not count: where nothing is missing, by the positions
                 const bool cut = p1 - p0 < ends[u] - begin_of(u);
                 held += !cut ? all : all == uint32_t(ends[u] - begin_of(u)) ? uint32_t(p1 - p0) : count(h, p0, p1);
@@ -236,8 +266,13 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
                 kvl_retrieval_stats & out) {
     kvl_sequence & seq = kv.seqs[seq_id];
     kvl_index & index = seq.index;
+    kvl_retrieval_stats recalled = {};
     const std::vector<int32_t> rows = kv.window_rows(seq_id);
     const size_t n_open = size_t(seq.n_seen - index.open_begin());
+    if (params.recall == KVL_RECALL_TURN) {
+        index.chosen.clear();
+        index.chosen_at = -1;
+    }
     const bool before = !index.chosen.empty();
     index.chosen.resize(kv.n_open);
     // what the open unit asks; at its beginning that is not clear yet, and what was chosen before stays
@@ -274,9 +309,23 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
             return;
         }
         chooser c(kv, seq_id, l, params);
-        c.run(sum, begins && before);
+        if (params.recall == KVL_RECALL_TURN) {
+            c.run_recall(sum);
+        } else {
+            c.run(sum, begins && before);
+        }
         choice = {n, c.n_wanted, c.n_kept, c.n_read};
     });
+    if (params.recall != KVL_RECALL_OFF) {
+        std::vector<std::vector<std::vector<uint8_t>>> wanted(kv.n_open);
+        for (uint32_t l = 0; l < kv.n_open; l++) {
+            for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
+                const bool none = l >= index.chosen.size() || index.chosen[l].empty();
+                wanted[l].push_back(none ? std::vector<uint8_t>() : index.chosen[l][params.per_head ? h : 0]);
+            }
+        }
+        kvl_bring_back(kv, seq_id, wanted, recalled);
+    }
     index.chosen_at = seq.n_seen;
     index.n_asked = full || params.n_queries > 0 || begins ? 0 : n;
     const auto mean = [&](double kvl_choice::*what) {
@@ -286,10 +335,15 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
         }
         return float(sum / double(std::max(kv.n_open, 1u)));
     };
-    out = {};
+    if (params.recall == KVL_RECALL_TURN) {
+        kvl_see_all(kv, seq_id);
+        index.chosen.clear();
+        index.chosen_at = -1;
+    }
+    out = recalled;
     out.n_units = int64_t(index.ends.size());
     out.index_bytes = index.bytes();
-    out.n_read = mean(&kvl_choice::read);
+    out.n_read = mean(&kvl_choice::read) + recalled.n_read;
     out.n_wanted = mean(&kvl_choice::wanted);
     out.n_kept = mean(&kvl_choice::kept);
     out.full = full ? 1 : 0;

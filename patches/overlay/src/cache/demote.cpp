@@ -187,6 +187,7 @@ int32_t llama_kv_paged::demote(llama_seq_id seq_id, uint32_t layer_id, uint32_t 
         return kvl_fail(KVL_ERR_ARGUMENT,
                         "format " + std::to_string(format) + " was not asked for in kvl_params.formats");
     }
+    kvl_flush_archive(seqs[seq_id]);
     kvl_pool & pool = *layer.pools[format];
     std::vector<kvl_move> moves;
     std::vector<uint32_t> need(layer.pools.size(), 0);

@@ -17,8 +17,8 @@ void kvl_index::clear() {
     evicted = false;
 }
 
-void kvl_index::cut(llama_pos n_tokens) {
-    while (!ends.empty() && ends.back() >= n_tokens) {
+void kvl_index::cut(llama_pos n_tokens, bool archived) {
+    while (!ends.empty() && (ends.back() > n_tokens || (ends.back() == n_tokens && !archived))) {
         ends.pop_back();
     }
     for (auto & layer : heads) {
@@ -173,7 +173,7 @@ bool kvl_update_index(llama_kv_paged & kv, llama_seq_id seq_id, int32_t summary,
     kvl_index & index = seq.index;
     for (int32_t i = 0; i < n_ends; i++) {
         const llama_pos before = i > 0 ? ends[i - 1] : index.open_begin();
-        if (ends[i] <= before || ends[i] >= std::max(seq.n_seen, 1)) {
+        if (ends[i] <= before || ends[i] >= seq.n_seen + (seq.archive.on() ? 1 : 0)) {
             kvl_set_error("a unit that ends at token " + std::to_string(ends[i]) +
                           " does not lie between the one before, "
                           "which ends at " +
@@ -209,5 +209,6 @@ bool kvl_update_index(llama_kv_paged & kv, llama_seq_id seq_id, int32_t summary,
     }
     index.n_indexed = seq.n_seen;
     index.evicted = false;
+    kvl_archive_units(kv, seq_id, n_threads);
     return true;
 }

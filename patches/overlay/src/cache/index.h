@@ -40,8 +40,8 @@ struct kvl_index {
 
     // where the unit begins that is open
     llama_pos open_begin() const { return ends.empty() ? 0 : ends.back(); }
-    // the text was cut to so many tokens: a unit that ended there is open again
-    void cut(llama_pos n_tokens);
+    // the text was cut to so many tokens: a unit that ended there is open again, unless it is archived
+    void cut(llama_pos n_tokens, bool archived);
     // forget all that follows from keys
     void clear();
     uint64_t bytes() const;

@@ -72,6 +72,9 @@ bool llama_kv_paged::keep(llama_seq_id seq_id, uint32_t layer_id, const int32_t 
     for (uint32_t h = 0; h < heads.size(); h++) {
         dropped = dropped || kept[h].size() < heads[h].held();
     }
+    if (dropped) {
+        kvl_flush_archive(seqs[seq_id]);
+    }
     compact(seq_id, layer_id, kept);
     seqs[seq_id].index.evicted = seqs[seq_id].index.evicted || dropped;
     n_evict += dropped ? 1 : 0;

@@ -348,9 +348,13 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_
     uint32_t n_pages = 0;
     const uint32_t n = kv->seqs[ub.seq_id[0][0]].heads[layer_id][0].n();
     for (uint32_t s = 0; s < ub.n_seqs; s++) {
-        for (const kvl_head & head : kv->seqs[ub.seq_id[s * n_seq_tokens][0]].heads[layer_id]) {
-            n_pages = std::max(n_pages, head.n_listed);
-            if (fused && head.n_listed < head.pages.size()) { // what is chosen anew every step is more or less
+        const kvl_sequence & seq = kv->seqs[ub.seq_id[s * n_seq_tokens][0]];
+        for (size_t h = 0; h < layer.n_head_kv; h++) {
+            const kvl_head & head = seq.heads[layer_id][h];
+            const uint32_t n_recalled = seq.n_recalled(layer_id, h);
+            n_pages = std::max(n_pages, head.n_listed + n_recalled);
+            uniform = uniform && n_recalled == 0;
+            if (fused && (head.n_listed < head.pages.size() || n_recalled > 0)) { // chosen anew: now more, now less
                 pad = 2048;
             }
             uniform = uniform && head.n() == n && std::all_of(head.live.begin(), head.live.end(), [](uint32_t bits) {

@@ -212,6 +212,7 @@ class llama_kv_paged : public llama_memory_i {
 
     void get_stats(kvl_stats & out) const;
     void get_seq_stats(llama_seq_id seq, kvl_seq_stats & out) const;
+    void note_peak();
     void reset_peak() { peak_bytes = allocated_bytes(); }
 
     bool valid_seq(llama_seq_id seq) const { return seq >= 0 && size_t(seq) < seqs.size(); }
@@ -260,7 +261,6 @@ class llama_kv_paged : public llama_memory_i {
     int32_t demote(llama_seq_id seq, uint32_t layer, uint32_t format, const std::vector<std::vector<uint32_t>> & slots,
                    int n_threads);
     uint64_t allocated_bytes() const;
-    void note_peak();
     bool check_slots(llama_seq_id seq, uint32_t layer, const int32_t * counts, const int32_t * slots, bool empty) const;
     void cut(kvl_layer & layer, kvl_head & head, uint32_t n); // drop the slots from n on (a plain head)
     // Some slots of a head, ascending, in as few pages of their formats as they need; head itself stays as it is.
@@ -309,6 +309,7 @@ class llama_kv_paged : public llama_memory_i {
     uint64_t state_bytes() const; // of all sequences
     // what the marks of a sequence hold that it does not hold itself
     uint64_t mark_bytes(const kvl_sequence & seq) const;
+    uint64_t recalled_bytes(const kvl_sequence & seq) const;
     // f(layer, head, page) for the pages of its marks
     template <typename F> void for_marks(const kvl_sequence & seq, F && f) const {
         for (const kvl_marked & mark : seq.marks) {

@@ -2,8 +2,10 @@
 
 #pragma once
 
+#include "cache/archive.h"
 #include "cache/head.h"
 #include "cache/index.h"
+#include "cache/recall.h"
 
 #include <cstdint>
 #include <vector>
@@ -22,4 +24,19 @@ struct kvl_sequence {
     std::vector<llama_pos> window;            // position of each remembered query, -1: none
     std::vector<kvl_marked> marks;            // by position
     kvl_index index;                          // of the open layers, by which is chosen what is read
+    kvl_archive archive;                      // of its units
+    kvl_recalled_heads recalled;              // what was brought back of them
+
+    const std::vector<kvl_recalled> & recalled_of(size_t layer, size_t head) const {
+        static const std::vector<kvl_recalled> nothing;
+        return layer < recalled.size() ? recalled[layer][head] : nothing;
+    }
+    // pages that a head has of it
+    uint32_t n_recalled(size_t layer, size_t head) const {
+        size_t n = 0;
+        for (const kvl_recalled & unit : recalled_of(layer, head)) {
+            n += unit.pages.size();
+        }
+        return uint32_t(n);
+    }
 };

@@ -80,6 +80,15 @@ void llama_kv_paged::recount() const {
                     }
                 }
             }
+            for (size_t l = 0; l < seq.recalled.size(); l++) {
+                for (const auto & units : seq.recalled[l]) {
+                    for (const kvl_recalled & unit : units) {
+                        for (size_t p = 0; p < unit.pages.size() && layers[l].pool == &pool; p++) {
+                            pool.count(unit.pages[p], unit.live(p));
+                        }
+                    }
+                }
+            }
             for_marks(seq, [&](const kvl_layer & layer, const kvl_head & head, uint32_t p) {
                 if (layer.pools[kvl_head::page_format(head.pages[p])] == &pool) {
                     pool.count(kvl_head::page_number(head.pages[p]), head.held_bits(p));
@@ -106,6 +115,18 @@ uint64_t llama_kv_paged::mark_bytes(const kvl_sequence & seq) const {
     return n;
 }
 
+uint64_t llama_kv_paged::recalled_bytes(const kvl_sequence & seq) const {
+    uint64_t n = 0;
+    for (size_t l = 0; l < seq.recalled.size(); l++) {
+        for (const auto & units : seq.recalled[l]) {
+            for (const kvl_recalled & unit : units) {
+                n += unit.pos.size() * layers[l].pool->slot_bytes();
+            }
+        }
+    }
+    return n;
+}
+
 void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) const {
     const kvl_sequence & seq = seqs[seq_id];
     out = {};
@@ -124,7 +145,8 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
     const uint64_t state = state_bytes() / seqs.size();
     out.fixed_bytes += mark_bytes(seq) + (seq.n_seen > 0 ? state : 0);
     out.fixed_limit += state;
-    out.used_bytes = out.fixed_bytes;
+    out.recalled_bytes = recalled_bytes(seq);
+    out.used_bytes = out.fixed_bytes + out.recalled_bytes;
     for (size_t l = 0; l < n_open; l++) {
         for (const kvl_head & head : seq.heads[l]) {
             out.n_slots += head.held();
@@ -159,6 +181,8 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
             out.used_bytes += mark.state.size();
         }
         out.index_bytes += seqs[s].index.bytes();
+        out.recalled_bytes += st.recalled_bytes;
+        out.archive_bytes += seqs[s].archive.bytes();
         out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {

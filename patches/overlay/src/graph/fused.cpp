@@ -18,17 +18,26 @@ void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_t
     kvl_page_ref * next = pages;
     for (int i = 0; i < n; i++) {
         const kvl_head & head = *streams[i].head;
-        refs[i] = {int32_t(head.n()), int32_t(next - pages), 0,           streams[i].mean,
-                   streams[i].number, streams[i].window,     layer.n_swa, 0};
         kvl_page_ref * first = next;
+        // what was recalled comes before all slots of the head, so that every new token sees it
+        int32_t slot0 = 0;
+        for (const kvl_recalled & unit : streams[i].recalled) {
+            for (size_t p = 0; p < unit.pages.size(); p++, slot0 += KVL_PAGE_SLOTS) {
+                *next++ = {kvl_head::page_entry(KVL_FORMAT_F16, unit.pages[p]), unit.live(p), slot0,
+                           unit.mass.empty() ? 0 : int32_t(unit.mass[p])};
+            }
+        }
+        kvl_page_ref * held = next;
+        refs[i] = {slot0 + int32_t(head.n()), int32_t(first - pages), 0,           streams[i].mean,
+                   streams[i].number,         streams[i].window,      layer.n_swa, 0};
         for (uint32_t p = 0; p < head.pages.size(); p++) {
             const uint32_t live = all ? head.all_live(p) : head.live[p];
             if (all || live != 0) {
-                *next++ = {head.pages[p], live, int32_t(p * KVL_PAGE_SLOTS), 0};
+                *next++ = {head.pages[p], live, slot0 + int32_t(p * KVL_PAGE_SLOTS), 0};
             }
         }
-        for (kvl_page_ref * page = first; !head.mass.empty() && page < next; page++) {
-            page->mass = int32_t(head.mass[uint32_t(page->slot) / KVL_PAGE_SLOTS]);
+        for (kvl_page_ref * page = held; !head.mass.empty() && page < next; page++) {
+            page->mass = int32_t(head.mass[uint32_t(page->slot - slot0) / KVL_PAGE_SLOTS]);
         }
         refs[i].n_pages = int32_t(next - first);
     }
@@ -42,7 +51,7 @@ void llm_graph_input_kv_paged::set_table(uint32_t l, const llama_ubatch * ubatch
         const uint32_t token = i / layer.n_head_kv * n_seq_tokens;
         const llama_seq_id seq = ubatch->seq_id[token][0];
         streams.push_back({&head(ubatch, l, i), kv.mean_row(seq, l, i % layer.n_head_kv), ubatch->pos[token] + 1,
-                           seq * kv.params.n_window});
+                           seq * kv.params.n_window, kv.seqs[seq].recalled_of(l, i % layer.n_head_kv)});
     }
     kvl_write_table(static_cast<int32_t *>(table->data) + layers[l].table, layer, streams, false);
 }

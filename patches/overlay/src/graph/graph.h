@@ -75,11 +75,12 @@ template <typename Params> ggml_tensor * kvl_with_params(ggml_tensor * op, const
     return op;
 }
 
-// A stream of the table: its slots, the row of its key mean (-1: none), position + 1 of its first new token, and the
-// first row of its sequence's window queries.
+// A stream of the table: its slots, the row of its key mean (-1: none), position + 1 of its first new token, the first
+// row of its sequence's window queries, and what was recalled for it.
 struct kvl_table_stream {
     const kvl_head * head;
     int32_t mean, number, window;
+    const std::vector<kvl_recalled> & recalled;
 };
 // Writes a layer's part of the table; all: pages that attention does not see as well, and every slot held as seen.
 void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_table_stream> & streams, bool all);

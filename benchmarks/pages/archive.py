@@ -1,0 +1,111 @@
+"""Writes docs/archive.md from the results of archive_quality.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import at_commit, table
+
+from pages.retrieval import commits_of
+
+Row = dict[str, Any]
+
+HEAD = """# What an archive brings back
+
+Written by a command, which goes on where it was stopped and needs the evaluation data (`--data`):
+
+```console
+$ python benchmarks/archive_quality.py
+```
+
+Every question comes after the document, of which the policy has kept what it keeps without knowing the question.
+*recalls*: tokens per head that a question brings back from the archive on disk (`--archive`), exact, before it is read
+once more; `step`: what the retriever reads at every token. *memory* is what is then held in memory, what was recalled
+included, as a share of a full f16 cache; what stands for the units in memory (3 to 6 % of f16) comes on top where
+something is recalled. Brackets are 95 % bootstrap intervals over the cases. The needles and the chat are those of the
+tiny model of the tests, RULER that of SmolLM2-135M-Instruct with its weights as F32."""
+
+
+def write_page(results: Path, page: Path) -> None:
+    """The page, from whatever parts have been measured; what was not is said to be missing."""
+    found = {
+        path.stem.removeprefix("archive-"): json.loads(path.read_text()) for path in results.glob("archive-*.json")
+    }
+    parts = [HEAD]
+    commits = {name: of["commit"] if isinstance(of, dict) else commits_of(of) for name, of in sorted(found.items())}
+    if commits:
+        parts.append(at_commit(commits))
+    for name, (title, text, write) in SECTIONS.items():
+        body = "Not measured yet." if name not in found else f"{text}\n\n{write(found[name])}"
+        parts.append(f"## {title}\n\n{body}")
+    page.write_text("\n\n".join(parts) + "\n", "utf-8")
+    print(f"wrote {page}")
+
+
+def _name(row: Row) -> list[str]:
+    policy = "everything" if row["policy"] in ("paged", "full") else f"{row['policy']} {row['budget']}"
+    recalls = row["recalls"] or "-"
+    return [policy, recalls if recalls != "step" else f"step, {row['reads']}"]
+
+
+def _score(rows: Sequence[Row]) -> str:
+    tasks = {row["task"] for row in rows}
+    cells = [
+        [
+            *_name(r),
+            f"{r['held']:.1%}",
+            f"{r['score']:.2f} [{r['ci_low']:.2f}, {r['ci_high']:.2f}]",
+            str(r["n"]),
+        ]
+        for r in rows
+        if r["task"] == "all" or len(tasks) == 1
+    ]
+    return table(["kept", "recalls", "memory", "score", "n"], cells)
+
+
+def _ruler(rows: Sequence[Row]) -> str:
+    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != "all"]
+    kinds: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(_name(row)), {})[row["task"]] = row
+    cells = [
+        [
+            *kind,
+            f"{of['all']['held']:.1%}",
+            *(f"{of[task]['score']:.2f}" for task in tasks),
+            f"{of['all']['score']:.2f}",
+        ]
+        for kind, of in kinds.items()
+    ]
+    return table(["kept", "recalls", "memory", *tasks, "all"], cells)
+
+
+def _chat(found: Row) -> str:
+    cells = [
+        [
+            *_name(r),
+            f"{r['n_document']:,}",
+            f"{r['n_tokens']:,}",
+            f"{r['used_bytes'] / r['full_bytes']:.1%}",
+            f"{r['archive_bytes'] / 2**20:.1f}",
+            f"{r['right']} of {r['turns']}",
+        ]
+        for r in found["rows"]
+    ]
+    heads = ["kept", "recalls", "tokens of the first turn", "at the end", "memory", "on disk, MiB", "right"]
+    return table(heads, cells)
+
+
+SECTIONS = {
+    "needle": (
+        "Needles",
+        "One fact in a text of 1,024 to 8,000 tokens; share of the answers that hold it.",
+        _score,
+    ),
+    "chat": ("A chat of thirty turns", "Every turn asks for another code of the document.", _chat),
+    "ruler-4096": ("RULER, 4,096 tokens", "Mean share of what was expected.", _ruler),
+    "ruler-8192": ("RULER, 8,192 tokens", "As above.", _ruler),
+}

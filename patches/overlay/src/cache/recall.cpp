@@ -1,0 +1,222 @@
+// Units come back from the archive, and go again.
+
+#include "cache/recall.h"
+
+#include "cache/memory.h"
+#include "cache/parallel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace {
+
+constexpr int N_READERS = 8; // reads that a disk is given at once
+
+// Drop some of the units, those from `gone` on.
+void drop(llama_kv_paged & kv, uint32_t l, std::vector<kvl_recalled> & units,
+          std::vector<kvl_recalled>::iterator gone) {
+    for (auto unit = gone; unit != units.end(); unit++) {
+        for (const uint32_t page : unit->pages) {
+            kv.layers[l].pool->drop(page);
+        }
+        for (const uint32_t page : unit->mass) {
+            kv.layers[l].arena->mass.drop(page);
+        }
+    }
+    units.erase(gone, units.end());
+}
+
+// pages for the tokens of a unit; false: there are not enough
+bool take_pages(llama_kv_paged & kv, const kvl_layer & layer, kvl_recalled & unit) {
+    const uint32_t n_pages = kvl_pages_for(uint32_t(unit.pos.size()));
+    // a page for every head stays for the text that goes on
+    if (layer.pool->n_free() < n_pages + layer.arena->shape.n_heads) {
+        return false;
+    }
+    if (kv.has_mass(layer)) {
+        layer.arena->mass.reserve(n_pages);
+    }
+    for (uint32_t p = 0; p < n_pages; p++) {
+        unit.pages.push_back(layer.pool->take());
+        layer.pool->hold(unit.pages.back(), unit.live(p));
+        if (kv.has_mass(layer)) {
+            unit.mass.push_back(layer.arena->mass.take());
+        }
+    }
+    return true;
+}
+
+// The positions of a unit that a head does not hold in f16.
+std::vector<llama_pos> missing(const kvl_head & head, const kvl_archived & unit) {
+    std::vector<llama_pos> out;
+    auto it = std::lower_bound(head.pos.begin() + head.f16_begin(), head.pos.end(), unit.begin);
+    for (llama_pos p = unit.begin; p < unit.end; p++) {
+        if (it != head.pos.end() && *it == p) {
+            it++;
+        } else {
+            out.push_back(p);
+        }
+    }
+    return out;
+}
+
+// Hide or show the tokens of some units where they lie on a lower rung: one that was brought back is seen once. Returns
+// how many are hidden or shown by that.
+uint32_t show_copies(kvl_head & head, const std::vector<kvl_recalled> & recalled, bool shown) {
+    std::vector<llama_pos> pos;
+    for (const kvl_recalled & unit : recalled) {
+        pos.insert(pos.end(), unit.pos.begin(), unit.pos.end());
+    }
+    const uint32_t n = pos.empty() ? 0 : head.f16_begin();
+    std::sort(pos.begin(), pos.end());
+    uint32_t n_changed = 0;
+    for (uint32_t slot = 0; slot < n; slot++) {
+        if (head.pos[slot] != kvl_head::HOLE && head.is_live(slot) != shown &&
+            std::binary_search(pos.begin(), pos.end(), head.pos[slot])) {
+            head.live[slot / KVL_PAGE_SLOTS] ^= 1u << slot % KVL_PAGE_SLOTS;
+            n_changed++;
+        }
+    }
+    if (n_changed > 0) {
+        head.count_listed();
+    }
+    return n_changed;
+}
+
+} // namespace
+
+void kvl_give_back(llama_kv_paged & kv, llama_seq_id seq_id, llama_pos behind) {
+    kvl_sequence & seq = kv.seqs[seq_id];
+    for (uint32_t l = 0; l < seq.recalled.size(); l++) {
+        for (uint32_t h = 0; h < seq.recalled[l].size(); h++) {
+            std::vector<kvl_recalled> & units = seq.recalled[l][h];
+            const auto gone = std::partition(units.begin(), units.end(), [&](const kvl_recalled & unit) {
+                return seq.archive.units[unit.unit].end <= behind;
+            });
+            show_copies(seq.heads[l][h], {gone, units.end()}, true);
+            drop(kv, l, units, gone);
+        }
+    }
+}
+
+void kvl_see_all(llama_kv_paged & kv, llama_seq_id seq_id) {
+    kvl_sequence & seq = kv.seqs[seq_id];
+    for (uint32_t l = 0; l < kv.n_open; l++) {
+        for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
+            seq.heads[l][h].see_all();
+            if (!seq.recalled.empty()) {
+                show_copies(seq.heads[l][h], seq.recalled[l][h], false);
+            }
+        }
+    }
+}
+
+void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
+                    const std::vector<std::vector<std::vector<uint8_t>>> & wanted, kvl_retrieval_stats & out) {
+    kvl_sequence & seq = kv.seqs[seq_id];
+    kvl_archive & archive = seq.archive;
+    kvl_flush_archive(seq);
+    if (seq.recalled.empty()) {
+        for (uint32_t l = 0; l < kv.n_open; l++) {
+            seq.recalled.emplace_back(kv.layers[l].n_head_kv);
+        }
+    }
+    // what goes, what stays; pages for what comes
+    struct load {
+        uint32_t layer;
+        size_t unit;
+        bool done;
+        std::string why;
+    };
+    std::vector<load> loads;
+    double n_loaded = 0, n_missed = 0, n_recalled = 0, n_hidden = 0;
+    for (uint32_t l = 0; l < kv.n_open; l++) {
+        std::vector<uint8_t> of_layer(archive.units.size(), 0);
+        for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
+            std::vector<kvl_recalled> & units = seq.recalled[l][h];
+            const std::vector<uint8_t> & want = wanted[l][h];
+            const auto gone = std::partition(units.begin(), units.end(), [&](const kvl_recalled & unit) {
+                return unit.unit < want.size() && want[unit.unit];
+            });
+            drop(kv, l, units, gone);
+            std::vector<uint8_t> have(want.size(), 0);
+            for (const kvl_recalled & unit : units) {
+                have[unit.unit] = 1;
+            }
+            for (size_t u = 0; u < std::min(want.size(), archive.units.size()); u++) {
+                if (!want[u] || have[u]) {
+                    continue;
+                }
+                kvl_recalled unit;
+                unit.unit = u;
+                unit.pos = missing(seq.heads[l][h], archive.units[u]);
+                if (unit.pos.empty()) {
+                    continue;
+                }
+                if (!archive.units[u].file || !take_pages(kv, kv.layers[l], unit)) {
+                    n_missed += double(unit.pos.size()) / kv.layers[l].n_head_kv;
+                    continue;
+                }
+                if (!of_layer[u]) {
+                    of_layer[u] = 1;
+                    loads.push_back({l, u, false, ""});
+                }
+                units.push_back(std::move(unit));
+            }
+        }
+    }
+    std::vector<uint64_t> read(loads.size(), 0);
+    kvl_parallel_for(int(loads.size()), kv.no_alloc() ? 0 : N_READERS, [&](int i) {
+        load & job = loads[size_t(i)];
+        const kvl_archived & from = archive.units[job.unit];
+        const kvl_layer & layer = kv.layers[job.layer];
+        kvl_archive_rows rows;
+        job.done = kv.no_alloc() || kvl_read_archived(kv, job.layer, from, archive.format, rows, job.why);
+        read[size_t(i)] = rows.bytes.size();
+        const kvl_pool & pool = *layer.pool;
+        for (uint32_t h = 0; job.done && h < layer.n_head_kv; h++) {
+            for (kvl_recalled & unit : seq.recalled[job.layer][h]) {
+                for (uint32_t i = 0; unit.unit == job.unit && !rows.bytes.empty() && i < unit.pos.size(); i++) {
+                    const uint64_t row = uint64_t(unit.pages[i / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + i % KVL_PAGE_SLOTS;
+                    const auto token = uint32_t(unit.pos[i] - from.begin);
+                    memcpy(pool.host_at(pool.k_at(row)), rows.k(layer, h, token), pool.k_bytes);
+                    if (pool.v_bytes > 0) {
+                        memcpy(pool.host_at(pool.v_at(row)), rows.v(layer, h, token), pool.v_bytes);
+                    }
+                }
+            }
+        }
+    });
+    for (const load & job : loads) {
+        if (!job.done) { // it is not tried again
+            archive.error = job.why;
+            archive.units[job.unit].file.reset();
+        }
+    }
+    for (uint32_t l = 0; l < kv.n_open; l++) {
+        const double share = 1.0 / kv.layers[l].n_head_kv;
+        for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
+            std::vector<kvl_recalled> & units = seq.recalled[l][h];
+            const auto lost = std::partition(units.begin(), units.end(), [&](const kvl_recalled & unit) {
+                return archive.units[unit.unit].file != nullptr;
+            });
+            std::for_each(lost, units.end(), [&](const kvl_recalled & unit) {
+                n_missed += double(unit.pos.size()) * share;
+            });
+            drop(kv, l, units, lost);
+            for (const kvl_recalled & unit : units) {
+                n_recalled += double(unit.pos.size()) * share;
+            }
+            n_hidden += show_copies(seq.heads[l][h], units, false) * share;
+        }
+    }
+    for (size_t i = 0; i < loads.size(); i++) {
+        n_loaded += loads[i].done ? double(archive.units[loads[i].unit].end - archive.units[loads[i].unit].begin) : 0;
+        out.read_bytes += read[i];
+    }
+    out.n_recalled = float(n_recalled / kv.n_open);
+    out.n_read = float((n_recalled - n_hidden) / kv.n_open);
+    out.n_loaded = float(n_loaded / kv.n_open);
+    out.n_missed = float(n_missed / kv.n_open);
+    kv.note_peak();
+}
