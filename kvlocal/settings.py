@@ -121,7 +121,7 @@ RECALL = Choice(
     choices=("turn", "step", "off"),
 )
 RECALL_BUDGET = Whole(
-    "recall_budget", ("--recall-budget",), "KV cache", 512, "Tokens per head that a turn brings back.", low=1
+    "recall_budget", ("--recall-budget",), "KV cache", 256, "Tokens per head that a turn brings back.", low=1
 )
 PREFILL = Choice(
     "prefill",

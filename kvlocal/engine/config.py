@@ -11,10 +11,9 @@ from kvlocal.errors import UsageError
 from kvlocal.native.context import ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies.parts.policy import Policy
-from kvlocal.retrieval import UNITS
 from kvlocal.retrieval.retriever import Retriever
 from kvlocal.setting import MAX_INT, MAX_SEQUENCES, refusal
-from kvlocal.storage.archive import Archive
+from kvlocal.storage.archive import ASKING, Archive
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -130,8 +129,8 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         UsageError: the paged cache cannot serve the model's architecture.
     """
     policy, storage = config.policy, config.storage
-    retriever = config.retriever or (UNITS if config.archive else None)
-    paged = policy.evicts or storage.demotes or retriever is not None
+    asking = config.retriever.n_queries if config.retriever else ASKING if config.archive else 0
+    paged = policy.evicts or storage.demotes or bool(config.retriever or config.archive)
     formats = storage.formats
     if paged:
         check_paged(model, policy, storage)
@@ -149,7 +148,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
         kivi_bits=storage.bits,
         kivi_group=storage.group,
         # all of a guide looks, and all of an open unit asks
-        n_window=max(policy.n_window, config.guide, retriever.n_queries if retriever else 0),
+        n_window=max(policy.n_window, config.guide, asking),
         mass=policy.mass,
         window_format=config.kv_swa if paged else "f16",
         portable=paged and config.kernels == "portable",

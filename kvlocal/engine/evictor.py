@@ -21,7 +21,6 @@ from kvlocal.native.context import Context
 from kvlocal.native.formats import PAGE_SLOTS
 from kvlocal.native.retrieval import Retrieved
 from kvlocal.policies.parts.policy import Policy
-from kvlocal.retrieval.registry import UNITS
 from kvlocal.retrieval.retriever import Retriever
 from kvlocal.storage.archive import Archive
 from kvlocal.storage.budget import Budget
@@ -73,8 +72,8 @@ class Evictor:
     def __init__(self, context: Context, bounds: Bounds) -> None:
         self.context = context
         self.bounds = bounds
-        units = bounds.retriever or (UNITS if bounds.archive else None)
-        self.retrieving = Retrieving(context, units, bounds.archive) if units else None
+        reads = bounds.retriever or bounds.archive
+        self.retrieving = Retrieving(context, bounds.retriever, bounds.archive) if reads else None
         self.reset()
 
     def reset(self) -> None:

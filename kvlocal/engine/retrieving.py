@@ -11,9 +11,10 @@ from kvlocal.engine.report import Reads
 from kvlocal.engine.sequence import Sequence, append
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
-from kvlocal.native.retrieval import Retrieved
+from kvlocal.native.retrieval import Retrieval, Retrieved
+from kvlocal.retrieval.registry import UNITS
 from kvlocal.retrieval.retriever import Retriever
-from kvlocal.storage.archive import Archive
+from kvlocal.storage.archive import ASKING, RECALL_BUDGET, Archive
 
 REREAD = 256
 """Most tokens of a question that are read once more over what it has brought back."""
@@ -23,17 +24,19 @@ class Retrieving:
     """Lets a retriever choose what sequences of a context read, and an archive keep what they lose.
 
     Attributes:
-        by_step: every token reads a part; else all that is held, and what a turn has brought back beside it.
+        retriever: says what every token reads; ``None``: all that is held, and what a turn has brought back beside it.
     """
 
-    def __init__(self, context: Context, retriever: Retriever, archive: Archive | None = None) -> None:
+    def __init__(self, context: Context, retriever: Retriever | None, archive: Archive | None = None) -> None:
         self.context = context
         self.retriever = retriever
         self.archive = archive
-        self.by_step = archive is None or archive.recall == "step"
-        self._asked = retriever.retrieval()
-        if archive is not None and self.by_step:
-            self._asked = replace(self._asked, recall="step")
+        self._cut = retriever or UNITS
+        if retriever is not None:
+            self._asked = replace(retriever.retrieval(), recall=archive.recall if archive else "off")
+        else:
+            budget = archive.budget if archive else RECALL_BUDGET
+            self._asked = Retrieval(budget, "none", 0, 1, n_queries=ASKING, min_unit=1, per_head=True, recall="turn")
         self._vocabulary = _Vocabulary(context)
         self._folder: Path | None = archive.open_folder() if archive is not None else None
         self.reset()
@@ -46,7 +49,7 @@ class Retrieving:
 
     def report(self) -> Reads | None:
         """Of all steps since :meth:`reset`; ``None``: every token reads all that is held."""
-        if not self.by_step:
+        if self.retriever is None:
             return None
         read = self._read / max(self._n_steps, 1)
         kept = self._kept / self._wanted if self._wanted else None
@@ -86,7 +89,7 @@ class Retrieving:
 
     def choose(self, sequence: Sequence) -> Retrieved | None:
         """Choose what the next token reads; ``None``: all that is held."""
-        if not self.by_step:
+        if self.retriever is None:
             return None
         step = self._cache.retrieve(sequence.seq, self._asked, self._close(sequence))
         sequence.narrowed = True
@@ -111,9 +114,7 @@ class Retrieving:
         if self.archive is None or self.archive.recall != "turn" or not sequence.evicted_at:
             return False
         n = min(len(sequence.tokens) - begin, REREAD)
-        asked = replace(
-            self._asked, recall="turn", budget=self.archive.budget, sink=0, recent=1, n_queries=n, dense_layers=0
-        )
+        asked = replace(self._asked, n_queries=min(n, ASKING))
         step = self._cache.retrieve(sequence.seq, asked, self._close(sequence))
         self._note(step)
         again = sequence.tokens[-n:]
@@ -136,7 +137,7 @@ class Retrieving:
             self._cache.archive_to(sequence.seq, self._folder, self.archive.storage)
             sequence.archived = True
         begin = sequence.units[-1] if sequence.units else 0
-        ends = [begin + end for end in self.retriever.ends(sequence.tokens[begin:], self._vocabulary)]
+        ends = [begin + end for end in self._cut.ends(sequence.tokens[begin:], self._vocabulary)]
         sequence.units += ends
         return ends
 

@@ -12,8 +12,8 @@ from kvlocal.errors import UsageError
 from kvlocal.params import declared_rules
 from kvlocal.policies import Policy, make_policy
 from kvlocal.policies.full import Full
-from kvlocal.retrieval import UNITS, Retriever, make_retriever
-from kvlocal.storage.archive import Archive
+from kvlocal.retrieval import Retriever, make_retriever
+from kvlocal.storage.archive import ASKING, Archive
 from kvlocal.storage.budget import Budget
 from kvlocal.storage.storage import Storage
 
@@ -69,8 +69,8 @@ class Variant:
     @property
     def n_window(self) -> int:
         """Queries that our cache must remember for it."""
-        units = self.retriever or (UNITS if self.archive else None)
-        return max(self.policy.n_window, self.guide, units.n_queries if units else 0)
+        asking = self.retriever.n_queries if self.retriever else ASKING if self.archive else 0
+        return max(self.policy.n_window, self.guide, asking)
 
     @property
     def recalls(self) -> str:

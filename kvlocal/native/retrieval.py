@@ -40,8 +40,9 @@ class Retrieval:
         hysteresis: by how many standard deviations of the scores a unit must be better to take the place of one that
             was read in the last step.
         recall: what is brought back from the archive, exact: nothing; by ``step``, what of the units that are read is
-            not held in f16; by ``turn``, the units that answer best of those that are not, ``budget`` tokens of them,
-            beside all that is held, which is read as a whole.
+            not held in f16; by ``turn``, beside all that is held, the units that get most of the attention of the
+            newest ``n_queries`` queries over all that is archived, ``budget`` tokens that are not held in f16; they
+            need no summary.
     """
 
     budget: int

@@ -29,4 +29,4 @@ def make_retriever(name: str, args: Mapping[str, object] | None = None) -> Retri
 
 
 UNITS = SentenceKV()
-"""How a text is cut for an archive, and compared with a question, where no retriever says it."""
+"""Its units are those of an archive where no retriever says how a text is cut."""

@@ -11,8 +11,12 @@ from kvlocal.errors import KVError, UsageError
 from kvlocal.native.retrieval import ARCHIVE_FORMATS, RECALLS, ArchiveFormat, Recall
 from kvlocal.setting import MAX_INT, refusal
 
-RECALL_BUDGET = 512
+RECALL_BUDGET = 256
 """Tokens per head that a question brings back unless something else is said."""
+
+
+ASKING = 32
+"""Latest queries of a question whose attention says what is recalled."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class Archive:
     Attributes:
         folder: where; ``None``: in the user's cache folder.
         storage: how keys and values are written: ``f16`` as they are, or ``q8``, with which they take half of that.
-        recall: what is brought back into memory, exact: at every ``turn`` the units whose keys answer the question
-            best, beside all that is held; at every ``step`` what of the units that a retriever reads is missing;
-            ``off``: nothing.
+        recall: what is brought back into memory, exact: at every ``turn`` the units that get most of the question's
+            attention over all that is on disk, beside all that is held; at every ``step`` what of the units that a
+            retriever reads is missing; ``off``: nothing.
         budget: with ``turn``, tokens per head that are brought back, beside the budget of the policy.
     """
 

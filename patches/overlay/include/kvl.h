@@ -52,7 +52,9 @@ typedef enum kvl_summary {
 typedef enum kvl_recall {
     KVL_RECALL_OFF = 0,  // nothing
     KVL_RECALL_STEP = 1, // what of the units that are read is not held in f16
-    KVL_RECALL_TURN = 2, // the units that answer best of those not held in f16; all that is held is read
+    // beside all that is held, which is read as a whole, the units that get most of the attention of the newest
+    // n_queries queries over all that is archived, per token that is not held in f16; no summary is needed for it
+    KVL_RECALL_TURN = 2,
 } kvl_recall;
 
 // How rows are written to an archive.

@@ -98,7 +98,16 @@ def test_results_have_every_figure_at_every_width(width: int) -> None:
         assert figure in "\n".join(lines)
     scores = [
         SCORE,
-        {**SCORE, "task": "vt", "storage": "f16", "prefill": "exact", "guide": 0, "reads": "", "recalls": "", "question": "inside"},
+        {
+            **SCORE,
+            "task": "vt",
+            "storage": "f16",
+            "prefill": "exact",
+            "guide": 0,
+            "reads": "",
+            "recalls": "",
+            "question": "inside",
+        },
     ]
     lines = printed(width, *eval_output.as_rich(ABOUT, scores, width))
     assert max(map(len, lines)) <= width

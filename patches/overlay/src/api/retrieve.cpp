@@ -12,7 +12,7 @@ static bool check(const llama_kv_paged & kv, const kvl_retrieval & p) {
                       p.summary <= KVL_SUMMARY_BOUNDS && int64_t(p.sink) + p.recent <= p.budget;
     if (!fits) {
         kvl_set_error("a retrieval needs a budget of at least sink + recent, with recent and min_unit of 1 or more");
-    } else if (p.summary != KVL_SUMMARY_NONE && kv.params.n_window == 0) {
+    } else if ((p.summary != KVL_SUMMARY_NONE || p.recall == KVL_RECALL_TURN) && kv.params.n_window == 0) {
         kvl_set_error("a retrieval needs the queries of the newest tokens; the context remembers none (n_window is 0)");
     } else {
         return true;

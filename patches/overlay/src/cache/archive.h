@@ -75,6 +75,11 @@ struct kvl_archive {
     // bytes of its files; of units that cannot be read
     uint64_t bytes() const;
     size_t n_lost() const;
+    // a unit that cannot be read is not tried again
+    void lose(size_t unit, const std::string & why) {
+        units[unit].file.reset();
+        error = why;
+    }
 };
 
 // Wait until what was archived is written. False: some of it is lost, the reason is in `error`.
@@ -89,6 +94,13 @@ struct kvl_archive_rows {
     const char * v(const kvl_layer & layer, uint32_t head, uint32_t token) const;
     uint32_t n = 0; // tokens
 };
-// False if the record cannot be read or is not what was written; `why` says so.
+// Read them, or the keys alone. False if the record cannot be read or is not what was written; `why` says so.
 bool kvl_read_archived(const llama_kv_paged & kv, uint32_t layer, const kvl_archived & unit, int32_t format,
-                       kvl_archive_rows & out, std::string & why);
+                       bool only_keys, kvl_archive_rows & out, std::string & why);
+
+// How much of the attention of some queries falls on every unit, [KV head][unit], added up over the queries of the head
+// and of its group, as if they saw the units alone. queries: [n][n_head][d_k]. A unit that cannot be read gets none,
+// and the reason at its place in `why`. Returns the bytes that were read.
+uint64_t kvl_archive_scores(const llama_kv_paged & kv, const kvl_archive & archive, uint32_t layer,
+                            const std::vector<float> & queries, std::vector<std::vector<float>> & out,
+                            std::vector<std::string> & why);

@@ -19,11 +19,11 @@ class chooser {
           ends(seq.index.ends), chosen(seq.index.chosen[l]), heads(seq.heads[l]),
           first(std::min(params.sink, seq.n_seen)), last(std::max(first, seq.n_seen + 1 - params.recent)) {}
 
-    // what is to be recalled, beside all that is held
-    void run_recall(const std::vector<float> & queries) {
+    // what is to be recalled, beside all that is held: the units with most of the attention per
+    // token that is missing, [KV head][unit]
+    void run_recall(const std::vector<std::vector<float>> & attention) {
         const uint32_t n_sets = params.per_head ? layer.n_head_kv : 1;
         chosen.assign(n_sets, std::vector<uint8_t>(ends.size(), 0));
-        const std::vector<float> sums = summed(queries);
         for (uint32_t s = 0; s < n_sets; s++) {
             size.assign(ends.size(), 0.0f);
             for (uint32_t h = first_head(s); h < first_head(s) + n_heads(); h++) {
@@ -31,7 +31,12 @@ class chooser {
                     size[u] += archived(u) ? float(missing(h, u)) / float(n_heads()) : 0.0f;
                 }
             }
-            score(s, sums);
+            scores.assign(ends.size(), 0.0f);
+            for (uint32_t h = first_head(s); h < first_head(s) + n_heads(); h++) {
+                for (size_t u = 0; u < attention[h].size(); u++) {
+                    scores[u] += size[u] > 0 ? attention[h][u] / size[u] : 0.0f;
+                }
+            }
             take(s);
         }
     }
@@ -243,6 +248,17 @@ class chooser {
     llama_pos n_part = 0;
 };
 
+// The last n remembered queries of a layer, [n][n_head][d_k].
+std::vector<float> last_queries(const kvl_layer & layer, const std::vector<int32_t> & rows, size_t n) {
+    const size_t width = size_t(layer.queries->ne[0]);
+    std::vector<float> out(n * width);
+    for (size_t i = 0; i < n; i++) {
+        ggml_backend_tensor_get(layer.queries, out.data() + i * width,
+                                size_t(rows[rows.size() - n + i]) * layer.queries->nb[1], width * sizeof(float));
+    }
+    return out;
+}
+
 // Adds the last n remembered queries of a layer to a sum, [n_head][d_k].
 void add_queries(const kvl_layer & layer, const std::vector<int32_t> & rows, size_t n, std::vector<float> & sum) {
     if (n == 0) {
@@ -258,6 +274,14 @@ void add_queries(const kvl_layer & layer, const std::vector<int32_t> & rows, siz
             sum[c] += query[c];
         }
     }
+}
+
+double held(const std::vector<kvl_head> & heads) {
+    double n = 0;
+    for (const kvl_head & head : heads) {
+        n += head.held();
+    }
+    return n / double(heads.size());
 }
 
 } // namespace
@@ -286,7 +310,13 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
     index.choices.resize(kv.n_open);
     // one token after the last choice, and nothing else: what was chosen then may still do
     const bool next = params.drift > 0 && index.chosen_at >= 0 && seq.n_seen == index.chosen_at + 1 && !full;
-    const bool much = index.ends.size() * kv.n_open > 8192;
+    const bool turn = params.recall == KVL_RECALL_TURN;
+    std::vector<std::vector<std::string>> lost(kv.n_open); // [layer][unit], why
+    std::vector<uint64_t> read(kv.n_open, 0);
+    if (turn) {
+        kvl_flush_archive(seq);
+    }
+    const bool much = turn || index.ends.size() * kv.n_open > 8192;
     kvl_parallel_for(int(kv.n_open), kv.all_host() && much ? n_threads : 1, [&](int i) {
         const auto l = uint32_t(i);
         kvl_choice & choice = index.choices[l];
@@ -294,8 +324,16 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
             choice = {};
             for (kvl_head & head : seq.heads[l]) {
                 head.see_all();
-                choice.read += double(head.held()) / kv.layers[l].n_head_kv;
             }
+            choice.read = held(seq.heads[l]);
+            return;
+        }
+        if (params.recall == KVL_RECALL_TURN) {
+            chooser c(kv, seq_id, l, params);
+            std::vector<std::vector<float>> attention;
+            read[l] = kvl_archive_scores(kv, seq.archive, l, last_queries(kv.layers[l], rows, n), attention, lost[l]);
+            c.run_recall(attention);
+            choice = {n, c.n_wanted, 0, held(seq.heads[l])};
             return;
         }
         std::vector<float> & sum = index.asked[l];
@@ -309,13 +347,16 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
             return;
         }
         chooser c(kv, seq_id, l, params);
-        if (params.recall == KVL_RECALL_TURN) {
-            c.run_recall(sum);
-        } else {
-            c.run(sum, begins && before);
-        }
+        c.run(sum, begins && before);
         choice = {n, c.n_wanted, c.n_kept, c.n_read};
     });
+    for (const std::vector<std::string> & of_layer : lost) {
+        for (size_t u = 0; u < of_layer.size(); u++) {
+            if (!of_layer[u].empty()) {
+                seq.archive.lose(u, of_layer[u]);
+            }
+        }
+    }
     if (params.recall != KVL_RECALL_OFF) {
         std::vector<std::vector<std::vector<uint8_t>>> wanted(kv.n_open);
         for (uint32_t l = 0; l < kv.n_open; l++) {
@@ -341,6 +382,7 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
         index.chosen_at = -1;
     }
     out = recalled;
+    out.read_bytes = std::accumulate(read.begin(), read.end(), out.read_bytes);
     out.n_units = int64_t(index.ends.size());
     out.index_bytes = index.bytes();
     out.n_read = mean(&kvl_choice::read) + recalled.n_read;

@@ -171,7 +171,7 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
         const kvl_archived & from = archive.units[job.unit];
         const kvl_layer & layer = kv.layers[job.layer];
         kvl_archive_rows rows;
-        job.done = kv.no_alloc() || kvl_read_archived(kv, job.layer, from, archive.format, rows, job.why);
+        job.done = kv.no_alloc() || kvl_read_archived(kv, job.layer, from, archive.format, false, rows, job.why);
         read[size_t(i)] = rows.bytes.size();
         const kvl_pool & pool = *layer.pool;
         for (uint32_t h = 0; job.done && h < layer.n_head_kv; h++) {
@@ -189,8 +189,7 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
     });
     for (const load & job : loads) {
         if (!job.done) { // it is not tried again
-            archive.error = job.why;
-            archive.units[job.unit].file.reset();
+            archive.lose(job.unit, job.why);
         }
     }
     for (uint32_t l = 0; l < kv.n_open; l++) {
