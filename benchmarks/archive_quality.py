@@ -29,15 +29,15 @@ from kvlocal.storage.archive import Archive
 PARTS = ("needle", "chat", "ruler-4096", "ruler-8192")
 
 
-def variants(recalls: tuple[int, ...]) -> list[Variant]:
-    """Everything, and policies alone and with archives of which a turn recalls so many tokens; a step, the last of
-    them."""
-    archives = [None, *(Archive(budget=n) for n in recalls)]
-    out = list(expand([PAGED, "ladder"], {}, ["25%", "12.5%", "6%", "3%"], archives=archives))
-    out = [variant for variant in out if variant.policy.evicts or not variant.archive]
-    out += expand(["ada-snapkv", "streaming"], {}, ["6%", "3%"], archives=archives)
-    steps = retrievers(["sentencekv"], {}, [recalls[-1]])
-    return out + list(expand(["streaming"], {}, ["6%"], retrievers=steps, archives=[Archive(recall="step")]))
+def variants(*recalls: int) -> list[Variant]:
+    """Everything, and policies alone and with archives of which a turn recalls so many tokens, of the smallest of them
+    every number; of one also what a retriever reads at every step."""
+    one = [None, Archive(budget=recalls[-1])]
+    out = [*expand([PAGED], {}, []), *expand(["ladder"], {}, ["25%", "12.5%", "6%"], archives=one)]
+    out += expand(["ada-snapkv"], {}, ["6%"], archives=one)
+    out += expand(["streaming"], {}, ["3%"], archives=[None, *(Archive(budget=n) for n in recalls)])
+    steps = retrievers(["sentencekv"], {}, [512])
+    return [*out, *expand(["streaming"], {}, ["3%"], retrievers=steps, archives=[Archive(recall="step")])]
 
 
 def needle(run: Run) -> None:
@@ -47,14 +47,14 @@ def needle(run: Run) -> None:
     lengths, depths = (1024, 2048, 4096, 8000), (0.1, 0.3, 0.5, 0.7, 0.9)
     cases = needle_cases(count, lengths=lengths, depths=depths, kind="numbers", mode="single", repeats=2)
     run.config = run.sized(8192 + 256)
-    run.ask("needle", cases, contains, variants((128, 256, 512)), "after")
+    run.ask("needle", cases, contains, variants(64, 128, 256), "after")
 
 
 def ruler(run: Run, length: int, n_rows: int) -> None:
     cases = shortened(ruler_cases(run.data / f"ruler-{length}", rows=n_rows))
     cases.sort(key=lambda case: int(case.id.split("/")[1]))
     run.config = run.sized(length + 1024)
-    run.ask(f"ruler-{length}", cases, contains, variants((128, 256, 512)), "after")
+    run.ask(f"ruler-{length}", cases, contains, variants(64, 128, 256), "after")
 
 
 def chat() -> None:

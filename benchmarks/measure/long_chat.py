@@ -35,11 +35,17 @@ def _document(n_sentences: int, seed: int) -> tuple[str, dict[str, str]]:
     return " ".join(out), facts
 
 
-def measure(model: Path, n_sentences: int = 240) -> list[dict[str, Any]]:
+def measure(model: Path, n_sentences: int = 100) -> list[dict[str, Any]]:
     """Rows: what was kept, tokens of the document and of the whole chat, answers with the right code of all."""
     kinds: list[tuple[str, str, Archive | None]] = [("full", "100%", None)]
-    for policy, budget in (("ladder", "12.5%"), ("ladder", "6%"), ("ada-snapkv", "6%"), ("streaming", "6%")):
-        kinds += [(policy, budget, archive) for archive in (None, Archive(budget=128))]
+    for policy, budget in (
+        ("ladder", "12.5%"),
+        ("ladder", "6%"),
+        ("ada-snapkv", "6%"),
+        ("streaming", "6%"),
+        ("streaming", "3%"),
+    ):
+        kinds += [(policy, budget, archive) for archive in (None, Archive(budget=64))]
     return [_chat(model, policy, budget, archive, n_sentences) for policy, budget, archive in kinds]
 
 
