@@ -119,6 +119,8 @@ void kvl_archive::cut(size_t n_units) {
     units.resize(std::min(units.size(), n_units));
     if (units.empty()) { // what comes next has nothing to do with what is in the file
         file.reset();
+        error.clear();
+        full = false;
     }
 }
 

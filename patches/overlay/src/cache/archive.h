@@ -69,6 +69,7 @@ struct kvl_archive {
     std::shared_ptr<kvl_archive_file> file;
     std::vector<kvl_archived> units; // those of the index that are closed
     std::string error;               // what went wrong last
+    bool full = false;               // nothing more can be written
 
     bool on() const { return !folder.empty(); }
     void cut(size_t n_units);

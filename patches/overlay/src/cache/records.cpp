@@ -138,7 +138,7 @@ void kvl_archive_units(llama_kv_paged & kv, llama_seq_id seq_id, int n_threads) 
             }
             at.push_back(at.back() + record_shape(kv.layers[l], archive.format, uint32_t(unit.end - unit.begin)).size);
         }
-        if (exact && archive.error.empty()) {
+        if (exact && !archive.full) {
             try {
                 if (!archive.file) {
                     archive.file = std::make_shared<kvl_archive_file>(archive.folder);
@@ -153,6 +153,7 @@ void kvl_archive_units(llama_kv_paged & kv, llama_seq_id seq_id, int n_threads) 
                 unit.file = archive.file;
             } catch (const std::exception & e) {
                 archive.error = e.what();
+                archive.full = true;
             }
         }
         archive.units.push_back(std::move(unit));
@@ -166,6 +167,7 @@ bool kvl_flush_archive(kvl_sequence & seq) {
     }
     // what did not get there is lost to it; what did can still be read
     archive.error = archive.file->error();
+    archive.full = true;
     for (kvl_archived & unit : archive.units) {
         if (unit.file == archive.file && unit.at >= archive.file->bytes()) {
             unit.file.reset();

@@ -1,0 +1,274 @@
+"""What memory loses lies on disk, exact, and comes back: kvl_archive_to and kvl_retrieve with a recall."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import devices
+import numpy as np
+import pytest
+from contexts import OpenContext, OpenModel, random_tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvlocal.errors import KVError
+from kvlocal.native.cache import PagedCache
+from kvlocal.native.context import Context
+from kvlocal.native.formats import FORMATS
+from kvlocal.native.retrieval import Retrieval
+
+pytestmark = pytest.mark.skipif(not devices.chosen.is_cpu, reason="archives are written from main memory")
+
+SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
+GROUP = 3
+TURN = Retrieval(10_000, "none", 0, 1, n_queries=8, min_unit=1, per_head=True, recall="turn")
+N = 200
+ENDS = [17, 30, 65, 80, 111, 150, 171, N]
+
+Archived = Callable[..., tuple[Context, PagedCache, list[int]]]
+
+
+@pytest.fixture
+def archived(open_model: OpenModel, open_context: OpenContext, tmp_path: Path) -> Archived:
+    """``archived(storage, **context settings)``: a context whose sequence 0 has N tokens, all of them archived."""
+
+    def get(storage: Any = "f16", **config: Any) -> tuple[Context, PagedCache, list[int]]:
+        model = open_model("llama", **SHAPE)
+        context = open_context(model, **{"n_window": 32, "n_seq_max": 3, "n_ctx": 512} | config)
+        cache, tokens = context.cache, random_tokens(model, N + 60)
+        assert cache is not None
+        cache.archive_to(0, tmp_path, storage)
+        read(context, cache, tokens)
+        return context, cache, tokens
+
+    return get
+
+
+@pytest.fixture
+def one(archived: Archived) -> tuple[Context, PagedCache, list[int]]:
+    return archived()
+
+
+def read(context: Context, cache: PagedCache, tokens: list[int]) -> None:
+    context.decode(tokens[:N], 0, 0)
+    cache.index(0, TURN, ENDS)
+
+
+def keep_only(cache: PagedCache, seq: int, slots: np.ndarray) -> None:
+    for layer in range(2):
+        cache.keep(seq, layer, [slots, slots])
+
+
+def logits_of(context: Context, seq: int, tokens: list[int], pos: int) -> np.ndarray:
+    context.decode(tokens, np.arange(pos, pos + len(tokens), dtype=np.int32), np.full(len(tokens), seq, np.int32))
+    return context.logits()[0]
+
+
+def files() -> list[str]:
+    """Archives that this process has open."""
+    found = []
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(fd)
+        except OSError:
+            continue
+        if "kvlocal-archive-" in target:
+            found.append(str(fd))
+    return found
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["kernels", "portable"])
+@pytest.mark.parametrize("n_new", [1, 40], ids=["token", "prompt"])
+def test_all_that_comes_back_is_as_if_nothing_had_gone(portable: bool, n_new: int, archived: Archived) -> None:
+    context, cache, tokens = archived(portable=portable)
+    cache.branch(0, 1)
+    whole = logits_of(context, 1, tokens[N : N + n_new], N)
+    keep_only(cache, 0, np.arange(3))
+    poor = logits_of(context, 0, tokens[N : N + n_new], N)
+    assert np.abs(poor - whole).max() > 0.01
+    cache.truncate(0, N)
+    step = cache.retrieve(0, TURN)
+    assert step.n_recalled == N - 3 and step.n_missed == 0 and step.read_bytes > 0
+    assert cache.seq_stats(0).recalled_bytes == (N - 3) * cache.bytes_per_token
+    assert cache.seq_stats(0).used_bytes == N * cache.bytes_per_token
+    back = logits_of(context, 0, tokens[N : N + n_new], N)
+    # in another order, so that sums are rounded otherwise
+    np.testing.assert_allclose(back, whole, atol=1e-4 if not portable else 4e-3)
+
+
+def test_in_q8_it_is_about_that(archived: Archived) -> None:
+    context, cache, tokens = archived("q8")
+    cache.branch(0, 1)
+    whole = logits_of(context, 1, tokens[N : N + 1], N)
+    keep_only(cache, 0, np.arange(3))
+    poor = logits_of(context, 0, tokens[N : N + 1], N)
+    cache.truncate(0, N)
+    cache.retrieve(0, TURN)
+    back = logits_of(context, 0, tokens[N : N + 1], N)
+    assert 0 < np.abs(back - whole).max() < 0.1 * np.abs(poor - whole).max()
+
+
+def test_what_lies_on_a_lower_rung_is_read_once(archived: Archived) -> None:
+    context, cache, tokens = archived(formats=("q4",), rotate=True)
+    cache.branch(0, 1)
+    whole = logits_of(context, 1, tokens[N : N + 1], N)
+    for layer in range(2):
+        cache.demote(0, layer, [np.arange(150)] * 2, "q4")
+    rough = logits_of(context, 0, tokens[N : N + 1], N)
+    cache.truncate(0, N)
+    step = cache.retrieve(0, TURN)
+    assert step.n_recalled == 150 and step.n_read == N
+    back = logits_of(context, 0, tokens[N : N + 1], N)
+    assert np.abs(back - whole).max() < 0.05 * np.abs(rough - whole).max()
+    # cut back to before some of it: their copies are seen again
+    cache.truncate(0, 140)
+    assert cache.seq_stats(0).recalled_bytes == 111 * cache.bytes_per_token
+    for layer in range(2):
+        formats = cache.slot_formats(0, layer)
+        assert all((heads == FORMATS.index("q4")).all() for heads in formats)
+
+
+def test_the_units_with_most_attention_per_missing_token_come_back(archived: Archived) -> None:
+    context, cache, tokens = archived()
+    cache.branch(0, 1)  # holds all keys
+    keep_only(cache, 0, np.array([0, 20, 21, 190]))
+    logits_of(context, 0, tokens[N : N + 8], N)
+    asked = replace(TURN, budget=60)
+    step = cache.retrieve(0, asked)
+    assert 0 < step.n_recalled <= 60
+    wanted = 0
+    for layer in range(2):
+        queries = cache.queries(0, layer, 8).astype(np.float64)
+        for h in range(2):
+            keys = cache.keys_values(1, layer, h)[0].astype(np.float64)
+            z = np.concatenate([q[h * GROUP : (h + 1) * GROUP] for q in queries]) @ keys.T
+            z *= cache.layers[layer].kq_scale
+            p = np.exp(z - z.max(1, keepdims=True))
+            mass = (p / p.sum(1, keepdims=True)).sum(0)
+            held = {0, 20, 21, 190}
+            units = [range(begin, end) for begin, end in zip([0, *ENDS[:-1]], ENDS, strict=True)]
+            missing = [[i for i in unit if i not in held] for unit in units]
+            scores = [mass[list(unit)].sum() / len(lost) for unit, lost in zip(units, missing, strict=True)]
+            free = 60
+            for u in np.argsort(scores)[::-1]:
+                if len(missing[u]) <= free:
+                    free -= len(missing[u])
+                    wanted += len(missing[u])
+    assert step.n_recalled == wanted / 4
+
+
+def test_the_sequence_goes_on_and_turns_follow(archived: Archived) -> None:
+    context, cache, tokens = archived()
+    keep_only(cache, 0, np.arange(10))
+    cache.retrieve(0, replace(TURN, budget=40))
+    logits_of(context, 0, tokens[N : N + 20], N)
+    cache.index(0, TURN, [N + 20])
+    keep_only(cache, 0, np.arange(5))
+    assert cache.archived(0).n_units == len(ENDS) + 1
+    first = cache.seq_stats(0).recalled_bytes
+    step = cache.retrieve(0, replace(TURN, budget=100))
+    assert cache.seq_stats(0).recalled_bytes > first and step.n_recalled <= 100
+    assert cache.retrieve(0, replace(TURN, budget=1)).n_recalled == 0
+    assert cache.seq_stats(0).recalled_bytes == 0
+
+
+def test_branches_share_an_archive(archived: Archived) -> None:
+    context, cache, tokens = archived()
+    keep_only(cache, 0, np.arange(3))
+    cache.retrieve(0, TURN)
+    cache.branch(0, 1)
+    assert cache.seq_stats(1).recalled_bytes == 0, "what was recalled belongs to the one that asked"
+    assert len(files()) == 1 and cache.stats().archive_bytes == 2 * cache.archived(0).bytes
+    one = logits_of(context, 0, tokens[N : N + 1], N)
+    cache.truncate(0, 0)
+    assert cache.archived(0).n_units == 0 and len(files()) == 1
+    cache.retrieve(1, TURN)
+    np.testing.assert_array_equal(logits_of(context, 1, tokens[N : N + 1], N), one)
+    cache.truncate(1, 0)
+    assert len(files()) == 0
+
+
+def test_a_unit_that_is_archived_stays_closed(archived: Archived) -> None:
+    _, cache, _ = archived()
+    cache.truncate(0, 171)
+    assert cache.archived(0).n_units == 7
+    cache.truncate(0, 170)
+    assert cache.archived(0).n_units == 6
+
+
+def test_what_was_gone_before_is_lost(open_model: OpenModel, open_context: OpenContext, tmp_path: Path) -> None:
+    model = open_model("llama", **SHAPE)
+    context = open_context(model, n_window=32, n_ctx=512)
+    cache, tokens = context.cache, random_tokens(model, 100)
+    assert cache is not None
+    context.decode(tokens, 0, 0)
+    keep_only(cache, 0, np.arange(40, 100))
+    cache.archive_to(0, tmp_path)
+    cache.index(0, TURN, [30, 60, 100])
+    found = cache.archived(0)
+    assert (found.n_units, found.n_lost, found.error) == (3, 2, "")
+    keep_only(cache, 0, np.arange(5))
+    assert cache.retrieve(0, TURN).n_recalled == 100 - 60
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_costs_the_units_it_hits(data: st.DataObject, one: tuple[Context, PagedCache, list[int]]) -> None:
+    context, cache, tokens = one
+    cache.truncate(0, 0)
+    read(context, cache, tokens)
+    keep_only(cache, 0, np.arange(3))
+    size = cache.archived(0).bytes
+    (path,) = files()
+    with open(path, "r+b") as file:
+        if data.draw(st.booleans(), label="truncate"):
+            file.truncate(data.draw(st.integers(0, size - 1)))
+        else:
+            for _ in range(data.draw(st.integers(1, 3))):
+                file.seek(data.draw(st.integers(0, size - 1)))
+                file.write(data.draw(st.binary(min_size=1, max_size=9)))
+    step = cache.retrieve(0, TURN)
+    found = cache.archived(0)
+    lost = N - 3 - step.n_recalled
+    assert (found.n_lost > 0) == (lost > 0) == bool(found.error)
+    if found.error:
+        assert "the archive's record of tokens" in found.error
+    assert np.isfinite(logits_of(context, 0, tokens[N : N + 1], N)).all()
+
+
+def test_an_archive_that_cannot_be_made_or_written(archived: Archived, tmp_path: Path) -> None:
+    _, cache, _ = archived()
+    with pytest.raises(KVError, match="No archive can be written in .*nowhere: not a folder to write to"):
+        cache.archive_to(1, tmp_path / "nowhere")
+    with pytest.raises(KVError, match="has one format"):
+        cache.archive_to(0, tmp_path, "q8")
+
+
+def test_a_full_disk_costs_what_has_no_room(archived: Archived, open_context: OpenContext) -> None:
+    context, cache, tokens = archived()
+    size = cache.archived(0).bytes
+    cache.truncate(0, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        read(context, cache, tokens)
+        found = cache.archived(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 0 < found.n_lost < len(ENDS) and "cannot be written: File too large" in found.error
+    keep_only(cache, 0, np.arange(150, N))
+    assert 0 < cache.retrieve(0, TURN).n_recalled < 150
+    # an empty sequence begins anew
+    cache.truncate(0, 0)
+    read(context, cache, tokens)
+    assert cache.archived(0).n_lost == 0 and not cache.archived(0).error
+
+
+def test_a_file_has_no_name(archived: Archived, tmp_path: Path) -> None:
+    archived()
+    assert list(tmp_path.iterdir()) == [] and len(files()) == 1
