@@ -96,6 +96,9 @@ def test_all_that_comes_back_is_as_if_nothing_had_gone(portable: bool, n_new: in
     assert step.n_recalled == N - 3 and step.n_missed == 0 and step.read_bytes > 0
     assert cache.seq_stats(0).recalled_bytes == (N - 3) * cache.bytes_per_token
     assert cache.seq_stats(0).used_bytes == N * cache.bytes_per_token
+    # packed: three tokens in a page, the others in seven, of each of four heads; the branch has all of its own
+    page = 32 * cache.bytes_per_token // 4
+    assert cache.stats().allocated_bytes == 4 * page * (1 + 7 + -(-(N + n_new) // 32))
     back = logits_of(context, 0, tokens[N : N + n_new], N)
     # in another order, so that sums are rounded otherwise
     np.testing.assert_allclose(back, whole, atol=1e-4 if not portable else 4e-3)

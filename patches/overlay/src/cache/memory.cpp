@@ -351,7 +351,7 @@ kvl_layer_shape llama_kv_paged_context::shape(uint32_t layer_id, uint32_t n_seq_
         const kvl_sequence & seq = kv->seqs[ub.seq_id[s * n_seq_tokens][0]];
         for (size_t h = 0; h < layer.n_head_kv; h++) {
             const kvl_head & head = seq.heads[layer_id][h];
-            const uint32_t n_recalled = seq.n_recalled(layer_id, h);
+            const uint32_t n_recalled = seq.recalled_of(layer_id, h).n_pages();
             n_pages = std::max(n_pages, head.n_listed + n_recalled);
             uniform = uniform && n_recalled == 0;
             if (fused && (head.n_listed < head.pages.size() || n_recalled > 0)) { // chosen anew: now more, now less

@@ -6,43 +6,81 @@
 #include "cache/parallel.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 
 namespace {
 
 constexpr int N_READERS = 8; // reads that a disk is given at once
 
-// Drop some of the units, those from `gone` on.
-void drop(llama_kv_paged & kv, uint32_t l, std::vector<kvl_recalled> & units,
-          std::vector<kvl_recalled>::iterator gone) {
-    for (auto unit = gone; unit != units.end(); unit++) {
-        for (const uint32_t page : unit->pages) {
-            kv.layers[l].pool->drop(page);
+// Rows are in use, or no more; a page without any is given back.
+void note_rows(const kvl_layer & layer, kvl_recalled & of) {
+    for (size_t p = 0; p < of.pages.size(); p++) {
+        if (of.pages[p] == kvl_pool::NONE) {
+            continue;
         }
-        for (const uint32_t page : unit->mass) {
-            kv.layers[l].arena->mass.drop(page);
+        layer.pool->hold(of.pages[p], of.used[p]);
+        if (of.used[p] == 0) {
+            layer.pool->drop(of.pages[p]);
+            of.pages[p] = kvl_pool::NONE;
+            if (!of.mass.empty()) {
+                layer.arena->mass.drop(of.mass[p]);
+            }
         }
     }
-    units.erase(gone, units.end());
+    while (!of.pages.empty() && of.pages.back() == kvl_pool::NONE) {
+        of.pages.pop_back();
+        of.used.pop_back();
+        of.mass.resize(std::min(of.mass.size(), of.pages.size()));
+    }
 }
 
-// pages for the tokens of a unit; false: there are not enough
-bool take_pages(llama_kv_paged & kv, const kvl_layer & layer, kvl_recalled & unit) {
-    const uint32_t n_pages = kvl_pages_for(uint32_t(unit.pos.size()));
+// Drop some of the units, those from `gone` on.
+void drop(const kvl_layer & layer, kvl_recalled & of, std::vector<kvl_recalled_unit>::iterator gone) {
+    for (auto unit = gone; unit != of.units.end(); unit++) {
+        for (const uint32_t row : unit->rows) {
+            of.used[row / KVL_PAGE_SLOTS] &= ~(1u << row % KVL_PAGE_SLOTS);
+        }
+    }
+    of.units.erase(gone, of.units.end());
+    note_rows(layer, of);
+}
+
+// rows for the tokens of a unit; false: there are not enough pages
+bool take_rows(llama_kv_paged & kv, const kvl_layer & layer, kvl_recalled & of, kvl_recalled_unit & unit) {
+    uint32_t n_free = 0;
+    for (size_t p = 0; p < of.pages.size(); p++) {
+        n_free += of.pages[p] == kvl_pool::NONE ? 0 : KVL_PAGE_SLOTS - uint32_t(std::bitset<32>(of.used[p]).count());
+    }
+    const auto n = uint32_t(unit.pos.size());
+    const uint32_t n_pages = n > n_free ? kvl_pages_for(n - n_free) : 0;
     // a page for every head stays for the text that goes on
-    if (layer.pool->n_free() < n_pages + layer.arena->shape.n_heads) {
+    if (n_pages > 0 && layer.pool->n_free() < n_pages + layer.arena->shape.n_heads) {
         return false;
     }
     if (kv.has_mass(layer)) {
         layer.arena->mass.reserve(n_pages);
     }
-    for (uint32_t p = 0; p < n_pages; p++) {
-        unit.pages.push_back(layer.pool->take());
-        layer.pool->hold(unit.pages.back(), unit.live(p));
-        if (kv.has_mass(layer)) {
-            unit.mass.push_back(layer.arena->mass.take());
+    for (size_t p = 0; unit.rows.size() < n; p++) {
+        if (p == of.pages.size()) {
+            of.pages.push_back(kvl_pool::NONE);
+            of.used.push_back(0);
+        }
+        if (of.pages[p] == kvl_pool::NONE) {
+            of.pages[p] = layer.pool->take();
+            if (kv.has_mass(layer)) {
+                of.mass.resize(of.pages.size());
+                of.mass[p] = layer.arena->mass.take();
+            }
+        }
+        for (uint32_t i = 0; i < KVL_PAGE_SLOTS && unit.rows.size() < n; i++) {
+            if (!(of.used[p] >> i & 1)) {
+                of.used[p] |= 1u << i;
+                unit.rows.push_back(uint32_t(p) * KVL_PAGE_SLOTS + i);
+            }
         }
     }
+    note_rows(layer, of);
     return true;
 }
 
@@ -62,9 +100,9 @@ std::vector<llama_pos> missing(const kvl_head & head, const kvl_archived & unit)
 
 // Hide or show the tokens of some units where they lie on a lower rung: one that was brought back is seen once. Returns
 // how many are hidden or shown by that.
-uint32_t show_copies(kvl_head & head, const std::vector<kvl_recalled> & recalled, bool shown) {
+uint32_t show_copies(kvl_head & head, const std::vector<kvl_recalled_unit> & units, bool shown) {
     std::vector<llama_pos> pos;
-    for (const kvl_recalled & unit : recalled) {
+    for (const kvl_recalled_unit & unit : units) {
         pos.insert(pos.end(), unit.pos.begin(), unit.pos.end());
     }
     const uint32_t n = pos.empty() ? 0 : head.f16_begin();
@@ -85,16 +123,28 @@ uint32_t show_copies(kvl_head & head, const std::vector<kvl_recalled> & recalled
 
 } // namespace
 
+uint32_t kvl_recalled::n_pages() const {
+    return uint32_t(pages.size() - size_t(std::count(pages.begin(), pages.end(), kvl_pool::NONE)));
+}
+
+uint32_t kvl_recalled::n() const {
+    size_t n = 0;
+    for (const kvl_recalled_unit & unit : units) {
+        n += unit.pos.size();
+    }
+    return uint32_t(n);
+}
+
 void kvl_give_back(llama_kv_paged & kv, llama_seq_id seq_id, llama_pos behind) {
     kvl_sequence & seq = kv.seqs[seq_id];
     for (uint32_t l = 0; l < seq.recalled.size(); l++) {
         for (uint32_t h = 0; h < seq.recalled[l].size(); h++) {
-            std::vector<kvl_recalled> & units = seq.recalled[l][h];
-            const auto gone = std::partition(units.begin(), units.end(), [&](const kvl_recalled & unit) {
+            kvl_recalled & of = seq.recalled[l][h];
+            const auto gone = std::partition(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
                 return seq.archive.units[unit.unit].end <= behind;
             });
-            show_copies(seq.heads[l][h], {gone, units.end()}, true);
-            drop(kv, l, units, gone);
+            show_copies(seq.heads[l][h], {gone, of.units.end()}, true);
+            drop(kv.layers[l], of, gone);
         }
     }
 }
@@ -105,7 +155,7 @@ void kvl_see_all(llama_kv_paged & kv, llama_seq_id seq_id) {
         for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
             seq.heads[l][h].see_all();
             if (!seq.recalled.empty()) {
-                show_copies(seq.heads[l][h], seq.recalled[l][h], false);
+                show_copies(seq.heads[l][h], seq.recalled[l][h].units, false);
             }
         }
     }
@@ -133,27 +183,27 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
     for (uint32_t l = 0; l < kv.n_open; l++) {
         std::vector<uint8_t> of_layer(archive.units.size(), 0);
         for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
-            std::vector<kvl_recalled> & units = seq.recalled[l][h];
+            kvl_recalled & of = seq.recalled[l][h];
             const std::vector<uint8_t> & want = wanted[l][h];
-            const auto gone = std::partition(units.begin(), units.end(), [&](const kvl_recalled & unit) {
+            const auto gone = std::partition(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
                 return unit.unit < want.size() && want[unit.unit];
             });
-            drop(kv, l, units, gone);
+            drop(kv.layers[l], of, gone);
             std::vector<uint8_t> have(want.size(), 0);
-            for (const kvl_recalled & unit : units) {
+            for (const kvl_recalled_unit & unit : of.units) {
                 have[unit.unit] = 1;
             }
             for (size_t u = 0; u < std::min(want.size(), archive.units.size()); u++) {
                 if (!want[u] || have[u]) {
                     continue;
                 }
-                kvl_recalled unit;
+                kvl_recalled_unit unit;
                 unit.unit = u;
                 unit.pos = missing(seq.heads[l][h], archive.units[u]);
                 if (unit.pos.empty()) {
                     continue;
                 }
-                if (!archive.units[u].file || !take_pages(kv, kv.layers[l], unit)) {
+                if (!archive.units[u].file || !take_rows(kv, kv.layers[l], of, unit)) {
                     n_missed += double(unit.pos.size()) / kv.layers[l].n_head_kv;
                     continue;
                 }
@@ -161,7 +211,7 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
                     of_layer[u] = 1;
                     loads.push_back({l, u, false, ""});
                 }
-                units.push_back(std::move(unit));
+                of.units.push_back(std::move(unit));
             }
         }
     }
@@ -175,10 +225,11 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
         read[size_t(i)] = rows.bytes.size();
         const kvl_pool & pool = *layer.pool;
         for (uint32_t h = 0; job.done && h < layer.n_head_kv; h++) {
-            for (kvl_recalled & unit : seq.recalled[job.layer][h]) {
-                for (uint32_t i = 0; unit.unit == job.unit && !rows.bytes.empty() && i < unit.pos.size(); i++) {
-                    const uint64_t row = uint64_t(unit.pages[i / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + i % KVL_PAGE_SLOTS;
-                    const auto token = uint32_t(unit.pos[i] - from.begin);
+            const kvl_recalled & of = seq.recalled[job.layer][h];
+            for (const kvl_recalled_unit & unit : of.units) {
+                for (size_t t = 0; unit.unit == job.unit && !rows.bytes.empty() && t < unit.pos.size(); t++) {
+                    const auto token = uint32_t(unit.pos[t] - from.begin);
+                    const uint64_t row = of.row(unit.rows[t]);
                     memcpy(pool.host_at(pool.k_at(row)), rows.k(layer, h, token), pool.k_bytes);
                     if (pool.v_bytes > 0) {
                         memcpy(pool.host_at(pool.v_at(row)), rows.v(layer, h, token), pool.v_bytes);
@@ -195,18 +246,16 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
     for (uint32_t l = 0; l < kv.n_open; l++) {
         const double share = 1.0 / kv.layers[l].n_head_kv;
         for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
-            std::vector<kvl_recalled> & units = seq.recalled[l][h];
-            const auto lost = std::partition(units.begin(), units.end(), [&](const kvl_recalled & unit) {
+            kvl_recalled & of = seq.recalled[l][h];
+            const auto lost = std::partition(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
                 return archive.units[unit.unit].file != nullptr;
             });
-            std::for_each(lost, units.end(), [&](const kvl_recalled & unit) {
+            std::for_each(lost, of.units.end(), [&](const kvl_recalled_unit & unit) {
                 n_missed += double(unit.pos.size()) * share;
             });
-            drop(kv, l, units, lost);
-            for (const kvl_recalled & unit : units) {
-                n_recalled += double(unit.pos.size()) * share;
-            }
-            n_hidden += show_copies(seq.heads[l][h], units, false) * share;
+            drop(kv.layers[l], of, lost);
+            n_recalled += of.n() * share;
+            n_hidden += show_copies(seq.heads[l][h], of.units, false) * share;
         }
     }
     for (size_t i = 0; i < loads.size(); i++) {

@@ -12,21 +12,27 @@ class llama_kv_paged;
 struct kvl_layer;
 struct kvl_sequence;
 
-// Of one KV head: the tokens of a unit that it does not hold in f16 itself.
-struct kvl_recalled {
+// The tokens of a unit that a KV head does not hold in f16 itself, and their rows in its pages: 32 * page + slot.
+struct kvl_recalled_unit {
     size_t unit = 0;
     std::vector<llama_pos> pos;
-    std::vector<uint32_t> pages; // of f16, numbers in the pool; token i lies in row i of them
+    std::vector<uint32_t> rows;
+};
+
+// Of one KV head. Rows are given to units and taken back; nothing moves.
+struct kvl_recalled {
+    std::vector<kvl_recalled_unit> units;
+    std::vector<uint32_t> pages; // of f16: numbers in the pool; one without rows in use is given back
+    std::vector<uint32_t> used;  // bits per page
     std::vector<uint32_t> mass;  // as kvl_head::mass; nobody asks for it
 
-    uint32_t live(size_t page) const {
-        const size_t n = pos.size() - page * 32;
-        return n < 32 ? (1u << n) - 1 : UINT32_MAX;
-    }
+    uint64_t row(uint32_t i) const { return uint64_t(pages[i / 32]) * 32 + i % 32; } // in the pool
+    uint32_t n_pages() const;                                                        // in use
+    uint32_t n() const;                                                              // tokens
 };
 
 // [open layer][KV head], empty: nothing was brought back
-using kvl_recalled_heads = std::vector<std::vector<std::vector<kvl_recalled>>>;
+using kvl_recalled_heads = std::vector<std::vector<kvl_recalled>>;
 
 // Bring back exactly the units that are wanted, [open layer][KV head][unit]; others that were are given back. What of
 // them lies on a lower rung is hidden meanwhile. A unit that cannot be read, or for which there is no page, is left

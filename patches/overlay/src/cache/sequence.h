@@ -27,16 +27,8 @@ struct kvl_sequence {
     kvl_archive archive;                      // of its units
     kvl_recalled_heads recalled;              // what was brought back of them
 
-    const std::vector<kvl_recalled> & recalled_of(size_t layer, size_t head) const {
-        static const std::vector<kvl_recalled> nothing;
+    const kvl_recalled & recalled_of(size_t layer, size_t head) const {
+        static const kvl_recalled nothing;
         return layer < recalled.size() ? recalled[layer][head] : nothing;
-    }
-    // pages that a head has of it
-    uint32_t n_recalled(size_t layer, size_t head) const {
-        size_t n = 0;
-        for (const kvl_recalled & unit : recalled_of(layer, head)) {
-            n += unit.pages.size();
-        }
-        return uint32_t(n);
     }
 };

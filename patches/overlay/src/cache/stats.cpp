@@ -81,10 +81,10 @@ void llama_kv_paged::recount() const {
                 }
             }
             for (size_t l = 0; l < seq.recalled.size(); l++) {
-                for (const auto & units : seq.recalled[l]) {
-                    for (const kvl_recalled & unit : units) {
-                        for (size_t p = 0; p < unit.pages.size() && layers[l].pool == &pool; p++) {
-                            pool.count(unit.pages[p], unit.live(p));
+                for (const kvl_recalled & of : seq.recalled[l]) {
+                    for (size_t p = 0; p < of.pages.size() && layers[l].pool == &pool; p++) {
+                        if (of.pages[p] != kvl_pool::NONE) {
+                            pool.count(of.pages[p], of.used[p]);
                         }
                     }
                 }
@@ -118,10 +118,8 @@ uint64_t llama_kv_paged::mark_bytes(const kvl_sequence & seq) const {
 uint64_t llama_kv_paged::recalled_bytes(const kvl_sequence & seq) const {
     uint64_t n = 0;
     for (size_t l = 0; l < seq.recalled.size(); l++) {
-        for (const auto & units : seq.recalled[l]) {
-            for (const kvl_recalled & unit : units) {
-                n += unit.pos.size() * layers[l].pool->slot_bytes();
-            }
+        for (const kvl_recalled & of : seq.recalled[l]) {
+            n += of.n() * layers[l].pool->slot_bytes();
         }
     }
     return n;

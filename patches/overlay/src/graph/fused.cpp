@@ -21,10 +21,12 @@ void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_t
         kvl_page_ref * first = next;
         // what was recalled comes before all slots of the head, so that every new token sees it
         int32_t slot0 = 0;
-        for (const kvl_recalled & unit : streams[i].recalled) {
-            for (size_t p = 0; p < unit.pages.size(); p++, slot0 += KVL_PAGE_SLOTS) {
-                *next++ = {kvl_head::page_entry(KVL_FORMAT_F16, unit.pages[p]), unit.live(p), slot0,
-                           unit.mass.empty() ? 0 : int32_t(unit.mass[p])};
+        const kvl_recalled & recalled = streams[i].recalled;
+        for (size_t p = 0; p < recalled.pages.size(); p++) {
+            if (recalled.pages[p] != kvl_pool::NONE) {
+                *next++ = {kvl_head::page_entry(KVL_FORMAT_F16, recalled.pages[p]), recalled.used[p], slot0,
+                           recalled.mass.empty() ? 0 : int32_t(recalled.mass[p])};
+                slot0 += KVL_PAGE_SLOTS;
             }
         }
         kvl_page_ref * held = next;

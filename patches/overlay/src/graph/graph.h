@@ -80,7 +80,7 @@ template <typename Params> ggml_tensor * kvl_with_params(ggml_tensor * op, const
 struct kvl_table_stream {
     const kvl_head * head;
     int32_t mean, number, window;
-    const std::vector<kvl_recalled> & recalled;
+    const kvl_recalled & recalled;
 };
 // Writes a layer's part of the table; all: pages that attention does not see as well, and every slot held as seen.
 void kvl_write_table(void * to, const kvl_layer & layer, const std::vector<kvl_table_stream> & streams, bool all);

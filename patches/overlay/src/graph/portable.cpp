@@ -61,9 +61,10 @@ void llm_graph_input_kv_paged::set_rows(uint32_t l, const llama_ubatch * ubatch)
             }
         }
         const llama_seq_id seq = ubatch->seq_id[i / H * n_seq_tokens][0];
-        for (const kvl_recalled & unit : paged->kv->seqs[seq].recalled_of(l, i % H)) {
-            for (uint32_t t = 0; t < unit.pos.size(); t++) {
-                gather(uint64_t(unit.pages[t / KVL_PAGE_SLOTS]) * KVL_PAGE_SLOTS + t % KVL_PAGE_SLOTS, true);
+        const kvl_recalled & recalled = paged->kv->seqs[seq].recalled_of(l, i % H);
+        for (uint32_t row = 0; row < recalled.pages.size() * KVL_PAGE_SLOTS; row++) {
+            if (recalled.used[row / KVL_PAGE_SLOTS] >> row % KVL_PAGE_SLOTS & 1) {
+                gather(recalled.row(row), true);
             }
         }
         while (n < n_kv) { // padding reads a row that is sure to be finite: the first new token

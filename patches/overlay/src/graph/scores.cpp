@@ -229,7 +229,7 @@ static int32_t compute_fused(llama_kv_paged & kv, llama_seq_id seq, uint32_t lay
         const size_t row = layer.queries->nb[1];
         ggml_backend_tensor_get(layer.queries, static_cast<char *>(q->data) + i * q->nb[2], row * query_rows[i], row);
     }
-    const std::vector<kvl_recalled> nothing; // scores are of what is held
+    const kvl_recalled nothing; // scores are of what is held
     std::vector<kvl_table_stream> streams;
     for (int64_t h = 0; h < H; h++) {
         streams.push_back({&heads[h], kv.mean_row(seq, layer_id, uint32_t(h)), 0, 0, nothing});
