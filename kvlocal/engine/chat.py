@@ -37,7 +37,7 @@ class Chat:
         self.engine = engine
         self.messages: list[dict[str, str]] = _system(system)
         self.reread = False
-        self.dropped = ""
+        self.dropped = self.left_out = ""
         self._answers: dict[int, list[int]] = {}  # by message: the tokens of an answer as they were generated
         self._turns: list[_Turn] = []
 
@@ -162,6 +162,7 @@ class Chat:
                     self.forget_cache()
                 raise
             self.messages, self.dropped, self._turns = found.messages, found.dropped, []
+            self.left_out = found.note
             self._answers = {int(i): tokens for i, tokens in found.answers.items()}
             self.sequence.owner = self
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -129,6 +130,20 @@ class Evictor:
         """A question was read, the tokens from ``begin`` on: what it asks for comes back from the archive, and it is
         read once more. ``False``: nothing did."""
         return self.retrieving is not None and self.retrieving.recall(sequence, begin)
+
+    @property
+    def archives(self) -> bool:
+        """Whether what is evicted or demoted lies on disk."""
+        return self.bounds.archive is not None
+
+    def adopt(self, sequence: Sequence, path: Path, tag: str, table: np.ndarray) -> None:
+        """Take the saved archive of a sequence that was loaded.
+
+        Raises:
+            KVError: it cannot be read, or is another one's.
+        """
+        assert self.retrieving is not None
+        self.retrieving.adopt(sequence, path, tag, table)
 
     def reports(self, sequence: Sequence) -> dict[str, Any]:
         """What a report says of what is read and of the archive, by the names of its fields."""

@@ -6,6 +6,8 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from kvlocal.engine.report import Archive as ArchiveReport
 from kvlocal.engine.report import Reads
 from kvlocal.engine.sequence import Sequence, append
@@ -125,6 +127,22 @@ class Retrieving:
         append({sequence: again})
         return True
 
+    def adopt(self, sequence: Sequence, path: Path, tag: str, table: np.ndarray) -> None:
+        """Take the saved archive of a sequence that was loaded.
+
+        Raises:
+            KVError: it cannot be read, or is another one's.
+        """
+        self._open(sequence)
+        self._cache.load_archive(sequence.seq, path, tag, table)
+        sequence.units = table[:, 1].tolist()
+        sequence.archive_file = path
+
+    def _open(self, sequence: Sequence) -> None:
+        if self._folder is not None and self.archive is not None and not sequence.archived:
+            self._cache.archive_to(sequence.seq, self._folder, self.archive.storage)
+            sequence.archived = True
+
     def _note(self, step: Retrieved) -> None:
         self._n_turns += 1
         self._recalled += step.n_recalled
@@ -133,9 +151,7 @@ class Retrieving:
 
     def _close(self, sequence: Sequence) -> list[int]:
         """The units that have closed since the last call."""
-        if self._folder is not None and self.archive is not None and not sequence.archived:
-            self._cache.archive_to(sequence.seq, self._folder, self.archive.storage)
-            sequence.archived = True
+        self._open(sequence)
         begin = sequence.units[-1] if sequence.units else 0
         ends = [begin + end for end in self._cut.ends(sequence.tokens[begin:], self._vocabulary)]
         sequence.units += ends

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -43,7 +44,7 @@ class Sequence:
         holder: what reads or answers now; another object once somebody else has changed the sequence.
         units: how many tokens come before the end of each closed unit of a retriever that the cache knows of.
         narrowed: the next tokens read only what a retriever has chosen.
-        archived: its units are written to an archive.
+        archived: its units are written to an archive; archive_file: the one beside its session that they lie in.
     """
 
     def __init__(self, context: Context, seq: int) -> None:
@@ -67,6 +68,7 @@ class Sequence:
         self.look_at: int | None = None
         self.units: list[int] = []
         self.narrowed = False
+        self.archive_file: Path | None = None
         self.keep_logits(None)
 
     @property
@@ -134,6 +136,8 @@ class Sequence:
         del self.tokens[n:]
         while self.units and self.units[-1] >= n + self.archived:
             self.units.pop()
+        if not self.units:
+            self.archive_file = None
 
     def read_all(self) -> None:
         """Let the next tokens read everything that is held, until a retriever chooses again."""

@@ -6,10 +6,14 @@ other, and the SHA-256 of all that. Nothing of it is used before the sum is righ
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Several
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -20,11 +24,12 @@ import numpy as np
 from kvlocal import __version__
 from kvlocal.engine.config import context_config
 from kvlocal.engine.engine import Engine, Mode, Progress
-from kvlocal.engine.sequence import n_common
+from kvlocal.engine.sequence import Sequence, n_common
 from kvlocal.errors import KVError, UsageError
 from kvlocal.files import replace_file
 from kvlocal.models.identity import fingerprint
 from kvlocal.native import library
+from kvlocal.native.cache import PagedCache
 
 MAGIC = b"KVLSESS1"
 
@@ -42,6 +47,7 @@ class Session:
         budget: of the cache.
         dropped: why the cache of the file was left out, empty if it was not; never saved.
         kind: a conversation, or a prompt whose cache is kept.
+        note: what became of the archive if it was left out, a sentence; never saved.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -49,6 +55,7 @@ class Session:
     budget: str = ""
     kind: Kind = "prompt"
     dropped: str = ""
+    note: str = ""
 
     SAVED: ClassVar = ("messages", "answers", "budget", "kind")
 
@@ -80,13 +87,18 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         raise UsageError("There is nothing to save yet: nothing was read.")
     # after a change of policy the cache may be one that nobody else would make for these settings
     usual = engine.context.config == context_config(engine.model, engine.config, engine.n_ctx)
-    parts: dict[str, bytes | memoryview] = {"tokens": b"", "logits": b"", "cache": b""}
+    parts: dict[str, bytes | memoryview] = {"tokens": b"", "logits": b"", "cache": b"", "archive": b""}
     if sequence.tokens and usual:
         logits = sequence.last_logits()
         parts["tokens"] = np.array(sequence.tokens, np.int32).tobytes()
         parts["logits"] = b"" if logits is None else logits.astype(np.float32).tobytes()
         parts["cache"] = engine.context.save(sequence.seq)
     session = replace(session, budget=str(engine.config.budget))
+    archive, tag = None, ""
+    if parts["cache"] and sequence.archived and engine.cache is not None:
+        archive = _save_archive(path, engine.cache, sequence)
+        tag = archive.name[-32:]
+        parts["archive"] = engine.cache.archive_table(sequence.seq).tobytes()
     header = {
         "version": __version__,
         "model_name": engine.model_name,
@@ -94,6 +106,7 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         "rolled": sequence.rolled,
         "evicted_at": max(sequence.evicted_at - sequence.rolled, 0),
         "session": {name: getattr(session, name) for name in Session.SAVED},
+        "archive": tag,
         "parts": {name: len(part) for name, part in parts.items()},
     }
     text = json.dumps(header, ensure_ascii=False).encode()
@@ -105,7 +118,29 @@ def save(path: Path, engine: Engine, session: Session) -> int:
         replace_file(path, *body, digest.digest())
     except OSError as error:
         raise KVError(f"The session cannot be written to {path}: {error.strerror or error}.") from error
-    return sum(len(part) for part in body) + digest.digest_size
+    for other in path.resolve().parent.glob(glob.escape(_archive_path(path, "").name) + "*"):
+        if other != archive:
+            other.unlink(missing_ok=True)
+    return sum(len(part) for part in body) + digest.digest_size + (archive.stat().st_size if archive else 0)
+
+
+def _archive_path(path: Path, tag: str) -> Path:
+    """The archive beside a session."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}.archive-{tag}")
+
+
+def _save_archive(path: Path, cache: PagedCache, sequence: Sequence) -> Path:
+    """Write what is new of the archive beside the session that lies there, or all of it beside another one."""
+    there = sequence.archive_file
+    beside = there is not None and there.exists() and there == _archive_path(path, there.name[-32:])
+    if there is not None and beside and cache.save_archive(sequence.seq, there, there.name[-32:]):
+        return there
+    # a name of its own: the session that is there has its own until it is replaced
+    tag = uuid.uuid4().hex
+    sequence.archive_file = _archive_path(path, tag)
+    cache.save_archive(sequence.seq, sequence.archive_file, tag)
+    return sequence.archive_file
 
 
 def load(path: Path, engine: Engine, kind: Kind | None = None) -> Session:
@@ -140,14 +175,29 @@ def load(path: Path, engine: Engine, kind: Kind | None = None) -> Session:
             evicted_at=header["evicted_at"] + header["rolled"],
             logits=np.frombuffer(parts["logits"], np.float32).copy() if len(parts["logits"]) else None,
         )
+        if header.get("archive"):
+            session.note = _load_archive(path, engine, str(header["archive"]), parts["archive"])
         engine.evictor.watch(sequence)
         return session
+
+
+def _load_archive(path: Path, engine: Engine, tag: str, table: memoryview) -> str:
+    """Take the archive beside a session; returns why it is left out, empty if it is not."""
+    if not engine.evictor.archives:
+        return "Its archive is left out, so that what it holds cannot come back; --archive auto takes it."
+    try:
+        engine.evictor.adopt(
+            engine.sequences[0], _archive_path(path, tag), tag, np.frombuffer(table, np.int64).reshape(-1, 3)
+        )
+    except KVError as error:
+        return str(error)
+    return ""
 
 
 def prefill_cached(
     path: Path,
     engine: Engine,
-    tokens: Sequence[int],
+    tokens: Several[int],
     *,
     on_progress: Progress | None = None,
     mode: Mode | None = None,
@@ -211,13 +261,15 @@ def _read(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, memoryview]]]:
             try:
                 header = json.loads(bytes(view(start, min(end, size - 32))))
                 parts = {}
-                for name, width in (("tokens", 4), ("logits", 4), ("cache", 1)):
-                    n = int(header["parts"][name])
+                for name, width in (("tokens", 4), ("logits", 4), ("cache", 1), ("archive", 24)):
+                    n = int(header["parts"].get(name, 0) if name == "archive" else header["parts"][name])
                     if n < 0 or n % width or end + n > size - 32:
                         raise ValueError(f"{n} bytes of {name}")
                     parts[name] = view(end, end + n)
                     end += n
                 _ = [header["settings"][name] for name in _WHAT]
+                if not re.fullmatch("([0-9a-f]{32})?", header.get("archive", "")):
+                    raise ValueError("its archive has no name")
                 if not all(isinstance(header[name], int) and header[name] >= 0 for name in ("rolled", "evicted_at")):
                     raise ValueError("its positions are no numbers")
             except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from kvlocal.errors import KVError
-from kvlocal.native import library
-from kvlocal.native.fork import check_process
+from kvlocal.native.archive import Archives
 from kvlocal.native.formats import BITS, FORMATS, PAGE_SLOTS
-from kvlocal.native.retrieval import ARCHIVE_FORMATS, Archived, ArchiveFormat, Retrieval, Retrieved
-from kvlocal.native.structs import KvlArchiveStats, KvlLayerInfo, KvlRetrievalStats, KvlSeqStats, KvlStats
+from kvlocal.native.retrieval import Retrieval, Retrieved
+from kvlocal.native.structs import KvlLayerInfo, KvlRetrievalStats, KvlSeqStats, KvlStats
 
 MassKind = Literal["none", "sum", "last"]
 MASS_KINDS: tuple[MassKind, ...] = ("none", "sum", "last")
@@ -64,7 +61,7 @@ class Layer:
         return (self.d_k * k + self.d_v * v) / 8
 
 
-class PagedCache:
+class PagedCache(Archives):
     """Reads and evicts the slots of a context made by ``kvl_init_from_model``.
 
     Layers are counted among the open ones: attention layers whose cache grows with the text. Every method raises
@@ -79,8 +76,7 @@ class PagedCache:
 
     def __init__(self, ctx: Any, formats: Sequence[str] = (), kivi_group: int = 32) -> None:
         self.kivi_group = kivi_group
-        self._native = library.load()
-        self._handle = ctx
+        super().__init__(ctx)
         self.formats = tuple(name for name in FORMATS if name == "f16" or name in formats)
         self.layers: list[Layer] = []
         for i in range(self._check(self._lib.kvl_n_layer(ctx))):
@@ -89,24 +85,6 @@ class PagedCache:
             shape = (info.il, info.n_head, info.n_head_kv, info.d_k, info.d_v, info.kq_scale)
             self.layers.append(Layer(*shape, info.device.decode("utf-8", "replace"), bool(info.kernels)))
         self.fixed_bytes = int(self.seq_stats(0).fixed_limit)
-
-    @property
-    def _lib(self) -> Any:
-        check_process()
-        return self._native.lib
-
-    def close(self) -> None:
-        """Its context is gone: every method raises from now on."""
-        self._handle = None
-
-    @property
-    def _ctx(self) -> Any:
-        if self._handle is None:
-            raise KVError("The cache was closed with its model; load the model again to go on.")
-        return self._handle
-
-    def _check(self, status: int) -> int:
-        return self._native.check(status)
 
     def _layer(self, layer: int) -> Layer:
         if not 0 <= layer < len(self.layers):
@@ -312,17 +290,6 @@ class PagedCache:
         self._check(self._lib.kvl_retrieve(self._ctx, seq, params, _ints(closed), len(closed), ctypes.byref(out)))
         chosen = (out.n_units, out.index_bytes, out.us, out.n_read, out.n_wanted, out.n_kept, bool(out.full))
         return Retrieved(*chosen, out.n_recalled, out.n_loaded, out.n_missed, out.read_bytes)
-
-    def archive_to(self, seq: int, folder: Path, storage: ArchiveFormat = "f16") -> None:
-        """Write the units of a sequence to a nameless file in ``folder`` from now on, exact, when they close. Nothing
-        is evicted or demoted before it is written."""
-        kind = ARCHIVE_FORMATS.index(storage)
-        self._check(self._lib.kvl_archive_to(self._ctx, seq, os.fsencode(folder), kind))
-
-    def archived(self, seq: int) -> Archived:
-        out = KvlArchiveStats()
-        self._check(self._lib.kvl_get_archive(self._ctx, seq, ctypes.byref(out)))
-        return Archived(out.n_units, out.n_lost, out.bytes, out.error.decode("utf-8", "replace"))
 
     def read_all(self, seq: int) -> None:
         """Let attention see everything that is held."""

@@ -182,6 +182,8 @@ def loaded(talk: Conversation, path: str) -> str:
     turns = f"{asked} turn{'' if asked == 1 else 's'}"
     if talk.chat.dropped:
         return f"{path} goes on: {turns}; it is read again with your next question, because {talk.chat.dropped}."
+    if talk.chat.left_out:
+        return f"{path} goes on: {turns}. {talk.chat.left_out}"
     return f"{path} goes on: {turns}, {len(talk.engine.sequences[0].tokens):,} tokens read."
 
 

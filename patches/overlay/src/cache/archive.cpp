@@ -22,9 +22,18 @@ static int open_nameless(const std::string & folder) {
     return fd;
 }
 
-kvl_archive_file::kvl_archive_file(const std::string & folder) : folder(folder), fd(open_nameless(folder)) {
+kvl_archive_file::kvl_archive_file(const std::string & folder) : kvl_archive_file(folder, open_nameless(folder), 0) {}
+
+std::shared_ptr<kvl_archive_file> kvl_archive_file::open(const std::string & path) {
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const off_t size = fd < 0 ? 0 : lseek(fd, 0, SEEK_END);
+    return std::shared_ptr<kvl_archive_file>(new kvl_archive_file(path, fd, uint64_t(size)));
+}
+
+kvl_archive_file::kvl_archive_file(const std::string & folder, int fd, uint64_t size)
+    : folder(folder), fd(fd), n_appended(size), n_written(size) {
     if (fd < 0) {
-        throw std::runtime_error("no archive can be written in " + folder + ": " + strerror(errno));
+        throw std::runtime_error("no archive can be opened in " + folder + ": " + strerror(errno));
     }
     writer = std::thread([this] {
         write_behind();
@@ -119,6 +128,7 @@ void kvl_archive::cut(size_t n_units) {
     units.resize(std::min(units.size(), n_units));
     if (units.empty()) { // what comes next has nothing to do with what is in the file
         file.reset();
+        saved.reset();
         error.clear();
         full = false;
     }

@@ -23,6 +23,8 @@ class kvl_archive_file {
   public:
     // throws if no file can be made in the folder
     explicit kvl_archive_file(const std::string & folder);
+    // one that was saved, to read; throws if it is not there
+    static std::shared_ptr<kvl_archive_file> open(const std::string & path);
     ~kvl_archive_file();
 
     kvl_archive_file(const kvl_archive_file &) = delete;
@@ -39,11 +41,12 @@ class kvl_archive_file {
     std::string error() const;
 
     static constexpr size_t ALIGNMENT = 4096;
+    const std::string folder; // or its own path, if it was saved
 
   private:
+    kvl_archive_file(const std::string & folder, int fd, uint64_t size);
     void write_behind();
 
-    const std::string folder;
     int fd = -1;
     mutable std::mutex mutex;
     std::condition_variable changed;
@@ -67,9 +70,10 @@ struct kvl_archive {
     std::string folder; // of new files, empty: nothing is archived
     int32_t format = 0; // a kvl_archive_format
     std::shared_ptr<kvl_archive_file> file;
-    std::vector<kvl_archived> units; // those of the index that are closed
-    std::string error;               // what went wrong last
-    bool full = false;               // nothing more can be written
+    std::shared_ptr<kvl_archive_file> saved; // beside the session
+    std::vector<kvl_archived> units;         // those of the index that are closed
+    std::string error;                       // what went wrong last
+    bool full = false;                       // nothing more can be written
 
     bool on() const { return !folder.empty(); }
     void cut(size_t n_units);
@@ -87,6 +91,19 @@ struct kvl_archive {
 bool kvl_flush_archive(kvl_sequence & seq);
 // Write the units of the index that have closed since; one that a head no longer holds exactly cannot be read.
 void kvl_archive_units(llama_kv_paged & kv, llama_seq_id seq, int n_threads);
+
+// Write the records of a sequence's units to the file beside its session, which they lie in from then on: a new one, or
+// those that are not yet in the one that they were saved to or loaded from. False: somebody else has added to that.
+// tag: 32 characters by which file and session know each other. Throws, and nothing has changed.
+bool kvl_save_archive_to(llama_kv_paged & kv, llama_seq_id seq, const std::string & path, const char * tag);
+// Take them from there, for a sequence that was restored. table: [n][3], of every unit where it begins and ends, and
+// where its records are, -1: it was lost.
+void kvl_load_archive_from(llama_kv_paged & kv, llama_seq_id seq, const std::string & path, const char * tag,
+                           const int64_t * table, size_t n);
+// Of all bytes, in words of 64 bits.
+uint64_t kvl_check_sum(const char * data, size_t n);
+// Bytes of all records of a unit of n tokens.
+uint64_t kvl_archived_bytes(const llama_kv_paged & kv, int32_t format, uint32_t n);
 
 // Rows of a unit in a layer as they lie in its f16 pages: of every KV head those of all tokens, K of all heads first.
 struct kvl_archive_rows {

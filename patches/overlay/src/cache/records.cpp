@@ -21,18 +21,6 @@ struct record_header {
 };
 static_assert(sizeof(record_header) == 64, "a record begins with 64 bytes");
 
-// of all bytes, in words of 64 bits; n is a multiple of 8 or the rest is taken as if zeros followed
-uint64_t check_sum(const char * data, size_t n) {
-    uint64_t h = 0x9e3779b97f4a7c15u ^ n;
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, data + i, std::min<size_t>(8, n - i));
-        h = (h ^ word) * 0xff51afd7ed558ccdu;
-        h ^= h >> 32;
-    }
-    return h;
-}
-
 // How rows of d values are written: f16 as they are, or in blocks of 32 with a scale.
 class row_writer {
   public:
@@ -111,12 +99,31 @@ void write_record(const kvl_layer & layer, const std::vector<kvl_head> & heads, 
     header.k_bytes = uint32_t(shape.k.bytes);
     header.v_bytes = uint32_t(shape.v.bytes);
     header.size = shape.payload;
-    header.k_sum = check_sum(to + sizeof(record_header), shape.k_size);
-    header.v_sum = check_sum(to + sizeof(record_header) + shape.k_size, shape.payload - shape.k_size);
+    header.k_sum = kvl_check_sum(to + sizeof(record_header), shape.k_size);
+    header.v_sum = kvl_check_sum(to + sizeof(record_header) + shape.k_size, shape.payload - shape.k_size);
     memcpy(to, &header, sizeof(header));
 }
 
 } // namespace
+
+uint64_t kvl_check_sum(const char * data, size_t n) {
+    uint64_t h = 0x9e3779b97f4a7c15u ^ n;
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, data + i, std::min<size_t>(8, n - i));
+        h = (h ^ word) * 0xff51afd7ed558ccdu;
+        h ^= h >> 32;
+    }
+    return h;
+}
+
+uint64_t kvl_archived_bytes(const llama_kv_paged & kv, int32_t format, uint32_t n) {
+    uint64_t size = 0;
+    for (uint32_t l = 0; l < kv.n_open; l++) {
+        size += record_shape(kv.layers[l], format, n).size;
+    }
+    return size;
+}
 
 void kvl_archive_units(llama_kv_paged & kv, llama_seq_id seq_id, int n_threads) {
     kvl_sequence & seq = kv.seqs[seq_id];
@@ -207,8 +214,8 @@ bool kvl_read_archived(const llama_kv_paged & kv, uint32_t l, const kvl_archived
     if (header.magic != MAGIC || header.format != uint32_t(format) || header.il != layer.il ||
         header.n_head_kv != layer.n_head_kv || header.begin != unit.begin || header.end != unit.end ||
         header.k_bytes != shape.k.bytes || header.v_bytes != shape.v.bytes || header.size != shape.payload ||
-        header.k_sum != check_sum(payload, shape.k_size) ||
-        (!only_keys && header.v_sum != check_sum(payload + shape.k_size, shape.payload - shape.k_size))) {
+        header.k_sum != kvl_check_sum(payload, shape.k_size) ||
+        (!only_keys && header.v_sum != kvl_check_sum(payload + shape.k_size, shape.payload - shape.k_size))) {
         why = what + " is damaged";
         return false;
     }

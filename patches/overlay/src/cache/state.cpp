@@ -264,6 +264,7 @@ void llama_kv_paged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
             }
         }
     }
+    seq.archive = seqs[seq_id].archive; // empty now, but it says where to
     seqs[seq_id] = std::move(seq);
     for (uint32_t l = 0; l < layers.size(); l++) {
         for (size_t h = 0; h < mass[l].size(); h++) {
