@@ -34,8 +34,9 @@ def variants(*recalls: int) -> list[Variant]:
     every number; of one also what a retriever reads at every step."""
     one = [None, Archive(budget=recalls[-1])]
     out = [*expand([PAGED], {}, []), *expand(["ladder"], {}, ["25%", "12.5%", "6%"], archives=one)]
+    some = [None, *(Archive(budget=n) for n in recalls)]
+    out += expand(["ladder", "streaming"], {}, ["3%"], archives=some)
     out += expand(["ada-snapkv"], {}, ["6%"], archives=one)
-    out += expand(["streaming"], {}, ["3%"], archives=[None, *(Archive(budget=n) for n in recalls)])
     steps = retrievers(["sentencekv"], {}, [512])
     return [*out, *expand(["streaming"], {}, ["3%"], retrievers=steps, archives=[Archive(recall="step")])]
 
