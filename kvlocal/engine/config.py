@@ -107,6 +107,18 @@ class EngineConfig:
             self._check_archive(self.archive)
         check_kernels(self.kernels, self.policy, self.storage)
 
+    @property
+    def paged(self) -> bool:
+        """Whether it runs on our cache; else on llama.cpp's own."""
+        return self.policy.evicts or self.storage.demotes or bool(self.retriever or self.archive)
+
+    @property
+    def recalled(self) -> int:
+        """Tokens per head that an archive may bring back beside what is held."""
+        if self.archive is None or self.archive.recall == "off":
+            return 0
+        return self.retriever.budget if self.retriever else self.archive.budget
+
     def _check_archive(self, archive: Archive) -> None:
         if self.policy.rolls:
             raise UsageError(
@@ -130,7 +142,7 @@ def context_config(model: Model, config: EngineConfig, n_ctx: int) -> ContextCon
     """
     policy, storage = config.policy, config.storage
     asking = config.retriever.n_queries if config.retriever else ASKING if config.archive else 0
-    paged = policy.evicts or storage.demotes or bool(config.retriever or config.archive)
+    paged = config.paged
     formats = storage.formats
     if paged:
         check_paged(model, policy, storage)

@@ -381,8 +381,7 @@ class Engine:
                 tokens.held_mean = held.n_slots / held.n_heads
                 tokens.held_min, tokens.held_max = int(held.held_min), int(held.held_max)
                 per_token = self.config.storage.bytes_per_token(cache)
-            self.evictor.rss.peak_bytes = peak_rss_bytes()
-            timing = self.timing
+            timing, self.evictor.rss.peak_bytes = self.timing, peak_rss_bytes()
             timing.evict_s = self.evictor.evict_s
             timing.prefill_tps = self._n_prompt / timing.prefill_s if timing.prefill_s else 0.0
             timing.decode_tps = self._n_generated / timing.decode_s if timing.decode_s else 0.0

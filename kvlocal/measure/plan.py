@@ -46,6 +46,7 @@ class KVPlan:
         used_bytes: in use at the end; peak_bytes: the most ever taken.
         query_bytes: the window queries that a policy remembers (f32).
         table_bytes: page tables, positions, accumulated mass and what stands for a retriever's units, at their peak.
+        recall_bytes: what an archive may bring back, beside the rest; archive_bytes: of it, on disk.
     """
 
     full_bytes: int
@@ -53,6 +54,8 @@ class KVPlan:
     peak_bytes: int
     query_bytes: int
     table_bytes: int
+    recall_bytes: int = 0
+    archive_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ class Planner:
             UsageError: the settings are impossible.
             KVError: the cache cannot hold the run.
         """
-        paged = config.policy.evicts or config.storage.demotes
+        paged = config.paged
         # sequences share the cells of llama.cpp's own cache, and each has a context of its own in ours
         config = config if paged else replace(config, n_ctx=config.n_ctx * config.n_seq_max)
         with Rehearsal(config, self.model) as run:
@@ -231,10 +234,14 @@ class Planner:
         query_bytes = int(stats.query_bytes)
         # what lies on an accelerator is allocated whole; the rest shrinks in proportion
         on_device = min(device.context_bytes / (stats.reserved_bytes + query_bytes), 1)
-        cache = round((kv.peak_bytes + query_bytes) * (1 - on_device)) + run.peak_table_bytes
+        recall_bytes, archive_bytes = _archived(run, int(stats.archive_bytes), n_left)
+        cache = round((kv.peak_bytes + query_bytes) * (1 - on_device)) + run.peak_table_bytes + recall_bytes
         return Need(
             weights_bytes=int(main.model_bytes + device.model_bytes),
-            kv=KVPlan(kv.full_bytes, kv.used_bytes, kv.peak_bytes, query_bytes, run.peak_table_bytes),
+            kv=KVPlan(
+                *(kv.full_bytes, kv.used_bytes, kv.peak_bytes, query_bytes, run.peak_table_bytes),
+                *(recall_bytes, archive_bytes),
+            ),
             compute_bytes=int(main.compute_bytes + device.compute_bytes),
             total_bytes=int(main.model_bytes + main.compute_bytes) + cache,
             device_bytes=int(device.model_bytes + device.context_bytes + device.compute_bytes),
@@ -329,6 +336,16 @@ def alternatives(config: EngineConfig, n_tokens: int) -> Iterator[tuple[Options,
             yield {"budget": str(n), **options}, replace(chunked, budget=Budget("tokens", n))
 
 
+def _archived(run: Rehearsal, archive_bytes: int, n_left: int) -> tuple[int, int]:
+    """Bytes that may be recalled, and of the archive, once ``n_left`` tokens more of every prompt are read."""
+    if run.cache is None or run.config.archive is None:
+        return 0, 0
+    n_read = sum(len(sequence.tokens) for sequence in run.sequences)
+    n_all = n_read + n_left * run.config.n_seq_max
+    recalled = min(run.config.recalled * run.config.n_seq_max, n_all)
+    return recalled * run.cache.bytes_per_token, archive_bytes * n_all // max(n_read, 1)
+
+
 def _grown(first: Need, second: Need, lengths: tuple[int, ...], n_prompt: int, *, settled: bool) -> Need:
     """What a prompt takes that is longer than two that were rehearsed; ``settled``: it holds as much in the end."""
     a, b = first.kv, second.kv
@@ -338,6 +355,8 @@ def _grown(first: Need, second: Need, lengths: tuple[int, ...], n_prompt: int, *
         peak_bytes=grown(a.peak_bytes, b.peak_bytes, lengths, n_prompt),
         query_bytes=b.query_bytes,
         table_bytes=grown(a.table_bytes, b.table_bytes, lengths, n_prompt),
+        recall_bytes=b.recall_bytes,
+        archive_bytes=grown(a.archive_bytes, b.archive_bytes, lengths, n_prompt),
     )
     return replace(second, kv=kv, total_bytes=grown(first.total_bytes, second.total_bytes, lengths, n_prompt))
 

@@ -204,6 +204,7 @@ class FakeChat:
     messages: list[dict[str, str]] = field(default_factory=list)
     reread: bool = False
     dropped: str = ""
+    left_out: str = ""
     forgotten: bool = False
 
     @property

@@ -17,8 +17,9 @@ ARROWS: dict[str, set[str]] = {
     "kvlocal.errors": set(),
     "kvlocal.files": {"kvlocal.errors"},
     "kvlocal.jsonl": {"kvlocal.errors"},
-    "kvlocal.settings": {"kvlocal.errors"},
-    "kvlocal.params": {"kvlocal.errors", "kvlocal.settings"},
+    "kvlocal.setting": {"kvlocal.errors"},
+    "kvlocal.settings": {"kvlocal.setting"},
+    "kvlocal.params": {"kvlocal.errors", "kvlocal.setting"},
     "kvlocal.native": set(),
     "kvlocal.policies": {"kvlocal.native.formats"},
     "kvlocal.retrieval": {"kvlocal.native.retrieval"},
@@ -42,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
 }
 """What the files of a room may import beside their own room; the rooms below those count too."""
 
-BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl", "kvlocal.params", "kvlocal.settings"}
+BELOW_ALL = {"kvlocal", "kvlocal.errors", "kvlocal.files", "kvlocal.jsonl", "kvlocal.params"}
+BELOW_ALL |= {"kvlocal.setting", "kvlocal.settings"}
 """What every room but these themselves may import: the version, errors, files, settings."""
 
 KNOWN: set[str] = set()

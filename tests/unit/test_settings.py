@@ -149,7 +149,7 @@ def test_configurations_have_the_defaults_of_the_settings() -> None:
     defaults = {setting.name: setting.default for setting in SETTINGS}
     for kind in (EngineConfig, Settings):
         for field in fields(kind):
-            made = ("model", "policy", "policy_args", "budget", "storage", "retrieve_args")
+            made = ("model", "policy", "policy_args", "budget", "storage", "retrieve_args", "archive")
             if field.name in defaults and field.name not in made:
                 assert field.default == defaults[field.name], field.name
     assert (Settings().policy, Settings().budget, Settings().storage) == ("ladder", "2048", "f16")
@@ -174,7 +174,7 @@ def test_no_default_is_written_a_second_time() -> None:
                 pairs = [(a.arg, d) for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
             for name, value in pairs:
                 if name in known and isinstance(value, ast.Constant):
-                    assert name == "policy" and value.value is None, f"{path}: {name} = {value.value!r}"
+                    assert name in ("policy", "archive") and value.value is None, f"{path}: {name} = {value.value!r}"
 
 
 # --- the docs ------------------------------------------------------------------------------------------------------

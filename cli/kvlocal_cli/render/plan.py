@@ -48,6 +48,7 @@ def _needs(plan: Mapping[str, Any]) -> Table:
         ("window queries", kv["query_bytes"], "remembered for the policy, f32"),
         ("page tables", kv["table_bytes"], "positions, attention mass and units included"),
         ("compute buffers", plan["compute_bytes"], ""),
+        ("recalled, most", kv["recall_bytes"], f"from an archive of {size(kv['archive_bytes'])} on disk"),
     ]
     for label, n_bytes, note in rows:
         if n_bytes:

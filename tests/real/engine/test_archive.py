@@ -199,6 +199,15 @@ def test_a_process_that_is_killed_leaves_nothing(tiny_path: Path, tmp_path: Path
     assert len(list(tmp_path.glob("s.kvl.archive-*"))) == 1
 
 
+def test_a_plan_counts_what_is_recalled_and_written(tiny_path: Path) -> None:
+    options = f"plan {tiny_path} --policy streaming --budget 6% -p 3000 --json"
+    plans = [json.loads(call(*options.split(), *more).stdout) for more in ([], ["--archive", "auto"])]
+    assert plans[0]["kv"]["archive_bytes"] == plans[0]["kv"]["recall_bytes"] == 0
+    kv = plans[1]["kv"]
+    assert kv["recall_bytes"] == 256 * 2048 and kv["archive_bytes"] > kv["full_bytes"] * 3000 / 3512
+    assert plans[1]["total_bytes"] - plans[0]["total_bytes"] == pytest.approx(256 * 2048, rel=0.3)
+
+
 def test_in_python(tiny_path: Path) -> None:
     with kvlocal.load(tiny_path, policy="streaming", budget="3%", archive="auto", recall_budget=64, n_threads=1) as llm:
         talk = llm.chat()

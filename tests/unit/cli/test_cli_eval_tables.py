@@ -136,10 +136,10 @@ def test_json_is_what_was_measured_how_and_where(fake_eval: FakeEval, novel: str
 def test_csv_has_a_line_per_row_and_parameters_as_json(fake_eval: FakeEval) -> None:
     text = call("eval", "needle", "-o", "csv").stdout
     assert text.splitlines()[:3] == [
-        "metric,task,policy,policy_args,storage,budget,prefill,guide,reads,question,held_tokens,used_bytes,full_bytes,"
+        "metric,task,policy,policy_args,storage,budget,prefill,guide,reads,recalls,question,held_tokens,used_bytes,full_bytes,"
         "held,evict_s,score,ci_low,ci_high,n,commit",
-        "needle,needle-task,paged,{},f16,100%,exact,0,,inside,400.0,4194304.0,4194304.0,1.0,0.0,1.0,1.0,1.0,2,",
-        'needle,needle-task,snapkv,"{""window"": 8}",f16,25%,exact,0,,inside,100.0,1048576.0,4194304.0,0.25,0.5,1.0,'
+        "needle,needle-task,paged,{},f16,100%,exact,0,,,inside,400.0,4194304.0,4194304.0,1.0,0.0,1.0,1.0,1.0,2,",
+        'needle,needle-task,snapkv,"{""window"": 8}",f16,25%,exact,0,,,inside,100.0,1048576.0,4194304.0,0.25,0.5,1.0,'
         "1.0,1.0,2,",
     ]
     rows = list(csv.DictReader(io.StringIO(text)))

@@ -171,6 +171,8 @@ def test_json_is_one_object_with_a_command_line_that_would_fit(planner: FakePlan
             "peak_bytes": int(1.41 * GIB),
             "query_bytes": 0,
             "table_bytes": 0,
+            "recall_bytes": 0,
+            "archive_bytes": 0,
         },
         "compute_bytes": 14 * MIB,
         "total_bytes": int(1550.1 * MIB),

@@ -43,6 +43,16 @@ REPORT: dict[str, Any] = {
         "index_bytes": 3 * MIB,
         "choose_s": 12.3,
     },
+    "archive": {
+        "recall": "turn",
+        "bytes": 45_678_901_234,
+        "units": 131_072,
+        "units_lost": 1_234,
+        "recalled": 1023.5,
+        "missed": 12.5,
+        "read_bytes": 45_678_901_234,
+        "error": "the archive in /home/somebody/.cache cannot be written: No space left on device",
+    },
     "rss": dict.fromkeys(("before_evict_bytes", "after_evict_bytes", "peak_bytes"), 345_678_901_234),
     "timing": {
         **dict.fromkeys(("load_s", "prefill_s", "ttft_s", "evict_s", "decode_s"), 12_345.6),
@@ -154,7 +164,10 @@ def test_the_other_tables_fit(width: int) -> None:
             "n_generate": 512,
             "weights_bytes": 2**40,
         },
-        "kv": dict.fromkeys(("used_bytes", "full_bytes", "peak_bytes", "query_bytes", "table_bytes"), 2**41),
+        "kv": dict.fromkeys(
+            ("used_bytes", "full_bytes", "peak_bytes", "query_bytes", "table_bytes", "recall_bytes", "archive_bytes"),
+            2**41,
+        ),
         **dict.fromkeys(("compute_bytes", "total_bytes", "device_bytes"), 2**41),
         "pages": [{"device": "CUDA0", "n_layer": 1000, "kernels": "tested on hardware"}],
         **{"free_bytes": 1, "device_free_bytes": 1, "fits": False, "max_context": {"full": 4096, "ladder": None}},

@@ -131,11 +131,12 @@ void kvl_archive::cut(size_t n_units) {
         saved.reset();
         error.clear();
         full = false;
+        planned = 0;
     }
 }
 
 uint64_t kvl_archive::bytes() const {
-    uint64_t n = 0;
+    uint64_t n = planned;
     std::vector<const kvl_archive_file *> seen;
     for (const kvl_archived & unit : units) {
         if (unit.file && std::find(seen.begin(), seen.end(), unit.file.get()) == seen.end()) {

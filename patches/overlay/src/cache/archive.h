@@ -74,6 +74,7 @@ struct kvl_archive {
     std::vector<kvl_archived> units;         // those of the index that are closed
     std::string error;                       // what went wrong last
     bool full = false;                       // nothing more can be written
+    uint64_t planned = 0;                    // bytes that a model without weights would write
 
     bool on() const { return !folder.empty(); }
     void cut(size_t n_units);

@@ -145,17 +145,18 @@ void kvl_archive_units(llama_kv_paged & kv, llama_seq_id seq_id, int n_threads) 
             }
             at.push_back(at.back() + record_shape(kv.layers[l], archive.format, uint32_t(unit.end - unit.begin)).size);
         }
-        if (exact && !archive.full) {
+        if (kv.no_alloc()) {
+            archive.planned += at.back();
+        } else if (exact && !archive.full) {
             try {
                 if (!archive.file) {
                     archive.file = std::make_shared<kvl_archive_file>(archive.folder);
                 }
-                std::vector<char> block(kv.no_alloc() ? 0 : at.back());
-                kvl_parallel_for(kv.no_alloc() ? 0 : int(kv.n_open), block.size() > (1 << 20) ? n_threads : 1,
-                                 [&](int l) {
-                                     write_record(kv.layers[size_t(l)], seq.heads[size_t(l)], unit.begin, unit.end,
-                                                  archive.format, block.data() + at[size_t(l)]);
-                                 });
+                std::vector<char> block(at.back());
+                kvl_parallel_for(int(kv.n_open), block.size() > (1 << 20) ? n_threads : 1, [&](int l) {
+                    write_record(kv.layers[size_t(l)], seq.heads[size_t(l)], unit.begin, unit.end, archive.format,
+                                 block.data() + at[size_t(l)]);
+                });
                 unit.at = archive.file->append(std::move(block));
                 unit.file = archive.file;
             } catch (const std::exception & e) {
