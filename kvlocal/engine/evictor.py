@@ -158,10 +158,10 @@ class Evictor:
     def _shrink(
         self, cache: PagedCache, sequence: Sequence, event: Event, room: int | None, guide: Iterable[int]
     ) -> bool:
-        if self.retrieving:
-            self.retrieving.index(sequence)
         step = event == "step"
         start = time.perf_counter()
+        if self.bounds.storage.demotes:
+            self._note_keys(sequence)
         evicted = self.evicts and self._evict(cache, sequence, room, list(guide), step=step)
         n_pages = int(step)
         demoted = self.bounds.storage.store(cache, sequence.seq, self.bounds.policy.n_window, n_pages)
@@ -169,6 +169,11 @@ class Evictor:
         if evicted or demoted:
             self.evict_s += time.perf_counter() - start
         return evicted
+
+    def _note_keys(self, sequence: Sequence) -> None:
+        """Take up, and write to the archive, what may be lost now."""
+        if self.retrieving:
+            self.retrieving.index(sequence)
 
     def watch(self, sequence: Sequence) -> None:
         """Set when a sequence is looked at next: after an eviction, a change of bounds, or when it was loaded."""
@@ -207,7 +212,8 @@ class Evictor:
         n_free = bounds.growth(min(budget, bounds.n_ctx)) if room is None else bounds.n_ctx - room
         rss = rss_bytes()
         read = (lambda: guided_scores(sequence, guide, rms=policy.rms)) if guide else None
-        if not evict(sequence, policy, budget, read, n_room=bounds.n_ctx, n_free=n_free):
+        first = functools.partial(self._note_keys, sequence)
+        if not evict(sequence, policy, budget, read, n_room=bounds.n_ctx, n_free=n_free, first=first):
             return False
         if self.rss.before_evict_bytes is None:
             self.rss.before_evict_bytes, self.rss.after_evict_bytes = rss, rss_bytes()
@@ -231,6 +237,7 @@ def evict(
     *,
     n_room: int = 0,
     n_free: int = 0,
+    first: Callable[[], None] | None = None,
 ) -> bool:
     """One eviction: a policy looks at a sequence and the cache keeps what it says.
 
@@ -244,6 +251,7 @@ def evict(
         read_scores: called if something is evicted: window scores per layer, float32 ``[n_head, >= longest head]``, in
             place of those of the sequence's own last queries; see :func:`guided_scores`.
         n_room: slots that a head has room for, 0: any number; n_free: of these, f16 slots that must stay free.
+        first: called before something is evicted.
 
     Returns:
         ``False`` if the policy sees no need, and nothing was done.
@@ -252,6 +260,8 @@ def evict(
     assert cache is not None
     if not policy.due(size(cache, seq, policy), budget):
         return False
+    if first is not None:
+        first()
     scores = read_scores() if read_scores else None
     view = cache_view(sequence, policy, budget, n_room=n_room, n_free=n_free)
     if scores is not None:

@@ -82,6 +82,15 @@ def test_what_a_step_reads_comes_back_too(open_engine: OpenEngine) -> None:
     assert report.reads is not None and report.reads.tokens <= 512 + 64
 
 
+def test_nothing_is_written_before_something_is_lost(open_engine: OpenEngine) -> None:
+    engine = open_engine("ladder", "100%", archive=TURN)
+    chat = Chat(engine)
+    ask(chat, TEXT)
+    assert LANTERN.value in ask(chat, QUESTION)
+    found = engine.report().archive
+    assert found is not None and (found.units, found.bytes) == (0, 0)
+
+
 def test_recall_off_only_writes(open_engine: OpenEngine) -> None:
     engine = open_engine("streaming", "3%", archive=Archive(recall="off"))
     chat = Chat(engine)

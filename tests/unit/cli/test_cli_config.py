@@ -110,8 +110,8 @@ def test_help_shows_the_default_that_holds(file: Path) -> None:
 REFUSALS = {
     "[rum]": "there is no table [rum] (did you mean [run]?); give [defaults], [run],",
     "budget = 1": "'budget' stands in no table; put it into [defaults], [run],",
-    "[run]\nctx_size = 1": "[run] has no key 'ctx_size' (did you mean 'ctx-size'?); give archive, archive-format, batch-size, budget, chunk,",
-    "[defaults]\nnonsense = 1": "[defaults] has no key 'nonsense'; give archive, archive-format, ask, batch-size, budget,",
+    "[run]\nctx_size = 1": "[run] has no key 'ctx_size' (did you mean 'ctx-size'?); give archive, archive-format,",
+    "[defaults]\nnonsense = 1": "[defaults] has no key 'nonsense'; give archive, archive-format, ask,",
     "[run.kld]\nbudget = 1": "[run] has no key 'kld'; give archive, archive-format, batch-size,",
     "[eval.kdl]\nbudget = 1": "[eval] has no key 'kdl'; give ask, batch-size,",
     "[eval.kld]\nrows = 1": "[eval.kld] has no key 'rows'; give batch-size,",
