@@ -352,20 +352,19 @@ class Engine:
             return self.cache.held((sequence or self.sequences[0]).seq) if self.cache is not None else []
 
     def kv(self, sequence: Sequence | None = None) -> dict[str, float]:
-        """What one sequence holds, ``full_bytes``: in a full f16 cache; ``held_mean``: tokens per layer and KV head."""
+        """What one sequence holds, ``full_bytes``: in a full f16 cache; ``held_mean``: tokens per layer and KV head;
+        ``archive_bytes``: on disk."""
         sequence = sequence or self.sequences[0]
         n = len(sequence.tokens)
         with self.use():
             if self.cache is None:
                 stats, n_all = self.context.stats(), max(sum(len(each.tokens) for each in self.sequences), 1)
                 used, full = int(stats.used_bytes) * n // n_all, int(stats.full_bytes) * n // n_all
-                return {"held_mean": n, "used_bytes": used, "full_bytes": full}
+                return {"held_mean": n, "used_bytes": used, "full_bytes": full, "archive_bytes": 0}
             held = self.cache.seq_stats(sequence.seq)
-            return {
-                "held_mean": held.n_slots / held.n_heads,
-                "used_bytes": int(held.used_bytes),
-                "full_bytes": int(held.full_bytes) + self.cache.bytes_per_token * sequence.rolled,
-            }
+            full = int(held.full_bytes) + self.cache.bytes_per_token * sequence.rolled
+            counted = {"held_mean": held.n_slots / held.n_heads, "used_bytes": int(held.used_bytes)}
+            return counted | {"full_bytes": full, "archive_bytes": int(held.archive_bytes)}
 
     def report(self, sequence: Sequence | None = None) -> Report:
         """What was measured since the start or the last :meth:`reset`; bytes come from the pools themselves."""

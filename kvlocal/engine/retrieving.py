@@ -113,7 +113,7 @@ class Retrieving:
         Raises:
             KVError: as :func:`~kvlocal.engine.sequence.append`.
         """
-        if self.archive is None or self.archive.recall != "turn" or not sequence.evicted_at:
+        if self.archive is None or self.archive.recall != "turn" or not sequence.units:
             return False
         n = min(len(sequence.tokens) - begin, REREAD)
         asked = replace(self._asked, n_queries=min(n, ASKING))

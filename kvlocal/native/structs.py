@@ -56,6 +56,7 @@ class KvlSeqStats(ctypes.Structure):
         ("fixed_bytes", ctypes.c_uint64),
         ("fixed_limit", ctypes.c_uint64),
         ("recalled_bytes", ctypes.c_uint64),
+        ("archive_bytes", ctypes.c_uint64),
     )
 
 

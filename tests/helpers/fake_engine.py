@@ -189,7 +189,7 @@ class FakeEngine:
 
     def kv(self, sequence: Any = None) -> dict[str, float]:
         n = len((sequence or self.sequences[0]).tokens)
-        return {"held_mean": n / 2, "used_bytes": n * 512, "full_bytes": n * 1024}
+        return {"held_mean": n / 2, "used_bytes": n * 512, "full_bytes": n * 1024, "archive_bytes": 0}
 
     def reset(self) -> None:
         self.sequences = [SimpleNamespace(tokens=[], evicted_at=0)]

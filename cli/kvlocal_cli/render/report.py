@@ -18,9 +18,10 @@ def live_figures(kv: Mapping[str, float], peak_bytes: float, tokens_per_second: 
     """The line below an answer that is being written, in at most `width` columns; `kv` as `Engine.kv` gives it."""
     used, full, peak = size(kv["used_bytes"]), size(kv["full_bytes"]), size(peak_bytes)
     held, speed = number(kv["held_mean"]), rate(tokens_per_second)
+    disk = f" · {size(kv['archive_bytes'])} on disk" if kv["archive_bytes"] else ""
     texts = (
-        f"KV {used} in use / {full} full / {peak} peak · {held} tokens held per head · {speed}",
-        f"KV {used} / {full} / {peak} · {held} held · {speed}",
+        f"KV {used} in use / {full} full / {peak} peak · {held} tokens held per head{disk} · {speed}",
+        f"KV {used} / {full} / {peak} · {held} held{disk} · {speed}",
         f"KV {used} · {held} held · {speed}",
     )
     return next((text for text in texts if len(text) <= width), texts[-1][:width])

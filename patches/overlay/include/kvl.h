@@ -106,6 +106,7 @@ typedef struct kvl_seq_stats {
     uint64_t fixed_bytes;    // what no budget changes: sliding windows, recurrent state, marks
     uint64_t fixed_limit;    // most bytes that they take after a token, without the marks
     uint64_t recalled_bytes; // of what was brought back from the archive
+    uint64_t archive_bytes;  // of the archive, on disk
 } kvl_seq_stats;
 
 typedef struct kvl_layer_info {
@@ -285,15 +286,15 @@ LLAMA_API int32_t kvl_retrieve(struct llama_context * ctx, llama_seq_id seq, con
 // archive, not to what is held. Needs pages in main memory.
 LLAMA_API int32_t kvl_archive_to(struct llama_context * ctx, llama_seq_id seq, const char * folder, int32_t format);
 // Write the archive of a sequence to the file beside its session: a new one, or what is not yet in the one that it was
-// saved to or loaded from. tag: 32 characters, the same ones to load it. Returns 0, and nothing has changed, if somebody
-// else has added to the file, else 1.
+// saved to or loaded from. tag: 32 characters, the same ones to load it. Returns 0, and nothing has changed, if
+// somebody else has added to the file, else 1.
 LLAMA_API int32_t kvl_save_archive(struct llama_context * ctx, llama_seq_id seq, const char * path, const char * tag);
 // Take it from there, for a sequence that was restored since kvl_archive_to. table: what kvl_archive_table said when it
 // was saved. Nothing has changed when it fails.
 LLAMA_API int32_t kvl_load_archive(struct llama_context * ctx, llama_seq_id seq, const char * path, const char * tag,
                                    const int64_t * table, int32_t n);
-// Read table[n][3]: of every unit its first position, the one behind its last, and where its records are in the file, -1:
-// it is lost. table NULL: nothing. Returns how many there are.
+// Read table[n][3]: of every unit its first position, the one behind its last, and where its records are in the file,
+// -1: it is lost. table NULL: nothing. Returns how many there are.
 LLAMA_API int32_t kvl_archive_table(const struct llama_context * ctx, llama_seq_id seq, int64_t * table, int32_t n);
 LLAMA_API int32_t kvl_get_archive(struct llama_context * ctx, llama_seq_id seq, kvl_archive_stats * out);
 // Store slots in another format named in kvl_params.formats; returns how many were not in it before. With n_demote:

@@ -64,11 +64,13 @@ def test_storages_that_demote_archive_first(open_engine: OpenEngine) -> None:
     from kvlocal.storage.storage import Storage
 
     for name in ("kv2", "kivi"):
-        engine = open_engine("streaming", "25%", storage=Storage.parse(name, tail=64), archive=TURN)
+        engine = open_engine("full", "100%", storage=Storage.parse(name, tail=64), archive=TURN)
         chat = Chat(engine)
         ask(chat, TEXT)
+        assert engine.report().archive.recalled == 0
         assert LANTERN.value in ask(chat, QUESTION), name
-        assert engine.report().archive.units_lost == 0
+        found = engine.report().archive
+        assert found.units_lost == 0 and 0 < found.recalled <= 64
 
 
 def test_what_a_step_reads_comes_back_too(open_engine: OpenEngine) -> None:

@@ -144,6 +144,7 @@ void llama_kv_paged::get_seq_stats(llama_seq_id seq_id, kvl_seq_stats & out) con
     out.fixed_bytes += mark_bytes(seq) + (seq.n_seen > 0 ? state : 0);
     out.fixed_limit += state;
     out.recalled_bytes = recalled_bytes(seq);
+    out.archive_bytes = seq.archive.bytes();
     out.used_bytes = out.fixed_bytes + out.recalled_bytes;
     for (size_t l = 0; l < n_open; l++) {
         for (const kvl_head & head : seq.heads[l]) {
@@ -180,7 +181,7 @@ void llama_kv_paged::get_stats(kvl_stats & out) const {
         }
         out.index_bytes += seqs[s].index.bytes();
         out.recalled_bytes += st.recalled_bytes;
-        out.archive_bytes += seqs[s].archive.bytes();
+        out.archive_bytes += st.archive_bytes;
         out.query_bytes += st.n_seen > 0 ? query_bytes / seqs.size() : 0;
         for (size_t l = 0; l < layers.size(); l++) {
             for (const kvl_head & head : seqs[s].heads[l]) {
