@@ -91,8 +91,8 @@ def test_all_that_comes_back_is_as_if_nothing_had_gone(portable: bool, n_new: in
     keep_only(cache, 0, np.arange(3))
     poor = logits_of(context, 0, tokens[N : N + n_new], N)
     assert np.abs(poor - whole).max() > 0.01
-    cache.truncate(0, N)
     step = cache.retrieve(0, TURN)
+    cache.truncate(0, N)
     assert step.n_recalled == N - 3 and step.n_missed == 0 and step.read_bytes > 0
     assert cache.seq_stats(0).recalled_bytes == (N - 3) * cache.bytes_per_token
     assert cache.seq_stats(0).used_bytes == N * cache.bytes_per_token
@@ -136,8 +136,9 @@ def test_what_lies_on_a_lower_rung_is_read_once(archived: Archived) -> None:
         assert all((heads == FORMATS.index("q4")).all() for heads in formats)
 
 
-def test_the_units_with_most_attention_per_missing_token_come_back(archived: Archived) -> None:
-    context, cache, tokens = archived()
+@pytest.mark.parametrize("config", [{}, {"formats": ("q4",), "rotate": True}], ids=["plain", "rotated"])
+def test_the_units_with_most_attention_per_missing_token_come_back(config: Any, archived: Archived) -> None:
+    context, cache, tokens = archived(**config)
     cache.branch(0, 1)  # holds all keys
     keep_only(cache, 0, np.array([0, 20, 21, 190]))
     logits_of(context, 0, tokens[N : N + 8], N)
@@ -178,6 +179,37 @@ def test_the_sequence_goes_on_and_turns_follow(archived: Archived) -> None:
     assert cache.seq_stats(0).recalled_bytes > first and step.n_recalled <= 100
     assert cache.retrieve(0, replace(TURN, budget=1)).n_recalled == 0
     assert cache.seq_stats(0).recalled_bytes == 0
+
+
+def test_what_has_gone_since_comes_with_its_unit(archived: Archived) -> None:
+    context, cache, tokens = archived()
+    logits_of(context, 0, tokens[N : N + 1], N)
+    whole = context.logits()[0]
+    cache.truncate(0, N)
+    keep_only(cache, 0, np.arange(100))
+    assert cache.retrieve(0, TURN).n_recalled == 100
+    keep_only(cache, 0, np.arange(50))
+    assert cache.retrieve(0, TURN).n_recalled == 150
+    np.testing.assert_allclose(logits_of(context, 0, tokens[N : N + 1], N), whole, atol=1e-4)
+
+
+def test_mass_and_renumbering_give_back(archived: Archived) -> None:
+    context, cache, tokens = archived()
+    keep_only(cache, 0, np.arange(64))
+    cache.retrieve(0, TURN)
+    cache.accumulate_mass("sum")
+    assert cache.seq_stats(0).recalled_bytes == 0
+    cache.retrieve(0, TURN)
+    logits_of(context, 0, tokens[N : N + 1], N)
+    for layer in range(2):
+        mass = cache.mass(0, layer)
+        # the rest of the attention went to what was recalled
+        assert mass.shape[1] == 65 and (mass.sum(1) < 0.9).all() and (mass > 0).all()
+    cache.truncate(0, N)
+    cache.accumulate_mass("none")
+    cache.retrieve(0, TURN)
+    cache.roll(0)
+    assert cache.seq_stats(0).recalled_bytes == 0 and cache.archived(0).n_units == 0
 
 
 def test_branches_share_an_archive(archived: Archived) -> None:

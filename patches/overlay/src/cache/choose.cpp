@@ -37,6 +37,9 @@ class chooser {
                     scores[u] += size[u] > 0 ? attention[h][u] / size[u] : 0.0f;
                 }
             }
+            for (size_t u = 0; u < ends.size(); u++) {
+                size[u] = scores[u] > 0 ? size[u] : 0.0f; // nobody asks for it
+            }
             take(s);
         }
     }

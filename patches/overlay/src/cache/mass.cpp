@@ -157,6 +157,9 @@ bool llama_kv_paged::set_mass(kvl_mass kind) {
     }
     mass_kind = KVL_MASS_NONE;
     std::map<kvl_arena *, uint64_t> n_pages;
+    for (size_t s = 0; s < seqs.size(); s++) {
+        kvl_give_back(*this, llama_seq_id(s)); // its pages have no mass, or some that is not wanted
+    }
     for (kvl_sequence & seq : seqs) {
         for (size_t l = 0; l < layers.size(); l++) {
             for (kvl_head & head : seq.heads[l]) {

@@ -23,7 +23,7 @@ void note_rows(const kvl_layer & layer, kvl_recalled & of) {
         if (of.used[p] == 0) {
             layer.pool->drop(of.pages[p]);
             of.pages[p] = kvl_pool::NONE;
-            if (!of.mass.empty()) {
+            if (p < of.mass.size()) {
                 layer.arena->mass.drop(of.mass[p]);
             }
         }
@@ -186,7 +186,9 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
             kvl_recalled & of = seq.recalled[l][h];
             const std::vector<uint8_t> & want = wanted[l][h];
             const auto gone = std::partition(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
-                return unit.unit < want.size() && want[unit.unit];
+                // if more of it is missing now than then, it comes anew
+                return unit.unit < want.size() && want[unit.unit] &&
+                       unit.pos == missing(seq.heads[l][h], archive.units[unit.unit]);
             });
             drop(kv.layers[l], of, gone);
             std::vector<uint8_t> have(want.size(), 0);
@@ -216,7 +218,7 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
         }
     }
     std::vector<uint64_t> read(loads.size(), 0);
-    kvl_parallel_for(int(loads.size()), kv.no_alloc() ? 0 : N_READERS, [&](int i) {
+    const auto load_one = [&](int i) {
         load & job = loads[size_t(i)];
         const kvl_archived & from = archive.units[job.unit];
         const kvl_layer & layer = kv.layers[job.layer];
@@ -237,7 +239,13 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
                 }
             }
         }
-    });
+    };
+    try {
+        kvl_parallel_for(int(loads.size()), N_READERS, load_one);
+    } catch (...) { // nobody may read what has not been filled
+        kvl_give_back(kv, seq_id);
+        throw;
+    }
     for (const load & job : loads) {
         if (!job.done) { // it is not tried again
             archive.lose(job.unit, job.why);

@@ -153,7 +153,10 @@ int32_t kvl_roll_sequence(const llama_context & ctx, llama_kv_paged & kv, llama_
         }
     }
     kv.seqs[seq_id].n_seen = llama_pos(n);
-    kv.seqs[seq_id].index = {}; // its units have other positions now
+    // its units have other positions now
+    kvl_give_back(kv, seq_id);
+    kv.seqs[seq_id].index = {};
+    kv.seqs[seq_id].archive.cut(0);
     std::fill(kv.seqs[seq_id].window.begin(), kv.seqs[seq_id].window.end(), -1);
     return KVL_OK;
 }
