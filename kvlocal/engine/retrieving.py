@@ -34,11 +34,12 @@ class Retrieving:
         self.retriever = retriever
         self.archive = archive
         self._cut = retriever or UNITS
+        budget = archive.budget if archive else RECALL_BUDGET
+        self._turn = self._asked = Retrieval(budget, "none", 0, 1, min_unit=1, per_head=True, recall="turn")
         if retriever is not None:
-            self._asked = replace(retriever.retrieval(), recall=archive.recall if archive else "off")
-        else:
-            budget = archive.budget if archive else RECALL_BUDGET
-            self._asked = Retrieval(budget, "none", 0, 1, n_queries=ASKING, min_unit=1, per_head=True, recall="turn")
+            self._asked = asked = replace(retriever.retrieval(), recall=archive.recall if archive else "off")
+            room = max(asked.budget - asked.sink - asked.recent, 1)
+            self._turn = replace(self._turn, budget=room, summary=asked.summary)
         self._vocabulary = _Vocabulary(context)
         self._folder: Path | None = archive.open_folder() if archive is not None else None
         self.reset()
@@ -113,10 +114,10 @@ class Retrieving:
         Raises:
             KVError: as :func:`~kvlocal.engine.sequence.append`.
         """
-        if self.archive is None or self.archive.recall != "turn" or not sequence.units:
+        if self.archive is None or self.archive.recall == "off" or not sequence.units:
             return False
         n = min(len(sequence.tokens) - begin, REREAD)
-        asked = replace(self._asked, n_queries=min(n, ASKING))
+        asked = replace(self._turn, n_queries=min(n, ASKING))
         step = self._cache.retrieve(sequence.seq, asked, self._close(sequence))
         self._note(step)
         again = sequence.tokens[-n:]

@@ -27,8 +27,8 @@ class Archive:
         folder: where; ``None``: in the user's cache folder.
         storage: how keys and values are written: ``f16`` as they are, or ``q8``, with which they take half of that.
         recall: what is brought back into memory, exact: at every ``turn`` the units that get most of the question's
-            attention over all that is on disk, beside all that is held; at every ``step`` what of the units that a
-            retriever reads is missing; ``off``: nothing.
+            attention over all that is on disk, beside all that is held; at every ``step`` these first, and then, token
+            by token, what of the units that a retriever reads is missing; ``off``: nothing.
         budget: with ``turn``, tokens per head that are brought back, beside the budget of the policy.
     """
 

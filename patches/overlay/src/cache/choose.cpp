@@ -381,7 +381,6 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
     };
     if (params.recall == KVL_RECALL_TURN) {
         kvl_see_all(kv, seq_id);
-        index.chosen.clear();
         index.chosen_at = -1;
     }
     out = recalled;
