@@ -93,7 +93,9 @@ def test_all_that_comes_back_is_as_if_nothing_had_gone(portable: bool, n_new: in
     assert np.abs(poor - whole).max() > 0.01
     step = cache.retrieve(0, TURN)
     cache.truncate(0, N)
-    assert step.n_recalled == N - 3 and step.n_missed == 0 and step.read_bytes > 0
+    assert step.n_recalled == N - 3 and step.n_missed == 0
+    # all keys are looked at, then all units read
+    assert step.read_bytes == N * cache.bytes_per_token * 3 // 2
     assert cache.seq_stats(0).recalled_bytes == (N - 3) * cache.bytes_per_token
     assert cache.seq_stats(0).used_bytes == N * cache.bytes_per_token
     # packed: three tokens in a page, the others in seven, of each of four heads; the branch has all of its own
@@ -274,6 +276,55 @@ def test_damage_costs_the_units_it_hits(data: st.DataObject, one: tuple[Context,
     if found.error:
         assert "the archive's record of tokens" in found.error
     assert np.isfinite(logits_of(context, 0, tokens[N : N + 1], N)).all()
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_token_can_be_read_always(data: st.DataObject, one: tuple[Context, PagedCache, list[int]]) -> None:
+    """Whatever is added, evicted, recalled, cut and branched: a head holds a token, or the archive does."""
+    context, cache, tokens = one
+    for seq in range(3):
+        cache.truncate(seq, 0)
+    seq, n, evicted_at, ends = 0, 0, 0, list[int]()
+    for _ in range(data.draw(st.integers(2, 12), label="changes")):
+        what = data.draw(st.sampled_from(["add", "add", "evict", "evict", "recall", "cut", "branch"]))
+        if what == "add" and n < len(tokens):
+            more = tokens[n : n + data.draw(st.integers(1, 60))]
+            logits_of(context, seq, more, n)
+            n += len(more)
+        elif what == "evict" and n > 0:
+            new = [n] if n > (ends[-1] if ends else 0) else []
+            if new and n - (ends[-1] if ends else 0) > 20:
+                new = [n - 10, n]
+            cache.index(seq, TURN, new)
+            ends += new
+            for layer in range(2):
+                held = cache.lengths(seq, layer)
+                share = data.draw(st.integers(1, 8))
+                cache.keep(seq, layer, [np.arange(0, length, share) for length in held])
+            evicted_at = n
+        elif what == "recall" and n > 0:
+            cache.retrieve(seq, replace(TURN, budget=data.draw(st.integers(1, 300))))
+        elif what == "cut" and n > evicted_at:
+            n = data.draw(st.integers(evicted_at, n))
+            cache.truncate(seq, n)
+            ends = [end for end in ends if end <= n]
+        elif what == "branch":
+            cache.branch(seq, (seq + 1) % 3)
+            seq = (seq + 1) % 3
+        if n == 0:
+            continue
+        assert cache.archive_table(seq)[:, 1].tolist() == ends and cache.archived(seq).n_lost == 0
+        missing = 0
+        for layer in range(2):
+            for positions in cache.positions(seq, layer):
+                missing += n - len(positions)
+                assert set(range(ends[-1] if ends else 0, n)) <= set(positions.tolist())
+        if data.draw(st.booleans(), label="ask"):
+            logits_of(context, seq, [tokens[-1]], n)
+            step = cache.retrieve(seq, TURN)
+            cache.truncate(seq, n)
+            assert step.n_recalled == missing / 4
 
 
 def test_an_archive_that_cannot_be_made_or_written(archived: Archived, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ uint64_t kvl_archive_scores(const llama_kv_paged & kv, const kvl_archive & archi
         }
     }
     out.assign(layer.n_head_kv, std::vector<float>(n_units, 0.0f));
-    for (size_t r = 0; r < n_rows; r++) {
+    for (size_t r = 0; r < n_rows && n_units > 0; r++) {
         const float * of = sums.data() + r * n_units;
         const float most = *std::max_element(of, of + n_units);
         double total = 0;
