@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvlocal.measure.code import commit
 from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
+from kvlocal.retrieval import make_retriever
 from kvlocal.storage.archive import RECALL_BUDGET, Archive
 from kvlocal.storage.budget import Budget
 
@@ -33,12 +35,14 @@ class Ways:
     def __init__(self, text: Sequence, budget: int, folder: Path) -> None:
         self.text = text
         bounds = Bounds(make_policy("streaming"), Budget.parse(str(budget)), n_ctx=2**30)
-        more = Bounds(bounds.policy, bounds.budget, n_ctx=bounds.n_ctx, archive=Archive(folder))
-        self.evictors = [Evictor(text.context, each) for each in (bounds, more)]
-        self.evict: list[list[float]] = [[], []]
-        self.question: list[list[float]] = [[], []]
-        self.steps: list[list[float]] = [[], []]
-        self.bytes = self.recalled = 0.0
+        turn = replace(bounds, archive=Archive(folder))
+        reads = make_retriever("sentencekv", {"budget": budget})
+        step = replace(bounds, archive=Archive(folder, recall="step"), retriever=reads)
+        self.evictors = [Evictor(text.context, each) for each in (bounds, turn, step)]
+        self.evict: list[list[float]] = [[], [], []]
+        self.question: list[list[float]] = [[], [], []]
+        self.steps: list[list[float]] = [[], [], []]
+        self.bytes = self.recalled = self.read_bytes = self.missed = 0.0
 
     def run(self, i: int, question: list[int], rest: list[int]) -> None:
         context, evictor = self.text.context, self.evictors[i]
@@ -53,15 +57,25 @@ class Ways:
             context.logits()
 
         self.question[i].append(_timed(ask))
+        report = evictor.retrieving.archive_report(branch) if evictor.retrieving else None
+        if report is not None and evictor.bounds.retriever is None:
+            self.bytes, self.recalled = report.bytes, report.recalled
+        evictor.choose(branch)
+        evictor.reset()
+
+        def step(token: int) -> None:
+            append({branch: [token]})
+            context.logits()
+            evictor.choose(branch)
+
         for n, token in enumerate(rest):
-            seconds = _timed(lambda token=token: (append({branch: [token]}), context.logits()))
+            seconds = _timed(lambda token=token: step(token))
             if n >= N_WARM:
                 self.steps[i].append(seconds)
-        if i:
-            assert evictor.retrieving is not None
-            report = evictor.retrieving.archive_report(branch)
-            assert report is not None and not report.error
-            self.bytes, self.recalled = report.bytes, report.recalled
+        report = evictor.retrieving.archive_report(branch) if evictor.retrieving else None
+        if report is not None and evictor.bounds.retriever is not None:
+            assert not report.error
+            self.read_bytes, self.missed = report.read_bytes / len(rest), report.missed
         branch.release()
 
 
@@ -83,7 +97,7 @@ def main() -> None:
     tokens = model.tokenize((args.data / "text" / args.text).read_text("utf-8"))
     question = model.tokenize(QUESTION, add_special=False)
     rows = []
-    config = ContextConfig(depths[-1] + 256, n_threads=args.threads, n_seq_max=2, n_window=32)
+    config = ContextConfig(depths[-1] + 256, n_threads=args.threads, n_seq_max=2, n_window=64)
     with Context(model, config) as context, tempfile.TemporaryDirectory(dir=Path.home()) as folder:
         text, prefill_s = Sequence(context, 0), 0.0
         for depth in depths:
@@ -94,10 +108,11 @@ def main() -> None:
             prefill_s += time.perf_counter() - start
             ways = Ways(text, args.budget, Path(folder))
             for _ in range(args.rounds):
-                for i in (0, 1):
+                for i in (0, 1, 2):
                     ways.run(i, question, tokens[depth : depth + N_WARM + N_GEN])
             write_s = float(np.median(ways.evict[1]) - np.median(ways.evict[0]))
             p50, p99 = np.percentile(ways.steps[1], [50, 99])
+            by_step, by_step_p99 = np.percentile(ways.steps[2], [50, 99])
             rows.append(
                 {
                     "depth": depth,
@@ -111,6 +126,10 @@ def main() -> None:
                     "step_ms": 1000 * float(np.median(ways.steps[0])),
                     "recalled_step_ms": 1000 * p50,
                     "p99_ms": 1000 * p99,
+                    "by_step_ms": 1000 * by_step,
+                    "by_step_p99_ms": 1000 * by_step_p99,
+                    "read_bytes": ways.read_bytes,
+                    "missed": ways.missed,
                 }
             )
     heads = [
@@ -127,13 +146,14 @@ def main() -> None:
         [
             *(f"{r['depth']:,}", f"{r['prefill_s']:.1f}", f"{r['write_s']:.2f}", f"{r['write_share']:.1%}"),
             *(f"{r['bytes'] / 2**20:.0f}", f"{r['question_s']:.2f}", f"{r['recall_s']:.2f}", f"{r['recalled']:.0f}"),
-            *(f"{r['step_ms']:.1f}", f"{r['recalled_step_ms']:.1f}", f"{r['p99_ms']:.1f}"),
+            *(f"{r['step_ms']:.1f}", f"{r['recalled_step_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{r['by_step_ms']:.1f}"),
+            *(f"{r['by_step_p99_ms']:.1f}", f"{r['read_bytes'] / 2**20:.2f}", f"{r['missed']:.0f}"),
         ]
         for r in rows
     ]
     words = command(p, args, "archive_speed")
     print(f"{model.name}, {args.threads} threads, {RECALL_BUDGET} recalled, commit {commit()}: `{words}`\n")
-    print(table([*heads, "step ms", "after recall", "p99"], cells))
+    print(table([*heads, "token ms", "after recall", "p99", "by step", "p99", "read MiB", "missed"], cells))
     results = {"command": words, "model": model.name, "commit": commit(), "rows": rows}
     write_json(args, results)
     RESULTS.mkdir(exist_ok=True)

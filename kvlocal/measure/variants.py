@@ -180,6 +180,13 @@ def retrievers(names: Sequence[str], args: Mapping[str, str], budgets: Sequence[
     return tuple(out)
 
 
+def archives(where: str, budgets: Sequence[int]) -> tuple[Archive | None, ...]:
+    """None, and unless ``where`` is ``off`` archives there of which turns recall so many tokens, or every step."""
+    found = [Archive.parse(where, budget=budget) for budget in budgets]
+    by_step = Archive.parse(where, by_step=True)
+    return tuple(dict.fromkeys([None, *found, by_step]))
+
+
 def check_variants(kernels: str, variants: Sequence[Variant]) -> None:
     """Refuses what only the page kernels can compute; see :func:`kvlocal.engine.config.check_kernels`."""
     for variant in variants:

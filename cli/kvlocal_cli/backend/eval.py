@@ -63,13 +63,15 @@ def plan_eval(
     questions: Sequence[str],
     retrieves: Sequence[str],
     retrieve_budgets: Sequence[int],
+    archive: str,
+    recall_budgets: Sequence[int],
     chunk: int,
     n_ubatch: int,
     parallel: int,
 ) -> EvalPlan:
     """What to measure; what can be wrong on the command line and in files is found here, before a model is loaded."""
     from kvlocal.eval.stage import StageConfig
-    from kvlocal.measure.variants import check_variants, expand, retrievers
+    from kvlocal.measure.variants import archives, check_variants, expand, retrievers
 
     variants = expand(
         policies,
@@ -80,6 +82,7 @@ def plan_eval(
         guides,
         here=settings.policy_typed,
         retrievers=retrievers(retrieves, settings.retrieve_args, retrieve_budgets),
+        archives=archives(archive, recall_budgets),
     )
     check_variants(settings.kernels, variants)
     return EvalPlan(

@@ -24,7 +24,7 @@ from kvlocal_cli.options.eval import (
     text_options,
 )
 from kvlocal_cli.options.option import GroupedGroup, count, declared, option
-from kvlocal_cli.options.settings import Settings, check_chunked, check_retrieved
+from kvlocal_cli.options.settings import Settings, check_archived, check_chunked, check_retrieved
 from kvlocal_cli.terminal.interrupt import Interrupt
 from kvlocal_cli.terminal.output_file import check_output, write_output
 
@@ -194,6 +194,7 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
             check_chunked("guides", "--guide")
     if set(common.retrieves) <= {"none"}:
         check_retrieved()
+    check_archived(common.archive_to)
     for path in filter(None, (common.output_file, common.plot)):
         check_output(path)
     if common.plot is not None:
@@ -209,6 +210,8 @@ def _measure(common: Common, metric: str, source: dict[str, Any], questions: Seq
         guides=common.guides,
         retrieves=common.retrieves,
         retrieve_budgets=common.retrieve_budgets,
+        archive=common.archive_to,
+        recall_budgets=common.recall_budgets,
         questions=questions,
         chunk=common.n_chunk,
         n_ubatch=_n_ubatch(chosen),

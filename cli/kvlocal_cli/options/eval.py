@@ -31,6 +31,8 @@ class Common:
     guides: tuple[int, ...]
     retrieves: tuple[str, ...]
     retrieve_budgets: tuple[int, ...]
+    archive_to: str
+    recall_budgets: tuple[int, ...]
     parallel: int
     f32: bool
     fresh: bool
@@ -71,6 +73,12 @@ _COMMON = stack(
         help="With --prefill chunked: the last N tokens (the question) decide what every chunk leaves.",
     ),
     retrieve_lists,
+    declared(
+        settings.ARCHIVE,
+        name="archive_to",
+        help="Also with what is evicted on disk, from which later questions recall: auto, off, or a folder for it.",
+    ),
+    declared_list(settings.RECALL_BUDGET, "recall_budgets", "256"),
     declared(
         settings.EVICT_EVERY,
         help="Tokens that what follows may exceed the budget by until it is evicted again; 1: at every token.",

@@ -203,8 +203,8 @@ def _gather(command: Callback) -> Callback:
         # a policy may have a retriever of its own, which is not known here
         if "retrieve" in values and not values["retrieve"] and source("policy") is ParameterSource.DEFAULT:
             check_retrieved()
-        if values.get("archive") == "off" and any(map(twins.asked_for, ("recall_budget", "archive_format"))):
-            raise UsageError("--recall-budget and --archive-format have no effect without --archive; give it as well.")
+        if "archive" in values:
+            check_archived(values["archive"])
         for name in ("chunk", "guide"):
             if values.get(name) and values["prefill"] != "chunked":
                 check_chunked(name, f"--{name}")
@@ -222,6 +222,12 @@ def check_chunked(name: str, flag: str) -> None:
     """Refuse what only a chunked prefill heeds; in a file it says what is to be if there is one."""
     if twins.asked_for(name):
         raise UsageError(f"{flag} has no effect without --prefill chunked; give both or neither.")
+
+
+def check_archived(where: str) -> None:
+    """Refuse what only an archive heeds; in a file it says what is to be if there is one."""
+    if where == "off" and any(map(twins.asked_for, ("recall_budget", "recall_budgets", "archive_format"))):
+        raise UsageError("--recall-budget and --archive-format have no effect without --archive; give it as well.")
 
 
 def check_retrieved() -> None:

@@ -219,6 +219,17 @@ def test_a_plan_counts_what_is_recalled_and_written(tiny_path: Path) -> None:
     assert plans[1]["total_bytes"] - plans[0]["total_bytes"] == pytest.approx(256 * 2048, rel=0.3)
 
 
+def test_an_evaluation_compares(tiny_path: Path) -> None:
+    options = "--policy streaming --budget 3% --ask after --lengths 1024 --archive auto --recall-budget 64,128 -o json"
+    done = call("eval", "needle", tiny_path, *options.split())
+    assert done.code == 0, done.stderr
+    rows = {row["recalls"]: row for row in json.loads(done.stdout)["results"]}
+    assert list(rows) == ["", "64 turn", "128 turn"]
+    assert rows[""]["score"] < 0.5 < rows["64 turn"]["score"] and rows[""]["held"] < rows["64 turn"]["held"] < 0.1
+    done = call("eval", "needle", tiny_path, "--recall-budget", "64")
+    assert done.code == 2 and "no effect without --archive" in done.stderr
+
+
 def test_in_python(tiny_path: Path) -> None:
     with kvlocal.load(tiny_path, policy="streaming", budget="3%", archive="auto", recall_budget=64, n_threads=1) as llm:
         talk = llm.chat()
