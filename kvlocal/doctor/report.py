@@ -249,6 +249,7 @@ def _places() -> list[Place]:
         "models": models_dir(),
         "Hugging Face cache": hub_cache(),
         "evaluation records": platformdirs.user_cache_path("kvlocal") / "eval",
+        "archives": platformdirs.user_cache_path("kvlocal") / "archive",
         "config file": Path(config),
         "state": platformdirs.user_state_path("kvlocal"),
     }

@@ -82,9 +82,11 @@ class Reader:
         sequence.read_all()
         sequence.mark(logits=False)  # a sequence that is interrupted goes back to here
         try:
-            for i in range(0, len(tokens), step):
-                part = tokens[i : i + step]
-                last = i + len(part) == len(tokens)
+            # what an archive recalls for is the last piece, which is a whole one then
+            first = len(tokens) % step if self.evictor.archives else 0
+            ends = [*range(first or step, len(tokens), step), len(tokens)]
+            for i, end in zip([0, *ends[:-1]], ends, strict=True):
+                part, last = tokens[i:end], end == len(tokens)
                 append({sequence: part}, outputs="last" if last else "none")
                 if mode == "whole":
                     sequence.look_at = None
@@ -94,7 +96,7 @@ class Reader:
                 elif chunked:
                     guide = tokens[-config.guide :] if config.guide else ()
                     self.evictor.after(sequence, "chunk", room=room, guide=guide)
-                yield i + len(part)
+                yield end
         except BaseException:
             if not self.context.closed:
                 sequence.cut(begin)

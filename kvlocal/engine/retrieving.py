@@ -11,6 +11,7 @@ import numpy as np
 from kvlocal.engine.report import Archive as ArchiveReport
 from kvlocal.engine.report import Reads
 from kvlocal.engine.sequence import Sequence, append
+from kvlocal.errors import KVError
 from kvlocal.native.cache import PagedCache
 from kvlocal.native.context import Context
 from kvlocal.native.retrieval import Retrieval, Retrieved
@@ -112,19 +113,21 @@ class Retrieving:
             Whether something was brought back that had not been there.
 
         Raises:
-            KVError: as :func:`~kvlocal.engine.sequence.append`.
+            KVError: as :func:`~kvlocal.engine.sequence.append`; the sequence is empty if it could not be cut.
         """
         if self.archive is None or self.archive.recall == "off" or not sequence.units:
             return False
-        n = min(len(sequence.tokens) - begin, REREAD)
-        asked = replace(self._turn, n_queries=min(n, ASKING))
+        n = len(sequence.tokens)
+        asked = replace(self._turn, n_queries=min(n - begin, ASKING))
         step = self._cache.retrieve(sequence.seq, asked, self._close(sequence))
         self._note(step)
-        again = sequence.tokens[-n:]
-        left = len(sequence.tokens) - n
-        if step.n_recalled == 0 or sequence.reach(left) != left:
+        left = max(n - REREAD, begin, sequence.evicted_at)
+        if step.n_recalled == 0 or left == n or sequence.reach(left) != left:
             return False
-        sequence.cut(left)
+        again, holder = sequence.tokens[left:], sequence.holder
+        if not sequence.cut(left):
+            raise KVError("The question cannot be read once more: there is no room to cut it off; use a larger -c.")
+        sequence.holder = holder
         append({sequence: again})
         return True
 

@@ -39,6 +39,7 @@ def ask(chat: Chat, text: str) -> str:
         ("buzz", "6%", {}),
         ("streaming", "64", {"prefill": "chunked", "chunk": 128}),
         ("snapkv", "64", {"prefill": "chunked", "chunk": 96}),
+        ("streaming", "64", {"prefill": "chunked", "chunk": 24}),
         ("streaming", "3%", {"kernels": "portable"}),
         ("streaming", "3%", {"archive": Archive(budget=64, storage="q8")}),
     ],
