@@ -9,12 +9,14 @@ import pytest
 
 NO_KERNELS = "pages on this device have no kernels"
 TAKEN_WHOLE = "an accelerator's memory is taken whole"
+NO_ARCHIVE = "archives are written from main memory"
 NO_GEMMA = "Gemma 3 270M is not here: kvlocal pull gemma3-270m"
 ALLOWED = (
     "no SIGINT for another process there",
     "elsewhere the system may keep freed pages resident for a while",
     NO_KERNELS,
     TAKEN_WHOLE,
+    NO_ARCHIVE,
     NO_GEMMA,
 )
 """Reasons that a complete installation may have: they are about the operating system, the device of --device, or a

@@ -15,6 +15,7 @@ import pytest
 from contexts import OpenContext, OpenModel, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from skips import NO_ARCHIVE
 
 from kvlocal.errors import KVError
 from kvlocal.native.cache import PagedCache
@@ -22,7 +23,7 @@ from kvlocal.native.context import Context
 from kvlocal.native.formats import FORMATS
 from kvlocal.native.retrieval import Retrieval
 
-pytestmark = pytest.mark.skipif(not devices.chosen.is_cpu, reason="archives are written from main memory")
+pytestmark = pytest.mark.skipif(not devices.chosen.is_cpu, reason=NO_ARCHIVE)
 
 SHAPE = {"n_layer": 2, "n_head": 6, "n_head_kv": 2, "head_dim": 64}
 GROUP = 3
