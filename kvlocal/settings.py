@@ -88,7 +88,12 @@ KV_WINDOW = Whole(
     taker="command",
 )
 RETRIEVE = Setting(
-    "retrieve", ("--retrieve",), "KV cache", None, "Read a part of what is kept: sentencekv, quest or recent.", "NAME"
+    "retrieve",
+    ("--retrieve",),
+    "KV cache",
+    None,
+    "Read a part of what is kept: attention, sentencekv, quest or recent.",
+    "NAME",
 )
 RETRIEVE_ARGS = Pairs(
     "retrieve_args", ("--retrieve-arg",), "KV cache", None, "Set a parameter of the retriever; may be repeated."

@@ -127,6 +127,15 @@ class EngineConfig:
             )
         if archive.recall == "step" and self.retriever is None:
             raise UsageError("Recalling at every step needs to know what a step reads; give --retrieve NAME as well.")
+        if (
+            archive.recall == "step"
+            and self.retriever is not None
+            and self.retriever.retrieval().summary == "attention"
+        ):
+            raise UsageError(
+                f"--retrieve {self.retriever.name} looks at what is held, and cannot recall at a step; leave it out: "
+                "--archive recalls by attention at every turn."
+            )
         if archive.recall == "turn" and self.retriever is not None:
             raise UsageError(
                 f"A turn recalls beside all that is held, and --retrieve {self.retriever.name} reads a part of it; "

@@ -16,8 +16,8 @@ ArchiveFormat = Literal["f16", "q8"]
 ARCHIVE_FORMATS: tuple[ArchiveFormat, ...] = ("f16", "q8")
 """In the order of ``kvl_archive_format``."""
 
-Summary = Literal["none", "mean", "bounds"]
-SUMMARIES: tuple[Summary, ...] = ("none", "mean", "bounds")
+Summary = Literal["none", "mean", "bounds", "attention"]
+SUMMARIES: tuple[Summary, ...] = ("none", "mean", "bounds", "attention")
 """In the order of ``kvl_summary``."""
 
 
@@ -28,7 +28,8 @@ class Retrieval:
     Attributes:
         budget: tokens per head that a token reads, sink and recent included, besides the unit that is open.
         summary: what stands for the keys of a unit: their ``mean``, their ``bounds`` per channel, or ``none``: the
-            newest units are read.
+            newest units are read; or ``attention``: nothing, those are read that get most of the attention of the
+            newest ``n_queries`` queries, per token, chosen anew when a text was added.
         sink, recent: first and last tokens that are always read.
         n_queries: newest queries whose mean is compared; 0: those of the open unit.
         min_unit: no unit is looked for once fewer tokens are left of the budget.
@@ -37,6 +38,7 @@ class Retrieval:
         dense_layers: first layers that read everything.
         full_below: everything is read while the open unit has fewer tokens.
         drift: with ``n_queries`` 0, a layer chooses anew once the open unit has so much more queries, as a share.
+        every: with ``attention``, tokens of an answer after which is chosen anew, 0: none.
         hysteresis: by how many standard deviations of the scores a unit must be better to take the place of one that
             was read in the last step.
         recall: what is brought back from the archive, exact: nothing; by ``step``, what of the units that are read is
@@ -56,6 +58,7 @@ class Retrieval:
     dense_layers: int = 0
     full_below: int = 0
     recall: Recall = "off"
+    every: int = 0
     drift: float = 0.0
     hysteresis: float = 0.0
 

@@ -76,6 +76,7 @@ class KvlRetrieval(ctypes.Structure):
                 "dense_layers",
                 "full_below",
                 "recall",
+                "every",
             )
         ),
         ("drift", ctypes.c_float),

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from kvlocal.errors import UsageError
 from kvlocal.params import closest, values_of
+from kvlocal.retrieval.attention import Attention
 from kvlocal.retrieval.quest import Quest
 from kvlocal.retrieval.recent import Recent
 from kvlocal.retrieval.retriever import Retriever
 from kvlocal.retrieval.sentencekv import SentenceKV
 
-REGISTRY: dict[str, type[Retriever]] = {cls.name: cls for cls in (SentenceKV, Quest, Recent)}
+REGISTRY: dict[str, type[Retriever]] = {cls.name: cls for cls in (SentenceKV, Quest, Attention, Recent)}
 
 
 def make_retriever(name: str, args: Mapping[str, object] | None = None) -> Retriever:

@@ -137,7 +137,7 @@ def retrieve_lists(command: Callback) -> Callback:
         "retrieves",
         "none",
         shell_complete=completers.retrievers,
-        help="Which part of what is kept a token reads: none (all of it), sentencekv, quest or recent.",
+        help="Which part of what is kept a token reads: none (all of it), attention, sentencekv, quest or recent.",
     )
     budgets = declared_list(settings.RETRIEVE_BUDGET, "retrieve_budgets", "1024")
     return stack(names, budgets, declared(settings.RETRIEVE_ARGS))(command)

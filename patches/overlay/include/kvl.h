@@ -46,6 +46,9 @@ typedef enum kvl_summary {
     KVL_SUMMARY_NONE = 0,   // nothing: the newest units are read
     KVL_SUMMARY_MEAN = 1,   // their mean
     KVL_SUMMARY_BOUNDS = 2, // their largest and smallest value per channel
+    // nothing: the units are read that get most of the attention of the newest n_queries queries, per token; chosen
+    // anew when more than one token was added, or after `every` of them, and held in between
+    KVL_SUMMARY_ATTENTION = 3,
 } kvl_summary;
 
 // What of the archive is brought back, exact, beside what is held.
@@ -134,6 +137,7 @@ typedef struct kvl_retrieval {
     int32_t dense_layers; // first layers that read everything
     int32_t full_below;   // everything is read while the open unit has fewer tokens
     int32_t recall;       // a kvl_recall; with KVL_RECALL_TURN `budget` is of what is brought back
+    int32_t every;        // with KVL_SUMMARY_ATTENTION: tokens after which is chosen anew (0: when a text was added)
     // with n_queries 0: a layer chooses anew once the open unit has so much more queries, as a share
     float drift;
     float hysteresis; // by how many standard deviations a unit must be better to take the place of one that was read

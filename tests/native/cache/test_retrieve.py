@@ -109,6 +109,64 @@ def test_it_reads_what_the_reference_reads(asked: Retrieval, open_model: OpenMod
         np.testing.assert_array_equal(one, other)
 
 
+def attended(
+    cache: PagedCache, layer: int, asked: Retrieval, ends: list[int], held: list[np.ndarray]
+) -> list[set[int]]:
+    """Positions that every KV head reads by attention; ``held``: those that it has."""
+    n = int(max(positions[-1] for positions in held)) + 1
+    scores = cache.window_scores(0, layer, asked.n_queries).astype(np.float64)
+    out = []
+    for h, positions in enumerate(held):
+        mass = dict(zip(positions.tolist(), scores[h * GROUP : (h + 1) * GROUP].sum(0), strict=False))
+        first, last = min(asked.sink, n), max(asked.sink, n + 1 - asked.recent)
+        seen = {p for p in mass if p < first or p >= last or p >= ends[-1]}
+        units = [range(max(b, first), min(e, last)) for b, e in zip([0, *ends[:-1]], ends, strict=True)]
+        parts = [[p for p in unit if p in mass] for unit in units]
+        worth = [sum(mass[p] for p in part) / max(len(part), 1) for part in parts]
+        free = asked.budget - asked.sink - asked.recent
+        if sum(map(len, parts)) <= free:
+            worth, free = [1.0] * len(parts), n
+        for u in sorted(range(len(parts)), key=lambda u: (-worth[u], u)):
+            if 0 < len(parts[u]) <= free:
+                free -= len(parts[u])
+                seen.update(p for p in mass if ([0, *ends])[u] <= p < ends[u])
+        out.append(seen)
+    return out
+
+
+@pytest.mark.parametrize("evicted", [False, True], ids=["all", "some"])
+def test_by_attention_it_holds_on(evicted: bool, open_model: OpenModel, open_context: OpenContext) -> None:
+    """The choice is that of the attention itself; single tokens change nothing, ``every`` of them or a text do."""
+    model = open_model("llama", **SHAPE)
+    context = open_context(model, n_window=64, n_seq_max=2)
+    cache, tokens = paged(context), random_tokens(model, 330)
+    asked = Retrieval(96, "attention", 8, 16, n_queries=8, min_unit=1, per_head=True, every=5)
+    context.decode(tokens[:300], 0, 0)
+    ends = unit_ends(280)
+    if evicted:
+        for layer in range(2):
+            cache.keep(0, layer, [np.arange(0, 300, 2), np.sort(np.r_[0:100:3, 100:300])])
+    held = [cache.positions(0, layer) for layer in range(2)]
+    step = cache.retrieve(0, asked, ends)
+    want = [attended(cache, layer, asked, ends, held[layer]) for layer in range(2)]
+    assert step.n_read == pytest.approx(np.mean([len(head) for heads in want for head in heads]))
+    cache.branch(0, 1)
+    for layer, heads in enumerate(want):
+        slots = [np.flatnonzero([p in seen for p in at]) for at, seen in zip(held[layer], heads, strict=True)]
+        cache.select(1, layer, slots)
+    for pos in range(300, 305):
+        context.decode([tokens[pos], tokens[pos]], np.array([pos, pos]), np.array([0, 1]), outputs="all")
+        np.testing.assert_array_equal(*context.logits(2))
+        again = cache.retrieve(0, asked)
+        held_on = pos < 304
+        assert (again.n_read == pytest.approx(step.n_read + pos - 299)) == held_on, pos
+    context.decode(tokens[305:325], 305, 0)
+    want = [attended(cache, layer, asked, ends, cache.positions(0, layer)) for layer in range(2)]
+    assert cache.retrieve(0, asked).n_read == pytest.approx(np.mean([len(head) for heads in want for head in heads]))
+    with pytest.raises(KVError, match="one by attention also n_queries"):
+        cache.retrieve(0, replace(asked, n_queries=0))
+
+
 def test_enough_room_is_reading_everything(open_model: OpenModel, open_context: OpenContext) -> None:
     """A1: the same logits to the bit; and what was narrowed is whole again."""
     model = open_model("llama", **SHAPE)

@@ -9,9 +9,13 @@ static bool check(const llama_kv_paged & kv, const kvl_retrieval & p) {
     const bool fits = p.budget >= 1 && p.sink >= 0 && p.recent >= 1 && p.min_unit >= 1 && p.n_queries >= 0 &&
                       p.dense_layers >= 0 && p.full_below >= 0 && p.hysteresis >= 0.0f && p.drift >= 0.0f &&
                       p.summary >= KVL_SUMMARY_NONE && p.recall >= KVL_RECALL_OFF && p.recall <= KVL_RECALL_TURN &&
-                      p.summary <= KVL_SUMMARY_BOUNDS && int64_t(p.sink) + p.recent <= p.budget;
+                      p.summary <= KVL_SUMMARY_ATTENTION && p.every >= 0 &&
+                      (p.summary != KVL_SUMMARY_ATTENTION || (p.n_queries > 0 && p.recall != KVL_RECALL_STEP)) &&
+                      int64_t(p.sink) + p.recent <= p.budget;
     if (!fits) {
-        kvl_set_error("a retrieval needs a budget of at least sink + recent, with recent and min_unit of 1 or more");
+        kvl_set_error(
+            "a retrieval needs a budget of at least sink + recent, with recent and min_unit of 1 or more; one by "
+            "attention also n_queries, and recalls nothing by step");
     } else if ((p.summary != KVL_SUMMARY_NONE || p.recall == KVL_RECALL_TURN) && kv.params.n_window == 0) {
         kvl_set_error("a retrieval needs the queries of the newest tokens; the context remembers none (n_window is 0)");
     } else {

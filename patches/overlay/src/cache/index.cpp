@@ -11,7 +11,7 @@
 void kvl_index::clear() {
     heads.clear();
     chosen.clear();
-    chosen_at = -1;
+    chosen_at = attended_at = -1;
     n_asked = 0;
     n_indexed = 0;
     evicted = false;
@@ -37,7 +37,7 @@ void kvl_index::cut(llama_pos n_tokens, bool archived) {
         }
     }
     n_asked = 0;
-    chosen_at = -1;
+    chosen_at = attended_at = -1;
     n_indexed = std::min(n_indexed, open_begin());
 }
 

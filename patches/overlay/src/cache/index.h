@@ -33,6 +33,7 @@ struct kvl_index {
     std::vector<std::vector<float>> asked; // [open layer] sum of the queries of the open unit, [n_head][d_k]
     std::vector<kvl_choice> choices;       // [open layer]
     llama_pos chosen_at = -1;              // tokens seen when this was so, -1: everything is read
+    llama_pos attended_at = -1;            // tokens seen when attention was looked at for it
     size_t n_asked = 0;                    // how many, 0: it has to be made
     llama_pos n_indexed = 0;               // keys before this position are in it
     int32_t summary = KVL_SUMMARY_NONE;    // a kvl_summary
