@@ -4,7 +4,7 @@ Texts continued, RULER with the question after the document, needles on the tiny
 falls on what is read; nothing is evicted but where a policy is named. What was measured is kept: a run goes on where it
 stopped.
 
-    python benchmarks/retrieval_quality.py                    # everything, about an hour, then the page
+    python benchmarks/retrieval_quality.py                    # everything, over an hour, then the page
     python benchmarks/retrieval_quality.py --only mass,page   # one part, then the page from all that is there
 """
 
@@ -33,7 +33,7 @@ PARTS = ("kld", "needle", "ruler-4096", "ruler-8192", "mass")
 
 def readers(*budgets: int, layer: bool = False) -> list[Variant]:
     """Everything read, then every retriever with every budget; with ``layer`` SentenceKV for whole layers as well."""
-    found = list(retrievers(["none", "sentencekv", "quest", "recent"], {}, budgets))
+    found = list(retrievers(["none", "attention", "sentencekv", "quest", "recent"], {}, budgets))
     if layer:
         found += retrievers(["sentencekv"], {"share": "layer"}, budgets)
     return list(expand([PAGED], {}, [], retrievers=found))

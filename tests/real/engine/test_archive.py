@@ -246,6 +246,7 @@ def test_in_python(tiny_path: Path) -> None:
         ({"recall": "step"}, "needs to know what a step reads"),
         ({"retrieve": "quest", "recall": "turn"}, "give --recall step, or leave out --retrieve"),
         ({"recall_budget": 0}, "recall_budget"),
+        ({"retrieve": "attention"}, "looks at what is held, and cannot recall at a step"),
         ({"archive": "/nowhere/at/all"}, "There is no folder /nowhere/at/all"),
     ],
     ids=str,

@@ -98,3 +98,12 @@ def test_what_is_wrong_is_said(name: str, args: dict[str, object], error: str) -
 def test_as_the_authors_code_has_it() -> None:
     asked = SentenceKV(compat="repo").retrieval()
     assert asked.partial and asked.per_head and asked.full_below == 3 and asked.recent == 32
+
+
+def test_by_attention_nothing_stands_for_a_sentence() -> None:
+    found = make_retriever("attention", {"budget": 128, "queries": "8"})
+    asked = found.retrieval()
+    assert (asked.summary, asked.n_queries, asked.every, found.n_queries) == ("attention", 8, 128, 8)
+    assert str(found) == "attention 128 queries=8"
+    with pytest.raises(UsageError, match="always reads the first 4 and the last 64 tokens"):
+        make_retriever("attention", {"budget": 60})
