@@ -332,6 +332,7 @@ def test_the_report_has_the_contract_s_keys(open_engine: OpenEngine) -> None:
         "tokens": ["generated", "held_max", "held_mean", "held_min", "prompt"],
         "kv": ["allocated_bytes", "fixed_bytes", "full_bytes", "peak_bytes", "used_bytes"],
         "reads": None,
+        "archive": None,
         "rss": ["after_evict_bytes", "before_evict_bytes", "peak_bytes"],
         "timing": ["decode_s", "decode_tps", "evict_s", "load_s", "prefill_s", "prefill_tps", "ttft_s"],
         "finish_reason": None,

@@ -39,6 +39,7 @@ CONTRACT: dict[str, Any] = {
         "fixed_bytes": BYTES,
     },
     "reads": type(None),
+    "archive": type(None),
     "rss": {"before_evict_bytes": BYTES, "after_evict_bytes": BYTES, "peak_bytes": BYTES},
     "timing": {
         "load_s": SECONDS,

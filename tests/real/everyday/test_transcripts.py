@@ -65,6 +65,7 @@ def test_run_as_json() -> None:
             "fixed_bytes": 0,
         },
         "reads": None,
+        "archive": None,
         "finish_reason": "stop",
     }
 
