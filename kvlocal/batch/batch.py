@@ -32,8 +32,8 @@ class Result:
     Attributes:
         finish_reason: ``stop`` (the model ended) or ``length``; ``None`` with an error.
         tokens: ``prompt`` (with what is common), ``generated``.
-        kv: at its end ``held_mean`` tokens per layer and head, ``used_bytes``, ``full_bytes`` of a full f16 cache; and
-            how it was read, ``prefill``.
+        kv: at its end ``held_mean`` tokens per layer and head, ``used_bytes``, ``full_bytes`` of a full f16 cache,
+            ``archive_bytes`` on disk; and how it was read, ``prefill``.
         timing: ``prefill_s``, ``evict_s``, ``decode_s`` (with the others that were decoded together), ``total_s``.
         error: one sentence, or ``None``.
     """

@@ -112,7 +112,13 @@ def test_batch_answers_a_line_per_document() -> None:
             "text": ANSWER,
             "finish_reason": "stop",
             "tokens": {"prompt": n - 16, "generated": 16},
-            "kv": {"prefill": "exact", "held_mean": n, "used_bytes": 2048 * n, "full_bytes": 2048 * n},
+            "kv": {
+                "prefill": "exact",
+                "held_mean": n,
+                "used_bytes": 2048 * n,
+                "full_bytes": 2048 * n,
+                "archive_bytes": 0,
+            },
             "error": None,
         }
 
