@@ -14,11 +14,10 @@ import json
 from common import RESULTS, ROOT, parser
 from measure.long_chat import measure as long_chat
 from pages.archive import write_page
-from quality import TINY, Run, shortened
+from quality import TINY, Run
+from retrieval_quality import needles, ruler_rows
 
 from kvlocal.eval.scores import contains
-from kvlocal.eval.tasks.needle import needle_cases
-from kvlocal.eval.tasks.ruler import ruler_cases
 from kvlocal.measure.code import commit
 from kvlocal.measure.variants import PAGED, Variant, expand, retrievers
 from kvlocal.models.f32 import f32_copy
@@ -42,20 +41,11 @@ def variants(*recalls: int) -> list[Variant]:
 
 
 def needle(run: Run) -> None:
-    def count(text: str) -> int:
-        return len(run.model.tokenize(text, add_special=False))
-
-    lengths, depths = (1024, 2048, 4096, 8000), (0.1, 0.3, 0.5, 0.7, 0.9)
-    cases = needle_cases(count, lengths=lengths, depths=depths, kind="numbers", mode="single", repeats=2)
-    run.config = run.sized(8192 + 256)
-    run.ask("needle", cases, contains, variants(64, 128, 256), "after")
+    run.ask("needle", needles(run), contains, variants(64, 128, 256), "after")
 
 
 def ruler(run: Run, length: int, n_rows: int) -> None:
-    cases = shortened(ruler_cases(run.data / f"ruler-{length}", rows=n_rows))
-    cases.sort(key=lambda case: int(case.id.split("/")[1]))
-    run.config = run.sized(length + 1024)
-    run.ask(f"ruler-{length}", cases, contains, variants(64, 128, 256), "after")
+    run.ask(f"ruler-{length}", ruler_rows(run, length, n_rows), contains, variants(64, 128, 256), "after")
 
 
 def chat() -> None:

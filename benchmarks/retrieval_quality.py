@@ -17,6 +17,7 @@ from measure.attention_mass import measure as attention_mass
 from pages.retrieval import write_page
 from quality import TINY, Run, shortened
 
+from kvlocal.eval.cases import Case
 from kvlocal.eval.scores import contains
 from kvlocal.eval.tasks.needle import needle_cases
 from kvlocal.eval.tasks.ruler import ruler_cases
@@ -50,21 +51,32 @@ def kld(run: Run) -> None:
     run.collect("kld", lambda store: Kld(run.model, found, wanted, run.sized(3072 + 256 + 64), store))
 
 
-def ruler(run: Run, length: int, n_rows: int) -> None:
+def ruler_rows(run: Run, length: int, n_rows: int) -> list[Case]:
+    """Rows of every task, the first of each before the second."""
     cases = shortened(ruler_cases(run.data / f"ruler-{length}", rows=n_rows))
     cases.sort(key=lambda case: int(case.id.split("/")[1]))
     run.config = run.sized(length + 1024)
-    run.ask(f"ruler-{length}", cases, contains, [*readers(*BUDGETS), *both("25%", "12.5%", "6%")], "after")
+    return cases
 
 
-def needle(run: Run) -> None:
+def needles(run: Run) -> list[Case]:
+    """One fact in texts of 1,024 to 8,000 tokens."""
+
     def count(text: str) -> int:
         return len(run.model.tokenize(text, add_special=False))
 
     lengths, depths = (1024, 2048, 4096, 8000), (0.1, 0.3, 0.5, 0.7, 0.9)
-    cases = needle_cases(count, lengths=lengths, depths=depths, kind="numbers", mode="single", repeats=2)
     run.config = run.sized(8192 + 256)
-    run.ask("needle", cases, contains, readers(128, *BUDGETS, layer=True), "after")
+    return needle_cases(count, lengths=lengths, depths=depths, kind="numbers", mode="single", repeats=2)
+
+
+def ruler(run: Run, length: int, n_rows: int) -> None:
+    wanted = [*readers(*BUDGETS), *both("25%", "12.5%", "6%")]
+    run.ask(f"ruler-{length}", ruler_rows(run, length, n_rows), contains, wanted, "after")
+
+
+def needle(run: Run) -> None:
+    run.ask("needle", needles(run), contains, readers(128, *BUDGETS, layer=True), "after")
 
 
 def mass(run: Run) -> None:

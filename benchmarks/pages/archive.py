@@ -9,7 +9,7 @@ from typing import Any
 
 from common import at_commit, table
 
-from pages.retrieval import commits_of
+from pages.retrieval import by_task, commits_of
 
 Row = dict[str, Any]
 
@@ -67,20 +67,7 @@ def _score(rows: Sequence[Row]) -> str:
 
 
 def _ruler(rows: Sequence[Row]) -> str:
-    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != "all"]
-    kinds: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(_name(row)), {})[row["task"]] = row
-    cells = [
-        [
-            *kind,
-            f"{of['all']['held']:.1%}",
-            *(f"{of[task]['score']:.2f}" for task in tasks),
-            f"{of['all']['score']:.2f}",
-        ]
-        for kind, of in kinds.items()
-    ]
-    return table(["kept", "recalls", "memory", *tasks, "all"], cells)
+    return by_task(rows, ["kept", "recalls", "memory"], _name, ".1%")
 
 
 def _chat(found: Row) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +105,21 @@ def _score(rows: Sequence[Row]) -> str:
     return table(["kept", "reads", "held", "score", "n"], cells)
 
 
-def _ruler(rows: Sequence[Row]) -> str:
+def by_task(rows: Sequence[Row], heads: Sequence[str], name: Callable[[Row], list[str]], held: str) -> str:
+    """A line per kind, which ``name`` says, with its score in every task; ``held``: the form of a share."""
     tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != "all"]
     kinds: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        kinds.setdefault(tuple(_name(row)[:2]), {})[row["task"]] = row
+        kinds.setdefault(tuple(name(row)), {})[row["task"]] = row
     cells = [
-        [
-            *kind,
-            f"{of['all']['held']:.0%}",
-            *(f"{of[task]['score']:.2f}" for task in tasks),
-            f"{of['all']['score']:.2f}",
-        ]
+        [*kind, format(of["all"]["held"], held), *(f"{of[task]['score']:.2f}" for task in (*tasks, "all"))]
         for kind, of in kinds.items()
     ]
-    return table(["kept", "reads", "held", *tasks, "all"], cells)
+    return table([*heads, *tasks, "all"], cells)
+
+
+def _ruler(rows: Sequence[Row]) -> str:
+    return by_task(rows, ["kept", "reads", "held"], lambda row: _name(row)[:2], ".0%")
 
 
 def _mass(found: Row) -> str:
