@@ -56,3 +56,10 @@ def eligible(ends: Sequence[int], n_seen: int, sink: int, recent: int) -> list[n
     last = max(first, n_seen + 1 - recent)
     begins = [0, *ends[:-1]]
     return [np.arange(max(begin, first), min(end, last)) for begin, end in zip(begins, ends, strict=True)]
+
+
+def delta(resident: set[int], wanted: set[int], sizes: dict[int, int]) -> tuple[int, set[int], float]:
+    """Of a recall: tokens to load, units to give back, and the share of the wanted tokens that is there already."""
+    load = sum(sizes[unit] for unit in wanted - resident)
+    there = sum(sizes[unit] for unit in wanted & resident)
+    return load, resident - wanted, there / (there + load)

@@ -196,6 +196,23 @@ def test_what_has_gone_since_comes_with_its_unit(archived: Archived) -> None:
     np.testing.assert_allclose(logits_of(context, 0, tokens[N : N + 1], N), whole, atol=1e-4)
 
 
+def test_only_what_is_not_there_is_loaded(archived: Archived) -> None:
+    """U13, by the counters: units are chosen for whole layers, of which token 0 alone is held."""
+    context, cache, tokens = archived()
+    logits_of(context, 0, tokens[N : N + 8], N)
+    cache.truncate(0, N + 1)
+    keep_only(cache, 0, np.array([0, N]))
+    few = replace(TURN, budget=60, per_head=False)
+    first = cache.retrieve(0, few)
+    assert first.n_loaded in (first.n_recalled, first.n_recalled + 0.5, first.n_recalled + 1)
+    again = cache.retrieve(0, few)
+    assert (again.n_loaded, again.n_recalled) == (0, first.n_recalled)
+    rest = cache.retrieve(0, TURN)
+    assert rest.n_recalled == N - 1 and rest.n_loaded == N - first.n_loaded
+    given_back = cache.retrieve(0, few)
+    assert (given_back.n_loaded, given_back.n_recalled) == (0, first.n_recalled)
+
+
 def test_mass_and_renumbering_give_back(archived: Archived) -> None:
     context, cache, tokens = archived()
     keep_only(cache, 0, np.arange(64))

@@ -107,3 +107,9 @@ def test_by_attention_nothing_stands_for_a_sentence() -> None:
     assert str(found) == "attention 128 queries=8"
     with pytest.raises(UsageError, match="always reads the first 4 and the last 64 tokens"):
         make_retriever("attention", {"budget": 60})
+
+
+def test_only_what_is_not_there_is_loaded() -> None:
+    """U13."""
+    sizes = {1: 30, 4: 18, 7: 10, 8: 33, 9: 15}
+    assert reference.delta({1, 4, 7, 9}, {1, 4, 8, 9}, sizes) == (33, {7}, 63 / 96)
