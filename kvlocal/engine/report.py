@@ -56,7 +56,7 @@ class Reads:
 class Archive:
     """What lies on disk: what brings it back, bytes of all sequences; of this one units written, and of these that
     cannot be read. What came back: tokens per head and layer, mean over the turns or steps, those that were asked for
-    and could not be, and bytes read. The last thing that went wrong, a sentence."""
+    and were not there (yet), and bytes read. The last thing that went wrong, a sentence."""
 
     recall: str
     bytes: int = 0

@@ -74,7 +74,7 @@ class Retrieved:
     """Of one step: closed units, bytes of what stands for them, microseconds that choosing took; tokens per head, mean
     over the layers, that the next token reads, that were chosen by score, and that of these were read before; whether
     everything is read. Of the archive: tokens per head that were brought back, tokens of the units read for it now, per
-    layer, tokens per head that could not be, bytes of those units."""
+    layer, tokens per head that are not there (yet), bytes of those units."""
 
     n_units: int
     index_bytes: int

@@ -153,7 +153,7 @@ typedef struct kvl_retrieval_stats {
     int32_t full;         // 1: everything is read
     float n_recalled;     // tokens per head that were brought back, likewise
     float n_loaded;       // tokens of the units that were read from the archive for it now, per layer
-    float n_missed;       // tokens per head that were to be brought back and could not
+    float n_missed;       // tokens per head that were to be brought back and are not there (yet)
     uint64_t read_bytes;  // of the units that were read
 } kvl_retrieval_stats;
 

@@ -213,6 +213,28 @@ def test_only_what_is_not_there_is_loaded(archived: Archived) -> None:
     assert (given_back.n_loaded, given_back.n_recalled) == (0, first.n_recalled)
 
 
+def test_a_step_reads_ahead(archived: Archived) -> None:
+    """What a step chooses and does not find comes with the next one; a cut forgets what is on its way."""
+    context, cache, tokens = archived()
+    cache.branch(0, 1)
+    keep_only(cache, 0, np.r_[0:4, 190:N])
+    step = Retrieval(120, "none", 4, 10, min_unit=1, per_head=True, recall="step")
+    first, second = cache.retrieve(0, step), cache.retrieve(0, step)
+    assert first.n_recalled == 0 and first.n_loaded > 0 and first.n_missed > 50
+    assert second.n_recalled == first.n_missed and second.n_missed == second.n_loaded == 0
+    whole = cache.retrieve(1, replace(step, recall="off"))
+    assert whole.n_read == second.n_read
+    one, other = (logits_of(context, seq, tokens[N : N + 1], N) for seq in (0, 1))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    cache.truncate(0, N)
+    cache.retrieve(0, replace(step, budget=15))
+    assert cache.seq_stats(0).recalled_bytes == 0
+    assert cache.retrieve(0, step).n_loaded > 0
+    cache.truncate(0, 0)
+    read(context, cache, tokens)
+    assert cache.retrieve(0, step).n_recalled == 0
+
+
 def test_mass_and_renumbering_give_back(archived: Archived) -> None:
     context, cache, tokens = archived()
     keep_only(cache, 0, np.arange(64))

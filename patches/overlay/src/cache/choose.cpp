@@ -172,7 +172,7 @@ void kvl_choose(llama_kv_paged & kv, llama_seq_id seq_id, const kvl_retrieval & 
                 wanted[l].push_back(none ? std::vector<uint8_t>() : index.chosen[l][params.per_head ? h : 0]);
             }
         }
-        kvl_bring_back(kv, seq_id, wanted, recalled);
+        kvl_bring_back(kv, seq_id, wanted, turn, recalled);
     }
     index.chosen_at = seq.n_seen;
     index.n_asked = full || params.n_queries > 0 || begins ? 0 : n;

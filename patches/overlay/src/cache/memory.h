@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cache/arena.h"
+#include "cache/readers.h"
 #include "cache/sequence.h"
 #include "error.h"
 #include "ggml-cpp.h"
@@ -244,6 +245,9 @@ class llama_kv_paged : public llama_memory_i {
     // for what is computed outside the model's graph, made once; nullptr: it cannot be
     ggml_backend_t host_backend(int n_threads);
 
+    // of archives
+    kvl_readers & readers() { return read_ahead; }
+
     uint64_t n_evict = 0;
     uint64_t score_us = 0;
     uint64_t keep_us = 0;
@@ -331,6 +335,7 @@ class llama_kv_paged : public llama_memory_i {
     uint64_t peak_bytes = 0;
     kvl_mass mass_kind = KVL_MASS_NONE;
     ggml_backend_ptr host;
+    kvl_readers read_ahead{*this}; // last: it reads what lies above
 };
 
 // Whether the tokens of a batch continue their sequences: each belongs to one, whose positions come one after another.

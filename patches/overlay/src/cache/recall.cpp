@@ -3,15 +3,12 @@
 #include "cache/recall.h"
 
 #include "cache/memory.h"
-#include "cache/parallel.h"
 
 #include <algorithm>
 #include <bitset>
 #include <cstring>
 
 namespace {
-
-constexpr int N_READERS = 8; // reads that a disk is given at once
 
 // Rows are in use, or no more; a page without any is given back.
 void note_rows(const kvl_layer & layer, kvl_recalled & of) {
@@ -137,6 +134,11 @@ uint32_t kvl_recalled::n() const {
 
 void kvl_give_back(llama_kv_paged & kv, llama_seq_id seq_id, llama_pos behind) {
     kvl_sequence & seq = kv.seqs[seq_id];
+    seq.loads.erase(std::remove_if(seq.loads.begin(), seq.loads.end(),
+                                   [&](const std::shared_ptr<kvl_load> & load) {
+                                       return load->from.end > behind;
+                                   }),
+                    seq.loads.end());
     for (uint32_t l = 0; l < seq.recalled.size(); l++) {
         for (uint32_t h = 0; h < seq.recalled[l].size(); h++) {
             kvl_recalled & of = seq.recalled[l][h];
@@ -161,8 +163,46 @@ void kvl_see_all(llama_kv_paged & kv, llama_seq_id seq_id) {
     }
 }
 
+// Gives the heads that want it a unit that was read; false: some have no page for it.
+static bool install(llama_kv_paged & kv, kvl_sequence & seq, const kvl_load & load,
+                    const std::vector<std::vector<uint8_t>> & wanted) {
+    const kvl_layer & layer = kv.layers[load.layer];
+    const kvl_pool & pool = *layer.pool;
+    bool fits = true;
+    for (uint32_t h = 0; h < layer.n_head_kv; h++) {
+        kvl_recalled & of = seq.recalled[load.layer][h];
+        const bool there = std::any_of(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
+            return unit.unit == load.unit;
+        });
+        kvl_recalled_unit unit;
+        unit.unit = load.unit;
+        if (there || load.unit >= wanted[h].size() || !wanted[h][load.unit]) {
+            continue;
+        }
+        unit.pos = missing(seq.heads[load.layer][h], load.from);
+        if (unit.pos.empty()) {
+            continue;
+        }
+        if (!take_rows(kv, layer, of, unit)) {
+            fits = false;
+            continue;
+        }
+        for (size_t t = 0; !load.rows.bytes.empty() && t < unit.pos.size(); t++) {
+            const auto token = uint32_t(unit.pos[t] - load.from.begin);
+            const uint64_t row = of.row(unit.rows[t]);
+            memcpy(pool.host_at(pool.k_at(row)), load.rows.k(layer, h, token), pool.k_bytes);
+            if (pool.v_bytes > 0) {
+                memcpy(pool.host_at(pool.v_at(row)), load.rows.v(layer, h, token), pool.v_bytes);
+            }
+        }
+        of.units.push_back(std::move(unit));
+    }
+    return fits;
+}
+
 void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
-                    const std::vector<std::vector<std::vector<uint8_t>>> & wanted, kvl_retrieval_stats & out) {
+                    const std::vector<std::vector<std::vector<uint8_t>>> & wanted, bool now,
+                    kvl_retrieval_stats & out) {
     kvl_sequence & seq = kv.seqs[seq_id];
     kvl_archive & archive = seq.archive;
     kvl_flush_archive(seq);
@@ -171,104 +211,75 @@ void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
             seq.recalled.emplace_back(kv.layers[l].n_head_kv);
         }
     }
-    // what goes, what stays; pages for what comes
-    struct load {
-        uint32_t layer;
-        size_t unit;
-        bool done;
-        std::string why;
+    const auto take_in = [&] {
+        kv.readers().wait(seq.loads);
+        for (const std::shared_ptr<kvl_load> & load : seq.loads) {
+            if (!load->why.empty()) { // it is not tried again
+                archive.lose(load->unit, load->why);
+                continue;
+            }
+            install(kv, seq, *load, wanted[load->layer]);
+            out.read_bytes += load->rows.bytes.size();
+        }
+        seq.loads.clear();
     };
-    std::vector<load> loads;
-    double n_loaded = 0, n_missed = 0, n_recalled = 0, n_hidden = 0;
+    // what is no longer wanted goes, and what is more of it missing than was
     for (uint32_t l = 0; l < kv.n_open; l++) {
-        std::vector<uint8_t> of_layer(archive.units.size(), 0);
         for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
             kvl_recalled & of = seq.recalled[l][h];
             const std::vector<uint8_t> & want = wanted[l][h];
             const auto gone = std::partition(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
-                // if more of it is missing now than then, it comes anew
-                return unit.unit < want.size() && want[unit.unit] &&
+                return unit.unit < want.size() && want[unit.unit] && archive.units[unit.unit].file &&
                        unit.pos == missing(seq.heads[l][h], archive.units[unit.unit]);
             });
             drop(kv.layers[l], of, gone);
+        }
+    }
+    take_in(); // what was begun a token ago
+    double n_missed = 0, n_recalled = 0, n_hidden = 0, n_loaded = 0;
+    for (uint32_t l = 0; l < kv.n_open; l++) {
+        std::vector<uint8_t> begun(archive.units.size(), 0);
+        for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
+            const std::vector<uint8_t> & want = wanted[l][h];
             std::vector<uint8_t> have(want.size(), 0);
-            for (const kvl_recalled_unit & unit : of.units) {
+            for (const kvl_recalled_unit & unit : seq.recalled[l][h].units) {
                 have[unit.unit] = 1;
             }
             for (size_t u = 0; u < std::min(want.size(), archive.units.size()); u++) {
-                if (!want[u] || have[u]) {
-                    continue;
-                }
-                kvl_recalled_unit unit;
-                unit.unit = u;
-                unit.pos = missing(seq.heads[l][h], archive.units[u]);
-                if (unit.pos.empty()) {
-                    continue;
-                }
-                if (!archive.units[u].file || !take_rows(kv, kv.layers[l], of, unit)) {
-                    n_missed += double(unit.pos.size()) / kv.layers[l].n_head_kv;
-                    continue;
-                }
-                if (!of_layer[u]) {
-                    of_layer[u] = 1;
-                    loads.push_back({l, u, false, ""});
-                }
-                of.units.push_back(std::move(unit));
-            }
-        }
-    }
-    std::vector<uint64_t> read(loads.size(), 0);
-    const auto load_one = [&](int i) {
-        load & job = loads[size_t(i)];
-        const kvl_archived & from = archive.units[job.unit];
-        const kvl_layer & layer = kv.layers[job.layer];
-        kvl_archive_rows rows;
-        job.done = kv.no_alloc() || kvl_read_archived(kv, job.layer, from, archive.format, false, rows, job.why);
-        read[size_t(i)] = rows.bytes.size();
-        const kvl_pool & pool = *layer.pool;
-        for (uint32_t h = 0; job.done && h < layer.n_head_kv; h++) {
-            const kvl_recalled & of = seq.recalled[job.layer][h];
-            for (const kvl_recalled_unit & unit : of.units) {
-                for (size_t t = 0; unit.unit == job.unit && !rows.bytes.empty() && t < unit.pos.size(); t++) {
-                    const auto token = uint32_t(unit.pos[t] - from.begin);
-                    const uint64_t row = of.row(unit.rows[t]);
-                    memcpy(pool.host_at(pool.k_at(row)), rows.k(layer, h, token), pool.k_bytes);
-                    if (pool.v_bytes > 0) {
-                        memcpy(pool.host_at(pool.v_at(row)), rows.v(layer, h, token), pool.v_bytes);
-                    }
+                if (want[u] && !have[u] && !begun[u] && archive.units[u].file &&
+                    !missing(seq.heads[l][h], archive.units[u]).empty()) {
+                    begun[u] = 1;
+                    n_loaded += double(archive.units[u].end - archive.units[u].begin);
+                    seq.loads.push_back(std::make_shared<kvl_load>());
+                    kvl_load & load = *seq.loads.back();
+                    load.layer = l;
+                    load.unit = u;
+                    load.from = archive.units[u];
+                    load.format = archive.format;
+                    kv.readers().start(seq.loads.back());
                 }
             }
         }
-    };
-    try {
-        kvl_parallel_for(int(loads.size()), N_READERS, load_one);
-    } catch (...) { // nobody may read what has not been filled
-        kvl_give_back(kv, seq_id);
-        throw;
     }
-    for (const load & job : loads) {
-        if (!job.done) { // it is not tried again
-            archive.lose(job.unit, job.why);
-        }
+    if (now) {
+        take_in();
     }
     for (uint32_t l = 0; l < kv.n_open; l++) {
         const double share = 1.0 / kv.layers[l].n_head_kv;
         for (uint32_t h = 0; h < kv.layers[l].n_head_kv; h++) {
             kvl_recalled & of = seq.recalled[l][h];
-            const auto lost = std::partition(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
-                return archive.units[unit.unit].file != nullptr;
-            });
-            std::for_each(lost, of.units.end(), [&](const kvl_recalled_unit & unit) {
-                n_missed += double(unit.pos.size()) * share;
-            });
-            drop(kv.layers[l], of, lost);
+            std::vector<uint8_t> have(wanted[l][h].size(), 0);
+            for (const kvl_recalled_unit & unit : of.units) {
+                have[unit.unit] = 1;
+            }
+            for (size_t u = 0; u < std::min(have.size(), archive.units.size()); u++) {
+                if (wanted[l][h][u] && !have[u]) {
+                    n_missed += double(missing(seq.heads[l][h], archive.units[u]).size()) * share;
+                }
+            }
             n_recalled += of.n() * share;
             n_hidden += show_copies(seq.heads[l][h], of.units, false) * share;
         }
-    }
-    for (size_t i = 0; i < loads.size(); i++) {
-        n_loaded += loads[i].done ? double(archive.units[loads[i].unit].end - archive.units[loads[i].unit].begin) : 0;
-        out.read_bytes += read[i];
     }
     out.n_recalled = float(n_recalled / kv.n_open);
     out.n_read = float((n_recalled - n_hidden) / kv.n_open);

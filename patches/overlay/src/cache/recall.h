@@ -35,10 +35,11 @@ struct kvl_recalled {
 using kvl_recalled_heads = std::vector<std::vector<kvl_recalled>>;
 
 // Bring back exactly the units that are wanted, [open layer][KV head][unit]; others that were are given back. What of
-// them lies on a lower rung is hidden meanwhile. A unit that cannot be read, or for which there is no page, is left
-// out.
+// them lies on a lower rung is hidden meanwhile. now: all that can be read is there then; else what is not there yet is
+// read while the next token is computed, and comes with the next call, which waits for it: what a token reads does not
+// depend on how fast a disk is. A unit that cannot be read, or for which there is no page, is left out.
 void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq,
-                    const std::vector<std::vector<std::vector<uint8_t>>> & wanted, kvl_retrieval_stats & out);
+                    const std::vector<std::vector<std::vector<uint8_t>>> & wanted, bool now, kvl_retrieval_stats & out);
 // Give back all, or the units that end behind a position.
 void kvl_give_back(llama_kv_paged & kv, llama_seq_id seq, llama_pos behind = 0);
 // Let attention see all that is held, each token once.
