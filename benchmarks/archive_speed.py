@@ -22,7 +22,8 @@ from kvlocal.native.context import Context, ContextConfig
 from kvlocal.native.model import Model
 from kvlocal.policies import make_policy
 from kvlocal.retrieval import make_retriever
-from kvlocal.storage.archive import RECALL_BUDGET, Archive
+from kvlocal.settings import RECALL_BUDGET
+from kvlocal.storage.archive import Archive
 from kvlocal.storage.budget import Budget
 
 QUESTION = "What did she find behind the door in the wall, and who had hidden the key of it?"
@@ -152,7 +153,7 @@ def main() -> None:
         for r in rows
     ]
     words = command(p, args, "archive_speed")
-    print(f"{model.name}, {args.threads} threads, {RECALL_BUDGET} recalled, commit {commit()}: `{words}`\n")
+    print(f"{model.name}, {args.threads} threads, {RECALL_BUDGET.default} recalled, commit {commit()}: `{words}`\n")
     print(table([*heads, "token ms", "after recall", "p99", "by step", "p99", "read MiB", "missed"], cells))
     results = {"command": words, "model": model.name, "commit": commit(), "rows": rows}
     write_json(args, results)

@@ -17,7 +17,8 @@ from kvlocal.native.context import Context
 from kvlocal.native.retrieval import Retrieval, Retrieved
 from kvlocal.retrieval.registry import UNITS
 from kvlocal.retrieval.retriever import Retriever
-from kvlocal.storage.archive import ASKING, RECALL_BUDGET, Archive
+from kvlocal.settings import RECALL_BUDGET
+from kvlocal.storage.archive import ASKING, Archive
 
 REREAD = 256
 """Most tokens of a question that are read once more over what it has brought back."""
@@ -35,7 +36,7 @@ class Retrieving:
         self.retriever = retriever
         self.archive = archive
         self._cut = retriever or UNITS
-        budget = archive.budget if archive else RECALL_BUDGET
+        budget = archive.budget if archive else RECALL_BUDGET.default
         self._turn = self._asked = Retrieval(budget, "none", 0, 1, min_unit=1, per_head=True, recall="turn")
         if retriever is not None:
             self._asked = asked = replace(retriever.retrieval(), recall=archive.recall if archive else "off")

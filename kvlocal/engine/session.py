@@ -184,7 +184,7 @@ def load(path: Path, engine: Engine, kind: Kind | None = None) -> Session:
 def _load_archive(path: Path, engine: Engine, tag: str, table: memoryview) -> str:
     """Take the archive beside a session; returns why it is left out, empty if it is not."""
     if not engine.evictor.archives:
-        return "Its archive is left out, so that what it holds cannot come back; --archive auto takes it."
+        return "Its archive is left out, and the next save drops it; --archive auto takes it."
     try:
         engine.evictor.adopt(
             engine.sequences[0], _archive_path(path, tag), tag, np.frombuffer(table, np.int64).reshape(-1, 3)

@@ -10,10 +10,7 @@ import platformdirs
 from kvlocal.errors import KVError, UsageError
 from kvlocal.native.retrieval import ARCHIVE_FORMATS, RECALLS, ArchiveFormat, Recall
 from kvlocal.setting import MAX_INT, refusal
-
-RECALL_BUDGET = 256
-"""Tokens per head that a question brings back unless something else is said."""
-
+from kvlocal.settings import RECALL_BUDGET
 
 ASKING = 32
 """Latest queries of a question whose attention says what is recalled."""
@@ -35,7 +32,7 @@ class Archive:
     folder: Path | None = None
     storage: ArchiveFormat = "f16"
     recall: Recall = "turn"
-    budget: int = RECALL_BUDGET
+    budget: int = RECALL_BUDGET.default
 
     def __post_init__(self) -> None:
         for name, allowed in (("storage", ARCHIVE_FORMATS), ("recall", RECALLS)):
@@ -51,7 +48,7 @@ class Archive:
         *,
         storage: ArchiveFormat = "f16",
         recall: Recall | None = None,
-        budget: int = RECALL_BUDGET,
+        budget: int = RECALL_BUDGET.default,
         by_step: bool = False,
     ) -> Archive | None:
         """An archive from how it is written: ``off`` (``None``), ``auto``, or a folder.

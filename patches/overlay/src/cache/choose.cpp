@@ -39,7 +39,14 @@ void add_queries(const kvl_layer & layer, const std::vector<int32_t> & rows, siz
     }
 }
 
-double held(const std::vector<kvl_head> & heads);
+// tokens that a head holds, on average
+double held(const std::vector<kvl_head> & heads) {
+    double n = 0;
+    for (const kvl_head & head : heads) {
+        n += head.held();
+    }
+    return n / double(heads.size());
+}
 
 // Let a layer read what gets most of the attention of the newest queries, or what it read, and the token that was
 // added.
@@ -72,14 +79,6 @@ void attend(llama_kv_paged & kv, llama_seq_id seq_id, uint32_t l, const kvl_retr
     kvl_chooser c(kv, seq_id, l, params);
     c.run_attention(attention, stride);
     choice = {size_t(n), c.n_wanted, c.n_kept, c.n_read};
-}
-
-double held(const std::vector<kvl_head> & heads) {
-    double n = 0;
-    for (const kvl_head & head : heads) {
-        n += head.held();
-    }
-    return n / double(heads.size());
 }
 
 } // namespace

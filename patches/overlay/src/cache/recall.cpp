@@ -163,12 +163,11 @@ void kvl_see_all(llama_kv_paged & kv, llama_seq_id seq_id) {
     }
 }
 
-// Gives the heads that want it a unit that was read; false: some have no page for it.
-static bool install(llama_kv_paged & kv, kvl_sequence & seq, const kvl_load & load,
+// Gives the heads that want it, and have pages for it, a unit that was read.
+static void install(llama_kv_paged & kv, kvl_sequence & seq, const kvl_load & load,
                     const std::vector<std::vector<uint8_t>> & wanted) {
     const kvl_layer & layer = kv.layers[load.layer];
     const kvl_pool & pool = *layer.pool;
-    bool fits = true;
     for (uint32_t h = 0; h < layer.n_head_kv; h++) {
         kvl_recalled & of = seq.recalled[load.layer][h];
         const bool there = std::any_of(of.units.begin(), of.units.end(), [&](const kvl_recalled_unit & unit) {
@@ -184,7 +183,6 @@ static bool install(llama_kv_paged & kv, kvl_sequence & seq, const kvl_load & lo
             continue;
         }
         if (!take_rows(kv, layer, of, unit)) {
-            fits = false;
             continue;
         }
         for (size_t t = 0; !load.rows.bytes.empty() && t < unit.pos.size(); t++) {
@@ -197,7 +195,6 @@ static bool install(llama_kv_paged & kv, kvl_sequence & seq, const kvl_load & lo
         }
         of.units.push_back(std::move(unit));
     }
-    return fits;
 }
 
 void kvl_bring_back(llama_kv_paged & kv, llama_seq_id seq_id,
